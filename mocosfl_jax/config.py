@@ -4,9 +4,10 @@ A file in `configs/` returns a `Config` from `get_config()`; the command line ov
 (`--config.clients.num=100`). Nothing here does I/O or imports JAX.
 """
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable
+import typing
 from typing import Any
 
 from mocosfl_jax.errors import UserError
@@ -112,3 +113,131 @@ class Config:
     optim: Optim = dataclasses.field(default_factory=Optim)
     eval: Eval = dataclasses.field(default_factory=Eval)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+
+    def resolved(self) -> "Config":
+        """A copy with every field that was left to a preset filled in, checked.
+
+        Raises:
+          UserError: naming the first field with a wrong type or an impossible value.
+        """
+        _check_types(self, "config")
+        config = copy.deepcopy(self)
+        moco, optim, clients = config.moco, config.optim, config.clients
+        _allow("moco.preset", moco.preset, tuple(_PRESETS))
+        for field, value in _PRESETS[moco.preset].items():
+            if getattr(moco, field) is None:
+                setattr(moco, field, value)
+        if optim.schedule is None:
+            optim.schedule = _PRESET_SCHEDULE[moco.preset]
+        if clients.cohort is None:
+            clients.cohort = clients.num
+        _check_values(config)
+        return config
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, as config.json holds them."""
+        return dataclasses.asdict(self)
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs that are run: smaller cohorts take N // M times as many."""
+        return self.epochs * (self.clients.num // (self.clients.cohort or self.clients.num))
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "v1": {"key_dim": 128, "mlp": False, "symmetric": False, "augmentation": "v1"},
+    "v2": {"key_dim": 1024, "mlp": True, "symmetric": True, "augmentation": "v2"},
+}
+_PRESET_SCHEDULE = {"v1": "multistep", "v2": "cosine"}
+
+
+def _check_types(node: Any, path: str) -> None:
+    """Config files are Python, so any value can be in any field."""
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        allowed = typing.get_args(field.type) or (field.type,)
+        if dataclasses.is_dataclass(field.type):
+            if not isinstance(value, field.type):
+                raise UserError(f"{path}.{field.name}: found {value!r}, allowed: a {field.type.__name__}")
+            _check_types(value, f"{path}.{field.name}")
+            continue
+        fits = isinstance(value, int) and not isinstance(value, bool) if float in allowed else False
+        if not fits and type(value) not in allowed:
+            names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+            raise UserError(f"{path}.{field.name}: found {value!r}, allowed: {names}")
+
+
+def _check_values(config: Config) -> None:
+    """Everything that can be known before data is read and a network is built."""
+    clients, moco, optim, evaluation = config.clients, config.moco, config.optim, config.eval
+    assert clients.cohort is not None
+    _allow("moco.augmentation", moco.augmentation, ("v1", "v2"))
+    _allow("optim.schedule", optim.schedule, ("cosine", "multistep", "constant"))
+    _in_range("seed", config.seed, 0, 2**32 - 1)
+    _in_range("epochs", config.epochs, 1)
+    _in_range("clients.num", clients.num, 1)
+    _in_range("clients.cohort", clients.cohort, 1, clients.num, "the clients of the pool")
+    _in_range("clients.batch_size", clients.batch_size, 1)
+    _in_range("clients.sync_frequency", clients.sync_frequency, 1)
+    _in_range("clients.noniid_ratio", clients.noniid_ratio, 0.0, 1.0, open_low=True)
+    if clients.dirichlet_alpha is not None:
+        _in_range("clients.dirichlet_alpha", clients.dirichlet_alpha, 0.0, open_low=True)
+    _in_range("model.cut_layer", config.model.cut_layer, 1)
+    if config.model.stem_stride is not None:
+        _in_range("model.stem_stride", config.model.stem_stride, 1, 4)
+    assert moco.key_dim is not None
+    _in_range("moco.key_dim", moco.key_dim, 1)
+    keys = clients.cohort * clients.batch_size * (2 if moco.symmetric else 1)
+    _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step")
+    _in_range("moco.temperature", moco.temperature, 0.0, open_low=True)
+    _in_range("moco.momentum", moco.momentum, 0.0, 1.0)
+    _in_range("moco.min_crop_scale", moco.min_crop_scale, 0.0, 1.0, open_low=True)
+    for name in ("server_lr", "client_lr", "weight_decay"):
+        _in_range(f"optim.{name}", getattr(optim, name), 0.0)
+    _in_range("optim.momentum", optim.momentum, 0.0, 1.0)
+    _in_range("eval.every", evaluation.every, 0)
+    _in_range("eval.knn_k", evaluation.knn_k, 1)
+    _in_range("eval.knn_temperature", evaluation.knn_temperature, 0.0, open_low=True)
+    _in_range("eval.probe_epochs", evaluation.probe_epochs, 0)
+    _in_range("checkpoint.every", config.checkpoint.every, 1)
+    _in_range("checkpoint.keep", config.checkpoint.keep, 1)
+
+
+def _allow(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"config.{field}: found {value!r}, allowed: {', '.join(allowed)}")
+
+
+def _in_range(
+    field: str, value: float, low: float, high: float = math.inf, why: str = "", *, open_low: bool = False
+) -> None:
+    """`low` itself is allowed unless `open_low`; `why` says where the bound comes from."""
+    if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
+        return
+    bounds = f"more than {low:g}" if open_low else f"{low} or more"
+    if high < math.inf:
+        bounds = f"more than {low:g}, at most {high:g}" if open_low else f"{low} to {high}"
+    raise UserError(f"config.{field}: found {value}, allowed: {bounds}" + (f" ({why})" if why else ""))
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any], path: str = "config") -> list[str]:
+    """The fields in which two configurations differ, as `path: found, now wanted`."""
+    lines = []
+    for name in dict.fromkeys([*wanted, *found]):
+        there, now = found.get(name), wanted.get(name)
+        if isinstance(there, dict) and isinstance(now, dict):
+            lines += differences(there, now, f"{path}.{name}")
+        elif there != now:
+            lines.append(f"{path}.{name}: {there!r} there, {now!r} now")
+    return lines
+
+
+def quickstart() -> Config:
+    """What the command runs by default: minutes on two CPU cores, no download."""
+    return Config(
+        epochs=13,
+        data=Data(name="fashion_mnist_sample"),
+        clients=Clients(num=20, batch_size=5, noniid_ratio=0.2, sync_frequency=10),
+        model=Model(name="resnet18", width=16, stem_stride=2, cut_layer=1),
+        moco=Moco(preset="v2", key_dim=128, queue_size=2000, min_crop_scale=0.2),
+    )

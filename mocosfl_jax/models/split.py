@@ -61,6 +61,20 @@ class _Server(nn.Module):
         return Features(backbone, self.head(backbone))
 
 
+def check_model(name: str, *, cut_layer: int, width: int) -> None:
+    """Raise UserError, which says what is allowed, if there is no such network or no such cut."""
+    if name not in resnet.DEPTHS:
+        raise UserError(f"config.model.name: found {name!r}, allowed: {', '.join(resnet.DEPTHS)}")
+    if width < 4 or width % 4:
+        raise UserError(f"config.model.width: found {width}, allowed: multiples of 4")
+    last = sum(resnet.DEPTHS[name][0])
+    if not 1 <= cut_layer <= last:
+        raise UserError(
+            f"config.model.cut_layer: found {cut_layer}, allowed: 1 to {last} for {name} "
+            f"(a stem and {last} blocks, of which the server keeps at least one)"
+        )
+
+
 def split_model(
     name: str,
     *,
@@ -86,20 +100,12 @@ def split_model(
     Raises:
       UserError: if a value is not possible; the message says what is.
     """
-    if name not in resnet.DEPTHS:
-        raise UserError(f"config.model.name: found {name!r}, allowed: {', '.join(resnet.DEPTHS)}")
-    if width < 4 or width % 4:
-        raise UserError(f"config.model.width: found {width}, allowed: multiples of 4")
+    check_model(name, cut_layer=cut_layer, width=width)
     stem_kernel = 7 if image_size >= 224 else 3
     default_stride = 2 if image_size >= 64 else 1
     stack = resnet.resnet_layers(
         name, width=width, stem_kernel=stem_kernel, stem_stride=stem_stride or default_stride
     )
-    if not 1 <= cut_layer < len(stack):
-        raise UserError(
-            f"config.model.cut_layer: found {cut_layer}, allowed: 1 to {len(stack) - 1} for {name}, "
-            f"which has {len(stack)} layers before the pool"
-        )
     expansion = resnet.BOTTLENECK_EXPANSION if resnet.DEPTHS[name][1] else 1
     head = layers.ProjectionHead(key_dim, key_dim * expansion if mlp else None, name="head")
     client = _Sequence(tuple(stack[:cut_layer]), layers.patches_conv)

@@ -1,0 +1,108 @@
+"""Saving and resuming a run with Orbax: the whole TrainState and where the run stands.
+
+A checkpoint appears under its step number when it is complete, never before.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax import Array
+
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.mocosfl import TrainState
+
+
+class Progress(NamedTuple):
+    """Where a run stands, beside its TrainState. Plain numbers, saved as JSON."""
+
+    step: int = 0  # training steps done
+    losses: tuple[float, ...] = ()  # of the steps of the epoch that is under way
+    top1s: tuple[float, ...] = ()
+    epoch_seconds: float = 0.0  # of training in the epoch that is under way
+    best_knn: float = 0.0  # best kNN accuracy on backbone features so far
+    metrics_lines: int = 0  # lines of metrics.jsonl that belong to this checkpoint
+
+
+def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+    """The manager of the checkpoints in `folder`, which keeps the newest `keep` of them."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
+    """Save in the background; `state` may be donated as soon as this returns."""
+    record = progress._asdict() | {"fingerprint": int(_fingerprint(state))}
+    manager.save(
+        progress.step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            # A string, since Python writes and reads every float exactly.
+            progress=ocp.args.JsonSave({"record": json.dumps(record)}),
+        ),
+    )
+
+
+def restore_newest(
+    manager: ocp.CheckpointManager, like: TrainState
+) -> tuple[TrainState, Progress] | None:
+    """The newest checkpoint that can be read, or None if there is none at all.
+
+    Newer ones that are damaged are warned of and deleted, so that their steps can be saved again.
+
+    Args:
+      manager: of `open_manager`.
+      like: a state of the same shapes, dtypes and placement.
+
+    Raises:
+      UserError: if there are checkpoints but none can be read.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    damaged = []
+    for step in steps:
+        try:
+            state, progress = _restore(manager, step, like)
+        except Exception as error:  # whatever Orbax meets in a damaged file
+            reason = str(error).split("\n", 1)[0][:120]
+            logging.warning("checkpoint %d is damaged and skipped (%s)", step, reason)
+            damaged.append(step)
+            continue
+        for bad in damaged:
+            manager.delete(bad)
+        return state, progress
+    if steps:
+        raise UserError(f"{manager.directory}: none of the {len(steps)} checkpoints can be read")
+    return None
+
+
+def _restore(
+    manager: ocp.CheckpointManager, step: int, like: TrainState
+) -> tuple[TrainState, Progress]:
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()),
+    )
+    record = json.loads(restored.progress["record"])
+    found = int(_fingerprint(restored.state))
+    if record.pop("fingerprint") != found:
+        raise ValueError("its arrays are not those that were saved")
+    lists = {name: tuple(record[name]) for name in ("losses", "top1s")}
+    return restored.state, Progress(**record | lists)
+
+
+@jax.jit
+def _fingerprint(tree: Any) -> Array:
+    """Sum of all bits as 32-bit words, each leaf with an odd factor of its own: shows a flipped bit."""
+
+    def words(leaf: Array) -> Array:
+        return jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
+
+    total = jnp.uint32(0)
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
+        total += np.uint32(2 * i + 1) * jnp.sum(words(leaf), dtype=jnp.uint32)
+    return total

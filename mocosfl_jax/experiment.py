@@ -1,0 +1,75 @@
+"""An experiment made ready: data read, dealt to the clients, algorithm built."""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from mocosfl_jax import data, optim, partition
+from mocosfl_jax.config import Config
+from mocosfl_jax.models import SplitModel, check_model, split_model
+from mocosfl_jax.mocosfl import Algorithm, mocosfl
+
+
+class Run(NamedTuple):
+    """What does not change while a run trains."""
+
+    config: Config
+    dataset: data.Dataset
+    parts: list[np.ndarray]  # indices of each client's images
+    model: SplitModel
+    algorithm: Algorithm
+    steps_per_epoch: int
+    steps_per_round: int  # a round ends with a synchronization
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.total_epochs * self.steps_per_epoch
+
+
+def prepare(config: Config) -> Run:
+    """Read the data, deal it to the clients and build the algorithm. Nothing is compiled.
+
+    Raises:
+      UserError: for whatever in the configuration or the data cannot be.
+    """
+    config = config.resolved()
+    clients, moco = config.clients, config.moco
+    assert clients.cohort is not None and moco.key_dim is not None
+    assert moco.mlp is not None and moco.symmetric is not None and config.optim.schedule is not None
+    check_model(config.model.name, cut_layer=config.model.cut_layer, width=config.model.width)
+    dataset = data.load(config.data.name, config.data.dir, config.data.image_size)
+    parts = partition.partition(
+        dataset.y_train,
+        num_clients=clients.num,
+        batch_size=clients.batch_size,
+        noniid_ratio=clients.noniid_ratio,
+        dirichlet_alpha=clients.dirichlet_alpha,
+        seed=config.seed,
+    )
+    steps = partition.steps_per_epoch(parts, clients.batch_size)
+    model = split_model(
+        config.model.name,
+        cut_layer=config.model.cut_layer,
+        width=config.model.width,
+        image_size=dataset.x_train.shape[1],
+        stem_stride=config.model.stem_stride,
+        key_dim=moco.key_dim,
+        mlp=moco.mlp,
+    )
+    schedule = partial(
+        optim.schedule, config.optim.schedule, epochs=config.total_epochs, steps_per_epoch=steps
+    )
+    algorithm = mocosfl(
+        model,
+        num_clients=clients.num,
+        server_lr=schedule(config.optim.server_lr, decay=0.1),
+        client_lr=schedule(config.optim.client_lr, decay=0.2),
+        sgd_momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        queue_size=moco.queue_size,
+        temperature=moco.temperature,
+        momentum=moco.momentum,
+        symmetric=moco.symmetric,
+    )
+    return Run(config, dataset, parts, model, algorithm, steps, max(1, steps // clients.sync_frequency))

@@ -1,0 +1,47 @@
+"""Pictures of a run, as PNG."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def plot_partition(path: Path, labels: np.ndarray, parts: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    """How many images of each class each client holds, as a PNG."""
+    counts = np.stack([np.bincount(labels[part], minlength=len(names)) for part in parts], axis=1)
+    figure, axes = _figure(9, 4)
+    image = axes.imshow(counts, aspect="auto", interpolation="nearest", cmap="viridis")
+    axes.set(xlabel="client", ylabel="class", title="Images of each class on each client")
+    if len(names) <= 20:
+        axes.set_yticks(range(len(names)), names)
+    figure.colorbar(image, label="images")
+    figure.savefig(path, dpi=120)
+
+
+def plot_curves(path: Path, metrics: Sequence[Mapping[str, float]]) -> None:
+    """Loss and kNN accuracy over epochs, as a PNG."""
+    figure, axes = _figure(9, 4)
+    losses = [(m["epoch"], m["loss"]) for m in metrics if "loss" in m]
+    axes.set(xlabel="epoch", ylabel="loss (InfoNCE)", title="Contrastive loss and kNN accuracy")
+    if losses:
+        axes.plot(*zip(*losses, strict=True), color="tab:gray", label="loss")
+    accuracy = axes.twinx()
+    accuracy.set_ylabel("kNN accuracy on the test images")
+    for field, color in (("knn_backbone", "tab:blue"), ("knn_projection", "tab:orange")):
+        points = [(m["epoch"], m[field]) for m in metrics if field in m]
+        if points:
+            accuracy.plot(*zip(*points, strict=True), marker="o", color=color, label=field)
+    for m in metrics:
+        if "knn_raw_pixels" in m:
+            accuracy.axhline(m["knn_raw_pixels"], color="tab:green", ls="--", label="raw pixels")
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    # Imported here, since it takes a second; Figure itself needs no display and no global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
