@@ -11,7 +11,7 @@ they are products with small matrices.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from mocosfl_jax.errors import UserError
 
-Version = Literal["v1", "v2"]
+VERSIONS = ("v1", "v2")
 
 # RandomResizedCrop
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -61,7 +61,7 @@ def two_views(
     images: Array,
     *,
     size: int,
-    version: Version,
+    version: str,
     min_crop_scale: float,
     mean: Sequence[float],
     std: Sequence[float],
@@ -94,14 +94,14 @@ def two_views(
     return Views(query=query, key=key)
 
 
-def augment(rng: Array, image: Array, *, size: int, version: Version, min_crop_scale: float) -> Array:
+def augment(rng: Array, image: Array, *, size: int, version: str, min_crop_scale: float) -> Array:
     """Draws one view: [H, W, 3] float32 in [0, 1] -> [size, size, 3] float32 in [0, 1]; the rest is static.
 
     Raises:
       UserError: unknown version, or min_crop_scale out of range.
     """
-    if version not in get_args(Version):
-        raise UserError(f"config.moco.augmentation={version!r}: use one of {', '.join(get_args(Version))}")
+    if version not in VERSIONS:
+        raise UserError(f"config.moco.augmentation={version!r}: use one of {', '.join(VERSIONS)}")
     if not 0 < min_crop_scale <= 1:
         raise UserError(f"config.moco.min_crop_scale={min_crop_scale}: must be above 0 and at most 1")
     rng_crop, rng_flip, rng_jitter, rng_gray, rng_blur = jax.random.split(rng, 5)

@@ -1,0 +1,130 @@
+"""Data sets as 8-bit arrays: the bundled sample, CIFAR archives, npz files, image folders and TFDS.
+
+    dataset = load("cifar10", "data", image_size=None)
+
+`NAMES` are the names with a loader of their own; any other name is one of tensorflow-datasets.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mocosfl_jax.data import arrays, cifar, folder, images, tfds_sets
+from mocosfl_jax.errors import UserError
+
+__all__ = ["NAMES", "Dataset", "load"]
+
+Channels = tuple[float, float, float]
+_Loader = Callable[[str, Path, int | None], images.Loaded]
+
+_LOADERS: dict[str, _Loader] = {
+    "fashion_mnist_sample": arrays.load_sample,
+    "cifar10": cifar.load,
+    "cifar100": cifar.load,
+    "npz": arrays.load_npz,
+    "image_folder": folder.load,
+}
+NAMES: tuple[str, ...] = tuple(_LOADERS)
+
+_MAX_SIZE = math.isqrt(images.MAX_PIXELS)
+
+# Mean and standard deviation that the paper's experiments normalize with.
+_CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+_TINY_IMAGENET = ((0.5141, 0.5775, 0.3985), (0.2927, 0.2570, 0.1434))
+_PUBLISHED: dict[str, tuple[Channels, Channels]] = {
+    "cifar10": (_CIFAR10_MEAN, (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn_cropped": ((0.3522, 0.4004, 0.4463), (0.1189, 0.1377, 0.1784)),
+    "stl10": (_CIFAR10_MEAN, (0.2471, 0.2435, 0.2616)),
+    "tiny_imagenet": _TINY_IMAGENET,
+    "tiny_imagenet_200": _TINY_IMAGENET,
+}
+
+
+class Dataset(NamedTuple):
+    """A training and a test set in memory. Labels are 0..C-1, and each of them occurs in training."""
+
+    x_train: np.ndarray  # [n, H, W, 3] uint8
+    y_train: np.ndarray  # [n] int32
+    x_test: np.ndarray
+    y_test: np.ndarray
+    class_names: tuple[str, ...]  # C names
+    mean: Channels  # of each channel, on [0, 1]
+    std: Channels
+    source: str  # one line: where the images came from
+
+
+def load(name: str, directory: str, image_size: int | None) -> Dataset:
+    """The data set `name` from `directory`, resized to `image_size` pixels a side unless that is None.
+
+    Images that are not square are resized to that shorter side and cropped at the centre. Mean and
+    standard deviation are the published ones where there are any (an image folder called
+    `tiny-imagenet-200` has them too), else those of the training images.
+
+    Raises UserError for every name, folder, file or size that cannot be used.
+    """
+    if not isinstance(name, str) or not name:
+        raise UserError(f"config.data.name: {name!r}, a name is needed, e.g. one of {', '.join(NAMES)}")
+    if not isinstance(directory, str) or not directory or "\0" in directory:
+        raise UserError(f"config.data.dir: {directory!r}, a path is needed")
+    if image_size is not None and (
+        isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= _MAX_SIZE
+    ):
+        raise UserError(f"config.data.image_size: {image_size!r}, allowed: none or 1 to {_MAX_SIZE}")
+    path = Path(directory)
+    try:
+        loader = _LOADERS.get(name)
+        loaded = loader(name, path, image_size) if loader else tfds_sets.load(name, path, image_size, NAMES)
+    except OSError as error:
+        where = error.filename or directory
+        raise UserError(f"config.data.dir: {where}: {error.strerror or error}") from error
+    return _dataset(loaded, _statistics_key(name, path), image_size)
+
+
+def _statistics_key(name: str, path: Path) -> str:
+    """`stl10` for the name `stl10:1.0.0`; an image folder goes by the name of its directory."""
+    named = path.resolve().name if name == "image_folder" else re.split("[/:]", name)[0]
+    return re.sub("[^a-z0-9]+", "_", named.lower())
+
+
+def _dataset(loaded: images.Loaded, key: str, image_size: int | None) -> Dataset:
+    """Checks and resizes what a loader returned and adds the statistics."""
+    source = loaded.source
+    classes = len(loaded.class_names)
+    for split, x, y in (
+        ("train", loaded.x_train, loaded.y_train),
+        ("test", loaded.x_test, loaded.y_test),
+    ):
+        where = f"{source}: {split}"
+        if not len(x):
+            raise UserError(f"{where}: no images, at least one is needed")
+        if len(x) != len(y):
+            raise UserError(f"{where}: {len(x)} images and {len(y)} labels, as many are needed")
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= classes:
+            found = low if low < 0 else high
+            raise UserError(f"{where}: label {found}, allowed: 0 to {classes - 1}")
+    missing = sorted(set(range(classes)) - set(np.unique(loaded.y_train).tolist()))
+    if missing:
+        raise UserError(
+            f"{source}: train: no image has label {missing[0]}, all of 0 to {classes - 1} must occur"
+        )
+
+    what = f"{source}: config.data.image_size {image_size}"
+    x_train = images.resize(loaded.x_train, image_size, what)
+    x_test = images.resize(loaded.x_test, image_size, what)
+    mean, std = _PUBLISHED.get(key) or images.channel_stats(x_train)
+    return Dataset(
+        x_train,
+        loaded.y_train.astype(np.int32),
+        x_test,
+        loaded.y_test.astype(np.int32),
+        loaded.class_names,
+        mean,
+        std,
+        source,
+    )

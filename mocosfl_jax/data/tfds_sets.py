@@ -1,0 +1,133 @@
+"""Image classification sets that tensorflow-datasets has prepared, read without TensorFlow."""
+
+import difflib
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mocosfl_jax.data.images import Loaded, fit, require_memory, rgb
+from mocosfl_jax.errors import UserError
+
+_FORMATS = ("array_record", "parquet")
+
+
+def load(name: str, directory: Path, image_size: int | None, own_names: tuple[str, ...]) -> Loaded:
+    """The splits `train` and `test` (else `validation`) of the set `name`, prepared in `directory`.
+
+    `name` may have a configuration and a version (`imagenette/160px:1.0.0`). The set needs the features
+    `image` (uint8, 1 or 3 channels) and `label`, and files of array_record or parquet, the formats that
+    tensorflow-datasets reads without TensorFlow. Nothing is downloaded or prepared here. Raises
+    UserError; for an unknown name it lists `own_names`, those that this package reads itself.
+    """
+    unknown = f"config.data.name: {name!r} is none of {', '.join(own_names)}"
+    tfds = _import(unknown)
+    try:
+        builder = tfds.builder(name, data_dir=str(directory))
+    except tfds.core.DatasetNotFoundError as error:
+        close = difflib.get_close_matches(
+            name, [*own_names, *tfds.list_builders(with_community_datasets=False)], n=3
+        )
+        guess = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(
+            f"{unknown}, and tensorflow-datasets has no such set, neither by itself nor prepared in "
+            f"{directory}{guess}"
+        ) from error
+    except Exception as error:  # versions, configurations and arguments in the name are checked by TFDS
+        raise UserError(f"{unknown}, and tensorflow-datasets refuses it: {_reason(error)}") from error
+    if not builder.info.splits:
+        raise UserError(
+            f"config.data.dir: {directory} does not hold {name} prepared; {_how_to(name, directory)}"
+        )
+    formats = {kind.value for kind in builder.info.available_file_formats()}
+    if not formats.intersection(_FORMATS):
+        raise UserError(
+            f"config.data.dir: {directory} holds {name} as {', '.join(sorted(formats))}, allowed: "
+            f"{', '.join(_FORMATS)}; {_how_to(name, directory)} --overwrite"
+        )
+    splits = builder.info.splits
+    test = "test" if "test" in splits else "validation"
+    if "train" not in splits or test not in splits:
+        raise UserError(
+            f"config.data.name: {name} has the splits {', '.join(splits)}, "
+            "needed: train, and test or validation"
+        )
+    class_names, shape = _features(tfds, name, builder.info.features, image_size)
+    x_train, y_train = _read(builder, name, "train", shape, image_size)
+    x_test, y_test = _read(builder, name, test, shape, image_size)
+    source = f"tensorflow-datasets {builder.info.full_name}, train and {test}, from {directory}"
+    return Loaded(x_train, y_train, x_test, y_test, class_names, source)
+
+
+def _import(unknown: str) -> Any:
+    try:
+        return importlib.import_module("tensorflow_datasets")
+    except ImportError as error:
+        raise UserError(
+            f"{unknown}; for the sets of tensorflow-datasets: "
+            f"pip install tensorflow-datasets importlib_resources pillow ({_reason(error)})"
+        ) from error
+
+
+def _how_to(name: str, directory: Path) -> str:
+    """The command that prepares the set; its last part takes further options."""
+    install = (
+        "" if importlib.util.find_spec("tensorflow") else "`pip install tensorflow` (only to prepare it), "
+    )
+    return f"prepare it: {install}then tfds build {name} --data_dir={directory} --file_format=array_record"
+
+
+def _features(
+    tfds: Any, name: str, features: Any, image_size: int | None
+) -> tuple[tuple[str, ...], tuple[int, int, int]]:
+    """Class names and [H, W, 3] of the images as they will be held."""
+    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    image, label = found.get("image"), found.get("label")
+    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+        raise UserError(
+            f"config.data.name: {name} has no features image and label, other sets cannot be used"
+        )
+    height, width, channels = image.shape
+    if np.dtype(image.np_dtype) != np.uint8 or channels not in (1, 3):
+        raise UserError(
+            f"config.data.name: {name} has images of {channels} channels of {np.dtype(image.np_dtype)}, "
+            "allowed: 1 or 3 of uint8"
+        )
+    if image_size is not None:
+        return tuple(label.names), (image_size, image_size, 3)
+    if height is None or width is None:
+        raise UserError(f"config.data.image_size: none, but the images of {name} differ in size: set it")
+    return tuple(label.names), (height, width, 3)
+
+
+def _read(
+    builder: Any, name: str, split: str, shape: tuple[int, int, int], image_size: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images [n, H, W, 3] uint8 and labels [n] int64 of one split."""
+    where = f"{name}, split {split}"
+    try:
+        source = builder.as_data_source(split=split)
+        count = len(source)
+        require_memory(where, count * shape[0] * shape[1] * 3)
+        images, labels = np.empty((count, *shape), np.uint8), np.empty(count, np.int64)
+        for index in range(count):
+            example = source[index]
+            pixels = rgb(np.asarray(example["image"])[None])[0]
+            if image_size is not None:
+                pixels = np.asarray(fit(Image.fromarray(pixels), image_size))
+            if pixels.shape != shape:
+                raise UserError(f"{where}: image {index} is {list(pixels.shape)}, expected {list(shape)}")
+            images[index], labels[index] = pixels, example["label"]
+    except UserError:
+        raise
+    except Exception as error:  # readers and decoders raise many kinds for a broken file
+        raise UserError(f"{where}: not readable in {builder.data_path} ({_reason(error)})") from error
+    return images, labels
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, which in TFDS is often a page."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].strip()

@@ -1,0 +1,69 @@
+"""kNN against a loop, the probe on features of known quality."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mocosfl_jax import Features, evaluate
+
+
+def plain_knn(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int, t: float) -> list[int]:
+    predicted = []
+    unit = train / np.linalg.norm(train, axis=1, keepdims=True)
+    for row in test / np.linalg.norm(test, axis=1, keepdims=True):
+        similarity = unit @ row
+        votes = np.zeros(classes)
+        for i in np.argsort(-similarity)[:k]:
+            votes[labels[i]] += np.exp(similarity[i] / t)
+        predicted.append(int(votes.argmax()))
+    return predicted
+
+
+@pytest.mark.parametrize("k", [1, 7, 200])
+@pytest.mark.parametrize("block_bytes", [4 * 60 * 7, 2**28])
+def test_knn_equals_a_loop_whatever_the_block(monkeypatch: pytest.MonkeyPatch, k: int, block_bytes: int) -> None:
+    monkeypatch.setattr(evaluate, "KNN_BLOCK_BYTES", block_bytes)
+    rng = np.random.default_rng(0)
+    labels, truth = rng.integers(0, 4, 60), rng.integers(0, 4, 25)
+    centres = rng.normal(size=(4, 6))
+    train = (centres[labels] + rng.normal(size=(60, 6))).astype(np.float32)
+    test = (centres[truth] + rng.normal(size=(25, 6))).astype(np.float32)
+    expected = np.mean(np.array(plain_knn(train, labels, test, 4, k, 0.1)) == truth)
+    got = evaluate.knn_accuracy(train, labels, test, truth, num_classes=4, k=k, temperature=0.1)
+    assert got == pytest.approx(expected)
+    assert 0 < got < 1
+
+
+def test_extract_keeps_order_and_drops_padding() -> None:
+    images = np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2, 1)
+    shapes = set()
+
+    @jax.jit
+    def encode(batch: jax.Array) -> Features:
+        shapes.add(batch.shape)  # once a trace
+        flat = batch.reshape(len(batch), -1).astype(jnp.float32)
+        return Features(flat, 2 * flat)
+
+    features = evaluate.extract(encode, images, batch_size=3)
+    np.testing.assert_array_equal(features.backbone, images.reshape(7, 4))
+    np.testing.assert_array_equal(features.projection, 2 * features.backbone)
+    assert shapes == {(3, 2, 2, 1)}
+
+
+def test_linear_probe_separates_what_is_separable_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    labels, truth = rng.integers(0, 3, 600), rng.integers(0, 3, 300)
+    centres = 4 * np.eye(3, 5)
+
+    def probe(scale: float) -> evaluate.Probe:
+        train = (scale * centres[labels] + rng.normal(size=(600, 5))).astype(np.float32)
+        test = (scale * centres[truth] + rng.normal(size=(300, 5))).astype(np.float32)
+        return evaluate.linear_probe(
+            jax.random.key(0), train, labels, test, truth, num_classes=3, epochs=100, batch_size=100
+        )
+
+    informative, noise = probe(1.0), probe(0.0)
+    assert informative.last_epoch > 0.95
+    assert 0.2 < noise.last_epoch < 0.5
+    assert noise.last_epoch <= noise.best_on_test
