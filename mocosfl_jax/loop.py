@@ -42,7 +42,7 @@ class Logger(NamedTuple):
     metrics: Callable[[workdir.Metrics], None]
 
 
-def train(run: Run, folder: Path, stop: threading.Event, logger: Logger) -> bool:
+def train(run: Run, folder: Path, stop: threading.Event, logger: Logger) -> int:
     """Train from the newest checkpoint in `folder`, or from the start.
 
     Args:
@@ -52,7 +52,7 @@ def train(run: Run, folder: Path, stop: threading.Event, logger: Logger) -> bool
       logger: gets every line and every object of metrics.jsonl.
 
     Returns:
-      Whether the run came to its end and did not stop before.
+      The step reached: the last one of the run, unless `stop` came before.
 
     Raises:
       NonFiniteError: nothing was saved since.
@@ -74,10 +74,9 @@ def train(run: Run, folder: Path, stop: threading.Event, logger: Logger) -> bool
             programs = compile_programs(run, state, rng_views, encode)
             state, progress = run_epochs(run, programs, state, progress, folder, manager, stop, logger)
     plots.plot_curves(folder / "curves.png", workdir.read_metrics(folder))
-    if progress.step < run.total_steps:
-        return False
-    finish(run, folder, state, encode, rng_probe, logger)
-    return True
+    if progress.step == run.total_steps:
+        finish(run, folder, state, encode, rng_probe, logger)
+    return progress.step
 
 
 def start(run: Run, folder: Path, state: TrainState, encode: Encode, logger: Logger) -> Progress:

@@ -48,21 +48,27 @@ def main(argv: list[str]) -> int:
         # Imported only here, so that a slip of the pen is answered at once.
         from mocosfl_jax import experiment, loop, workdir
 
-        with tensorboard_writer(folder, tensorboard) as write_metrics:
-            run = experiment.prepare(config)
-            workdir.claim(folder, run.config)
-            with stop_on_signals() as (stop, received):
-                ended = loop.train(run, folder, stop, loop.Logger(say, write_metrics))
+        run = experiment.prepare(config)
+        workdir.claim(folder, run.config)
+        with tensorboard_writer(folder, tensorboard) as write_metrics, stop_on_signals() as (stop, received):
+            step = loop.train(run, folder, stop, loop.Logger(say, write_metrics))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NonFiniteError as error:
-        print(f"error: {error}; the last good checkpoint is the newest in {folder}", file=sys.stderr)
+        print(f"error: {error}; {last_checkpoint(folder)}", file=sys.stderr)
         return 1
-    if ended:
+    if step == run.total_steps:
         return 0
-    say(f"stopped by {received[0].name}; to go on: python -m mocosfl_jax.train {shlex.join(argv[1:])}")
+    again = f"python -m mocosfl_jax.train {shlex.join(argv[1:])}".strip()
+    say(f"stopped by {received[0].name}, saved at step {step:,} of {run.total_steps:,}; to go on: {again}")
     return 128 + received[0]
+
+
+def last_checkpoint(folder: Path) -> str:
+    """Where a run that failed can be picked up."""
+    steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    return f"the last good checkpoint is {folder / 'checkpoints' / str(max(steps))}" if steps else "no checkpoint yet"
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, Path, bool]:

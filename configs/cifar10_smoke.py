@@ -1,0 +1,18 @@
+"""Real CIFAR-10 in minutes on two CPU cores: 20 clients with 2 classes each, a narrow ResNet-18.
+
+    python -m mocosfl_jax.train --config=configs/cifar10_smoke.py --config.data.dir=data
+
+It shows that the whole path learns; it is far too short for the paper's numbers.
+"""
+
+from mocosfl_jax.config import Clients, Config, Data, Model, Moco
+
+
+def get_config() -> Config:
+    return Config(
+        epochs=4,
+        data=Data(name="cifar10"),
+        clients=Clients(num=20, batch_size=5, noniid_ratio=0.2, sync_frequency=50),
+        model=Model(name="resnet18", width=16, stem_stride=2, cut_layer=1),
+        moco=Moco(preset="v2", key_dim=128, queue_size=2000, min_crop_scale=0.2),
+    )

@@ -1,0 +1,112 @@
+"""Configurations: presets, checks with their messages, and every file in configs/."""
+
+import pathlib
+from collections.abc import Callable
+
+import pytest
+
+from mocosfl_jax.config import Clients, Config, Moco, differences, quickstart
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.train import load_config
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_is_possible(path: pathlib.Path) -> None:
+    config = load_config(str(path)).resolved()
+    assert config.clients.cohort is not None
+    assert f"--config=configs/{path.name}" in (path.read_text()) or path.stem == "quickstart"
+
+
+def test_there_are_the_four_promised_files() -> None:
+    promised = {"quickstart", "cifar10_noniid_100", "cifar10_noniid_1000", "cifar10_smoke"}
+    assert promised <= {path.stem for path in CONFIGS}
+    (default,) = (path for path in CONFIGS if path.stem == "quickstart")
+    assert load_config(str(default)) == quickstart()
+
+
+def test_presets_fill_in_what_is_left_open_and_nothing_else() -> None:
+    v1 = Config(moco=Moco(preset="v1", key_dim=64)).resolved()
+    assert (v1.moco.key_dim, v1.moco.mlp, v1.moco.symmetric, v1.moco.augmentation) == (64, False, False, "v1")
+    assert v1.optim.schedule == "multistep"
+    v2 = Config().resolved()
+    assert (v2.moco.key_dim, v2.moco.mlp, v2.moco.symmetric, v2.moco.augmentation) == (1024, True, True, "v2")
+    assert (v2.optim.schedule, v2.clients.cohort) == ("cosine", 100)
+    assert Config().moco.key_dim is None  # the original is left as it was
+
+
+def test_smaller_cohorts_take_more_epochs() -> None:
+    assert Config(epochs=200, clients=Clients(num=1000, cohort=100)).total_epochs == 2000
+    assert Config(epochs=200, clients=Clients(num=250, cohort=100)).total_epochs == 400
+    assert Config(epochs=200).total_epochs == 200
+
+
+def setter(path: str, value: object) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        node = config
+        *parents, last = path.split(".")
+        for part in parents:
+            node = getattr(node, part)
+        setattr(node, last, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("epochs", 0, "config.epochs: found 0, allowed: 1 or more"),
+        ("epochs", 2.0, "config.epochs: found 2.0, allowed: int"),
+        ("epochs", True, "config.epochs: found True, allowed: int"),
+        ("seed", -1, "config.seed: found -1"),
+        ("data.name", None, "config.data.name: found None, allowed: str"),
+        ("clients.num", "20", "config.clients.num: found '20', allowed: int"),
+        ("clients.cohort", 101, "config.clients.cohort: found 101, allowed: 1 to 100 (the clients of the pool)"),
+        ("clients.cohort", 1.5, "config.clients.cohort: found 1.5, allowed: int or None"),
+        ("clients.batch_size", 0, "config.clients.batch_size: found 0"),
+        ("clients.noniid_ratio", 0.0, "config.clients.noniid_ratio: found 0.0, allowed: more than 0, at most 1"),
+        ("clients.noniid_ratio", 1.2, "config.clients.noniid_ratio: found 1.2"),
+        ("clients.dirichlet_alpha", float("nan"), "config.clients.dirichlet_alpha: found nan"),
+        ("clients.sync_frequency", 0, "config.clients.sync_frequency: found 0"),
+        ("moco.preset", "v3", "config.moco.preset: found 'v3', allowed: v1, v2"),
+        ("moco.augmentation", "none", "config.moco.augmentation: found 'none', allowed: v1, v2"),
+        ("moco.queue_size", 199, "config.moco.queue_size: found 199, allowed: 200 or more (the keys of one step)"),
+        ("moco.temperature", 0.0, "config.moco.temperature: found 0.0, allowed: more than 0"),
+        ("moco.momentum", 1.01, "config.moco.momentum: found 1.01, allowed: 0.0 to 1.0"),
+        ("moco.min_crop_scale", 0.0, "config.moco.min_crop_scale: found 0.0"),
+        ("optim.server_lr", float("inf"), "config.optim.server_lr: found inf"),
+        ("optim.schedule", "linear", "config.optim.schedule: found 'linear', allowed: cosine, multistep"),
+        ("model.cut_layer", 0, "config.model.cut_layer: found 0"),
+        ("eval.every", -1, "config.eval.every: found -1"),
+        ("checkpoint.keep", 0, "config.checkpoint.keep: found 0"),
+        ("clients", None, "config.clients: found None, allowed: a Clients"),
+    ],
+)
+def test_impossible_values_are_named(path: str, value: object, message: str) -> None:
+    config = Config()
+    setter(path, value)(config)
+    with pytest.raises(UserError) as error:
+        config.resolved()
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_field_cannot_be_set() -> None:
+    with pytest.raises(AttributeError):
+        Config().epoch = 3  # type: ignore[attr-defined]
+
+
+def test_an_asymmetric_loss_needs_half_the_queue() -> None:
+    assert Config(moco=Moco(preset="v1", queue_size=100)).resolved().moco.queue_size == 100
+
+
+def test_differences_name_field_and_values() -> None:
+    one, other = Config().as_dict(), Config(epochs=3, clients=Clients(num=7)).as_dict()
+    assert differences(one, one) == []
+    assert differences(one, other) == [
+        "config.epochs: 200 there, 3 now",
+        "config.clients.num: 100 there, 7 now",
+    ]
+    del one["model"]["width"]
+    assert "config.model.width: None there, 64 now" in differences(one, other)

@@ -1,0 +1,328 @@
+"""The command as a user meets it: files, screen, mistakes, kills, signals and damaged checkpoints."""
+
+import json
+import logging
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mocosfl_jax import checkpoint, experiment
+from mocosfl_jax.train import main, parse
+
+CLASSES, PER_CLASS = 4, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The runs here compile the same programs: once is enough, also over processes."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    del os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An npz of small pictures, each class with a colour of its own."""
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    rng = np.random.default_rng(0)
+    colours = rng.integers(40, 216, (CLASSES, 1, 1, 3))
+
+    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.repeat(np.arange(CLASSES), count)
+        pictures = colours[labels] + rng.integers(-40, 40, (len(labels), 16, 16, 3))
+        return pictures.astype(np.uint8), labels
+
+    (x_train, y_train), (x_test, y_test) = draw(PER_CLASS), draw(3)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return str(path)
+
+
+def arguments(images: str, workdir: pathlib.Path, *more: str) -> list[str]:
+    fields = {
+        "epochs": 3,
+        "data.name": "npz",
+        "data.dir": images,
+        "clients.num": 4,
+        "clients.batch_size": 2,
+        "clients.noniid_ratio": 0.5,
+        "clients.sync_frequency": 3,
+        "model.width": 4,
+        "moco.key_dim": 8,
+        "moco.queue_size": 20,
+        "eval.knn_k": 5,
+        "eval.probe_epochs": 3,
+    }
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["train", *overrides, f"--workdir={workdir}", *more]
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """All lines but the speed, which differs from run to run."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+
+
+def final_state(argv: list[str]) -> list[np.ndarray]:
+    config, workdir, _ = parse(argv)
+    run = experiment.prepare(config)
+    like = jax.jit(run.algorithm.init)(jax.random.key(0))
+    with checkpoint.open_manager(workdir / "checkpoints", keep=3) as manager:
+        restored = checkpoint.restore_newest(manager, like)
+    assert restored is not None and restored[1].step == run.total_steps
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored[0])]
+
+
+def assert_same_run(argv: list[str], workdir: pathlib.Path, reference: pathlib.Path) -> None:
+    """Bit for bit the same metrics and the same last state."""
+    assert metrics(workdir) == metrics(reference)
+    swap = [f"--workdir={reference}" if a.startswith("--workdir") else a for a in argv]
+    for ours, theirs in zip(final_state(argv), final_state(swap), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def finished(images: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The workdir of a run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    assert main(arguments(images, workdir)) == 0
+    return workdir
+
+
+def test_a_run_leaves_what_is_promised(finished: pathlib.Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    first, *epochs, last = lines
+    assert (first["step"], first["epoch"]) == (0, 0)
+    assert {"knn_projection", "knn_backbone", "knn_raw_pixels"} <= set(first)
+    assert first["knn_raw_pixels"] == 1.0  # the colours give the classes away
+    steps = PER_CLASS * CLASSES // (4 * 2)
+    assert [(line["step"], line["epoch"]) for line in epochs] == [(steps * e, e) for e in (1, 2, 3)]
+    for line in epochs:
+        assert {"loss", "top1", "images_per_s", "knn_projection", "knn_backbone"} <= set(line)
+        assert line["loss"] > 0 and 0 <= line["top1"] <= 1 and line["images_per_s"] > 0
+    assert 0 <= last["linear_probe"] <= last["linear_probe_best_on_test"] <= 1
+    config = json.loads((finished / "config.json").read_text())
+    assert config["clients"]["num"] == config["clients"]["cohort"] == 4
+    for name in ("curves.png", "partition.png"):
+        with Image.open(finished / name) as picture:
+            assert picture.format == "PNG" and min(picture.size) > 300
+    assert len(list((finished / "checkpoints").iterdir())) == 3
+
+
+def test_the_same_command_again_shows_the_result_and_changes_nothing(
+    images: str, finished: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert main(arguments(images, finished)) == 0
+    out = capsys.readouterr().out
+    assert "linear probe" in out and "raw pixels" in out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_configuration_is_refused(
+    images: str, finished: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(arguments(images, finished, "--config.epochs=4", "--config.optim.server_lr=0.5")) == 2
+    error = capsys.readouterr().err
+    assert "config.epochs: 3 there, 4 now; config.optim.server_lr: 0.06 there, 0.5 now" in error
+    assert error.count("\n") == 1
+
+
+def start(argv: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mocosfl_jax.train", *argv[1:]]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_lines(workdir: pathlib.Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    path = workdir / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# Long enough that a kill comes before the end.
+LONG = ("--config.epochs=40", "--config.eval.every=8", "--config.checkpoint.every=2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    process = start(arguments(images, workdir, *LONG))
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return workdir
+
+
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
+    images: str, undisturbed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    argv = arguments(images, tmp_path, *LONG)
+    rng = np.random.default_rng()
+    kills = 0
+    for lines in (1, 6, 17):  # before the first checkpoint, and twice later, each at any moment
+        process = start(argv)
+        wait_for_lines(tmp_path, lines, process)
+        time.sleep(rng.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 3
+    process = start(argv)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert "going on from step" in output
+    assert_same_run(argv, tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(
+    images: str, undisturbed: pathlib.Path, tmp_path: pathlib.Path, number: signal.Signals
+) -> None:
+    argv = arguments(images, tmp_path, *LONG)
+    process = start(argv)
+    wait_for_lines(tmp_path, 4, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in output
+    last = output.strip().splitlines()[-1]
+    assert re.search(rf"stopped by {number.name}, saved at step \d+ of 240; to go on: python -m mocosfl_jax.train", last)
+    assert main(argv) == 0
+    assert_same_run(argv, tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "flip"])
+def test_a_damaged_newest_checkpoint_is_skipped(
+    images: str, finished: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    argv = arguments(images, tmp_path)
+    assert main(argv) == 0
+    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if damage == "delete":
+        largest.unlink()
+    elif damage == "truncate":
+        largest.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0x40
+        largest.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert main(argv) == 0
+    assert f"checkpoint {newest.name} is damaged and skipped" in caplog.text
+    assert_same_run(argv, tmp_path, finished)
+
+
+def test_nothing_readable_is_not_silently_started_anew(
+    images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = arguments(images, tmp_path)
+    assert main(argv) == 0
+    for file in (tmp_path / "checkpoints").rglob("*"):
+        if file.is_file() and file.stat().st_size > 2000:
+            file.write_bytes(b"")
+    kept = (tmp_path / "metrics.jsonl").read_bytes()
+    assert main(argv) == 2
+    assert "none of the 3 checkpoints can be read" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = arguments(images, tmp_path, "--config.optim.server_lr=1e30", "--config.optim.client_lr=1e30")
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"error: .* step \d+ .*no checkpoint", error)
+    assert error.count("\n") == 1
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("--config.epoch=3", "config: found field 'epoch' (did you mean epochs?), allowed: seed, epochs"),
+        ("--config.clients.size=3", "config.clients: found field 'size', allowed: num, cohort"),
+        ("--config.epochs.x=3", "config.epochs: found field 'x', allowed: no field below it"),
+        ("--config.epochs=many", "config.epochs: found 'many', allowed: int"),
+        ("--config.clients.noniid_ratio=x", "config.clients.noniid_ratio: found 'x', allowed: float"),
+        ("--config.clients.cohort=x", "config.clients.cohort: found 'x', allowed: int | None"),
+        ("--config=nowhere.py", "--config: found no file nowhere.py"),
+        ("--epochs=3", "Unknown command line flag 'epochs'"),
+        ("loose", "found 'loose', allowed: --config=FILE"),
+        ("--config.model.cut_layer=9", "config.model.cut_layer: found 9, allowed: 1 to 8 for resnet18"),
+        ("--config.model.name=vgg", "config.model.name: found 'vgg', allowed: resnet18"),
+        ("--config.moco.queue_size=3", "config.moco.queue_size: found 3, allowed: 16 or more"),
+        ("--config.clients.cohort=5", "config.clients.cohort: found 5, allowed: 1 to 4"),
+        ("--config.clients.batch_size=13", "config.moco.queue_size: found 20, allowed: 104 or more"),
+        ("--config.data.dir=/nowhere.npz", "/nowhere.npz"),
+        ("--config.data.name=cifar11", "cifar11"),
+        ("--workdir=/dev/null/x", "--workdir"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, wrong: str, message: str
+) -> None:
+    assert main(arguments(images, tmp_path / "run", wrong)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_batch_above_the_data_of_a_client_is_one_line(
+    images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    wrong = ("--config.clients.batch_size=13", "--config.moco.queue_size=200")
+    assert main(arguments(images, tmp_path / "run", *wrong)) == 2
+    error = capsys.readouterr().err
+    assert "config.clients.batch_size" in error and "13" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("def get_config(): return 3", "get_config() returned int, allowed: a Config"),
+        ("x = 1", "KeyError: 'get_config'"),
+        (
+            "from mocosfl_jax.config import Clients, Config\ndef get_config(): return Config(clients=Clients(size=3))",
+            "TypeError: Clients.__init__() got an unexpected keyword argument 'size'",
+        ),
+    ],
+)
+def test_a_config_file_that_does_not_work_is_one_line(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, content: str, message: str
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(content)
+    assert main(["train", f"--config={path}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "mine.py" in error and error.count("\n") == 1
+
+
+def test_help_lists_every_field(capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--config.clients.noniid_ratio=0.2" in out and "--workdir" in out
+
+
+def test_workdir_is_named_after_the_config_file() -> None:
+    assert parse(["train"])[1] == pathlib.Path("runs/quickstart")
+    path = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_smoke.py"
+    config, workdir, _ = parse(["train", f"--config={path}", "--config.epochs=1"])
+    assert (workdir, config.epochs, config.data.name) == (pathlib.Path("runs/cifar10_smoke"), 1, "cifar10")
