@@ -6,7 +6,7 @@ Li et al. 2023, table 3: linear probe 87.71 % at cut layer 1, 87.10 % at cut lay
 Not run here yet: it takes 100,000 steps of a full ResNet-18 and wants an accelerator.
 """
 
-from mocosfl_jax.config import Clients, Config, Data, Model, Moco, Optim
+from mocosfl_jax.config import Clients, Config, Data, Moco, Model, Optim
 
 
 def get_config() -> Config:

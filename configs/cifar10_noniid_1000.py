@@ -9,7 +9,7 @@ Li et al. 2023, table 3: linear probe 84.75 % at cut layer 2, 86.46 % at cut lay
 Not run here yet: it takes 100,000 steps of a full ResNet-18 and wants an accelerator.
 """
 
-from mocosfl_jax.config import Clients, Config, Data, Eval, Model, Moco, Optim
+from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Optim
 
 
 def get_config() -> Config:

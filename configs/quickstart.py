@@ -1,6 +1,6 @@
 """The default run: 20 clients with 2 classes of Fashion-MNIST each, a narrow ResNet-18, two CPU cores.
 
-    python -m mocosfl_jax.train
+python -m mocosfl_jax.train
 """
 
 from mocosfl_jax.config import Config, quickstart

@@ -1,8 +1,8 @@
 """MocoSFL: self-supervised learning across many small clients, in JAX (Li et al., ICLR 2023)."""
 
-from mocosfl_jax.augment import Views
-from mocosfl_jax.models import Features, SplitModel, split_model
+from mocosfl_jax.augment import Views, normalise, two_views
 from mocosfl_jax.mocosfl import Algorithm, StepInfo, TrainState, mocosfl
+from mocosfl_jax.models import Features, SplitModel, split_model
 
 __all__ = [
     "Algorithm",
@@ -12,5 +12,7 @@ __all__ = [
     "TrainState",
     "Views",
     "mocosfl",
+    "normalise",
     "split_model",
+    "two_views",
 ]

@@ -61,10 +61,10 @@ def two_views(
     images: Array,
     *,
     size: int,
-    version: str,
-    min_crop_scale: float,
     mean: Sequence[float],
     std: Sequence[float],
+    version: str = "v2",
+    min_crop_scale: float = 0.08,
 ) -> Views:
     """Draws a query and a key view of every image, each independent of all others.
 
@@ -117,9 +117,9 @@ def augment(rng: Array, image: Array, *, size: int, version: str, min_crop_scale
     return view
 
 
-def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+def normalise(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) -> Array:
     """(images - mean) / std by channel: [..., 3], uint8 or floats in [0, 1] -> float32 of the same shape."""
-    images = to_float(images)
+    images = to_float(jnp.asarray(images))
     channels = (1,) * (images.ndim - 1) + (3,)
     shift = jnp.asarray(mean, jnp.float32).reshape(channels)
     scale = jnp.asarray(std, jnp.float32).reshape(channels)

@@ -48,9 +48,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) 
     )
 
 
-def restore_newest(
-    manager: ocp.CheckpointManager, like: TrainState
-) -> tuple[TrainState, Progress] | None:
+def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, Progress] | None:
     """The newest checkpoint that can be read, or None if there is none at all.
 
     Newer ones that are damaged are warned of and deleted, so that their steps can be saved again.
@@ -80,9 +78,7 @@ def restore_newest(
     return None
 
 
-def _restore(
-    manager: ocp.CheckpointManager, step: int, like: TrainState
-) -> tuple[TrainState, Progress]:
+def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, Progress]:
     restored = manager.restore(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()),

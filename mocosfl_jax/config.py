@@ -155,10 +155,11 @@ def _check_types(node: Any, path: str) -> None:
     """Config files are Python, so any value can be in any field."""
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
+        assert not isinstance(field.type, str)
         allowed = typing.get_args(field.type) or (field.type,)
         if dataclasses.is_dataclass(field.type):
-            if not isinstance(value, field.type):
-                raise UserError(f"{path}.{field.name}: found {value!r}, allowed: a {field.type.__name__}")
+            if type(value) is not field.type:
+                raise UserError(f"{path}.{field.name}: found {value!r}, allowed: a {allowed[0].__name__}")
             _check_types(value, f"{path}.{field.name}")
             continue
         fits = isinstance(value, int) and not isinstance(value, bool) if float in allowed else False

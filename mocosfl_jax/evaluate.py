@@ -12,10 +12,12 @@ from jax import Array
 
 from mocosfl_jax.models import Features
 
+Rows = np.ndarray | Array  # [n, D] features, or [n] labels
+
 KNN_BLOCK_BYTES = 256 * 2**20  # of similarities held at a time
 
 
-def extract(encode: Callable[[Array], Features], images: np.ndarray, batch_size: int = 250) -> Features:
+def extract(encode: Callable[[np.ndarray], Features], images: np.ndarray, batch_size: int = 250) -> Features:
     """Features of all `images`, computed once, in batches of one shape.
 
     Args:
@@ -24,22 +26,23 @@ def extract(encode: Callable[[Array], Features], images: np.ndarray, batch_size:
       batch_size: images at a time; the last batch is padded with images that are then dropped.
 
     Returns:
-      Features as numpy arrays, backbone [n, D] and projection [n, key_dim].
+      Features of all n images.
     """
-    batches = []
+    batches: list[list[np.ndarray]] = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         padding = np.zeros((batch_size - len(batch), *images.shape[1:]), images.dtype)
         features = encode(np.concatenate([batch, padding]))
         batches.append([np.asarray(x)[: len(batch)] for x in features])
-    return Features(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+    backbone, projection = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return Features(jnp.asarray(backbone), jnp.asarray(projection))
 
 
 def knn_accuracy(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
+    train: Rows,
+    train_labels: Rows,
+    test: Rows,
+    test_labels: Rows,
     *,
     num_classes: int,
     k: int = 200,
@@ -100,10 +103,10 @@ class Probe(NamedTuple):
 
 def linear_probe(
     rng: Array,
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
+    train: Rows,
+    train_labels: Rows,
+    test: Rows,
+    test_labels: Rows,
     *,
     num_classes: int,
     epochs: int = 100,

@@ -5,26 +5,38 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mocosfl_jax import data, optim, partition
+from mocosfl_jax import augment, data, optim, partition
 from mocosfl_jax.config import Config
-from mocosfl_jax.models import SplitModel, check_model, split_model
 from mocosfl_jax.mocosfl import Algorithm, mocosfl
+from mocosfl_jax.models import SplitModel, check_model, split_model
+from mocosfl_jax.rounds import MakeViews
 
 
 class Run(NamedTuple):
     """What does not change while a run trains."""
 
-    config: Config
+    config: Config  # resolved
     dataset: data.Dataset
     parts: list[np.ndarray]  # indices of each client's images
     model: SplitModel
     algorithm: Algorithm
+    make_views: MakeViews
+    cohort: int  # M
     steps_per_epoch: int
     steps_per_round: int  # a round ends with a synchronization
 
     @property
     def total_steps(self) -> int:
         return self.config.total_epochs * self.steps_per_epoch
+
+    @property
+    def images_per_step(self) -> int:
+        return self.cohort * self.config.clients.batch_size
+
+    @property
+    def whole_pool(self) -> bool:
+        """Every client takes part in every step."""
+        return self.cohort == self.config.clients.num
 
 
 def prepare(config: Config) -> Run:
@@ -36,7 +48,8 @@ def prepare(config: Config) -> Run:
     config = config.resolved()
     clients, moco = config.clients, config.moco
     assert clients.cohort is not None and moco.key_dim is not None
-    assert moco.mlp is not None and moco.symmetric is not None and config.optim.schedule is not None
+    assert moco.mlp is not None and moco.symmetric is not None and moco.augmentation is not None
+    assert config.optim.schedule is not None
     check_model(config.model.name, cut_layer=config.model.cut_layer, width=config.model.width)
     dataset = data.load(config.data.name, config.data.dir, config.data.image_size)
     parts = partition.partition(
@@ -72,4 +85,22 @@ def prepare(config: Config) -> Run:
         momentum=moco.momentum,
         symmetric=moco.symmetric,
     )
-    return Run(config, dataset, parts, model, algorithm, steps, max(1, steps // clients.sync_frequency))
+    make_views = partial(
+        augment.two_views,
+        size=dataset.x_train.shape[1],
+        version=moco.augmentation,
+        min_crop_scale=moco.min_crop_scale,
+        mean=dataset.mean,
+        std=dataset.std,
+    )
+    return Run(
+        config=config,
+        dataset=dataset,
+        parts=parts,
+        model=model,
+        algorithm=algorithm,
+        make_views=make_views,
+        cohort=clients.cohort,
+        steps_per_epoch=steps,
+        steps_per_round=max(1, steps // clients.sync_frequency),
+    )

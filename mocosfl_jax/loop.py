@@ -18,8 +18,8 @@ from mocosfl_jax import augment, checkpoint, evaluate, partition, plots, report,
 from mocosfl_jax.checkpoint import Progress
 from mocosfl_jax.errors import NonFiniteError
 from mocosfl_jax.experiment import Run
-from mocosfl_jax.models import Features
 from mocosfl_jax.mocosfl import TrainState
+from mocosfl_jax.models import Features
 
 RAW_PIXELS_LIMIT = 2 * 2**30  # bytes of float images up to which raw pixels are evaluated
 
@@ -90,25 +90,15 @@ def start(run: Run, folder: Path, state: TrainState, encode: Encode, logger: Log
 
 def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
     """Compile the step, the bulk of all compilation; the others compile when they are first used."""
-    config, dataset = run.config, run.dataset
-    clients = config.clients
-    make_views = partial(
-        augment.two_views,
-        size=dataset.x_train.shape[1],
-        version=config.moco.augmentation,
-        min_crop_scale=config.moco.min_crop_scale,
-        mean=dataset.mean,
-        std=dataset.std,
-    )
     run_steps = rounds.make_run_steps(
         run.algorithm,
-        make_views,
+        run.make_views,
         rng_views,
-        jax.device_put(dataset.x_train),
+        jax.device_put(run.dataset.x_train),
         state=state,
-        batch_shape=(clients.cohort, clients.batch_size),
+        batch_shape=(run.cohort, run.config.clients.batch_size),
         max_steps=run.steps_per_round,
-        whole_pool=clients.cohort == clients.num,
+        whole_pool=run.whole_pool,
         scan=rounds.scans_steps(jax.default_backend()),
     )
     return Programs(run_steps, jax.jit(run.algorithm.sync, donate_argnums=0), encode)
@@ -162,11 +152,11 @@ def run_epoch(
     """
     clients, seed = run.config.clients, run.config.seed
     epoch, done = divmod(progress.step, run.steps_per_epoch)
-    members = partition.sample_cohort(clients.num, clients.cohort, seed=seed, epoch=epoch)
+    members = partition.sample_cohort(clients.num, run.cohort, seed=seed, epoch=epoch)
     indices = partition.epoch_indices(
         run.parts, members, batch_size=clients.batch_size, steps=run.steps_per_epoch, seed=seed, epoch=epoch
     )
-    cohort = None if clients.cohort == clients.num else members
+    cohort = None if run.whole_pool else members
     clock = time.perf_counter()
     pending: list[rounds.Curve] = []
     for first in range(done, run.steps_per_epoch, run.steps_per_round):
@@ -191,8 +181,7 @@ def fetch(progress: Progress, curve: rounds.Curve, clock: float, bar: tqdm, run:
         step = progress.step + int(np.argmin(np.isfinite(losses))) + 1
         raise NonFiniteError(f"the loss of step {step:,} is {losses[step - progress.step - 1]}")
     seconds = time.perf_counter() - clock
-    clients = run.config.clients
-    speed = len(losses) * clients.cohort * clients.batch_size / seconds
+    speed = len(losses) * run.images_per_step / seconds
     bar.update(len(losses))
     bar.set_postfix_str(f"loss {losses[-1]:.3f}, top1 {top1s[-1]:.2f}, {speed:,.0f} images/s")
     return progress._replace(
@@ -212,8 +201,7 @@ def all_finite(state: TrainState) -> Array:
 
 def epoch_metrics(run: Run, progress: Progress, epoch: int) -> dict[str, float]:
     """Means over the steps of the epoch that has ended, and its speed."""
-    clients = run.config.clients
-    images = len(progress.losses) * clients.cohort * clients.batch_size
+    images = len(progress.losses) * run.images_per_step
     return {
         "step": progress.step,
         "epoch": epoch,
@@ -262,7 +250,7 @@ def knn_raw_pixels(run: Run) -> dict[str, float]:
     return {"knn_raw_pixels": knn_accuracy(run, train, test)}
 
 
-def knn_accuracy(run: Run, train: np.ndarray, test: np.ndarray) -> float:
+def knn_accuracy(run: Run, train: evaluate.Rows, test: evaluate.Rows) -> float:
     return evaluate.knn_accuracy(
         train,
         run.dataset.y_train,

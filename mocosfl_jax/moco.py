@@ -20,8 +20,14 @@ def init_queue(rng: Array, size: int, key_dim: int) -> MoCoQueue:
 
 
 def enqueue(queue: MoCoQueue, keys: Array) -> MoCoQueue:
-    """Replace the oldest keys by `keys` [n, D], n <= K, wrapping around at the end."""
+    """Replace the oldest keys by `keys` [n, D], wrapping around at the end.
+
+    Raises:
+      ValueError: if n > K.
+    """
     size = queue.keys.shape[0]
+    if keys.shape[0] > size:
+        raise ValueError(f"a queue of {size} keys cannot take {keys.shape[0]} at once")
     rows = (queue.cursor + jnp.arange(keys.shape[0], dtype=jnp.int32)) % size
     cursor = (queue.cursor + keys.shape[0]) % size
     return MoCoQueue(queue.keys.at[rows].set(keys, unique_indices=True), cursor)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -33,6 +34,8 @@ class Algorithm(NamedTuple):
     """Pure functions; jit, donation and placement are the caller's.
 
     `cohort` [M] int32 are the clients that take part, distinct; None means the whole pool in order.
+    `step` raises AssertionError if views and cohort do not fit together, and ValueError if the queue is
+    smaller than the keys of a step.
     """
 
     init: Callable[[Array], TrainState]  # rng -> state
@@ -84,6 +87,8 @@ def mocosfl(
         )
 
     def step(state: TrainState, views: Views, cohort: Array | None = None) -> tuple[TrainState, StepInfo]:
+        chex.assert_equal_shape(views)
+        chex.assert_axis_dimension(views.query, 0, num_clients if cohort is None else len(cohort))
         members = clients.select(state.clients, cohort)
         members, smashed, pullback = clients.forward(model.client, members, views, momentum)
 

@@ -36,9 +36,7 @@ def descend(
     return jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), params, direction), opt_state
 
 
-def schedule(
-    name: str, base: float, *, epochs: int, steps_per_epoch: int, decay: float = 0.1
-) -> Schedule:
+def schedule(name: str, base: float, *, epochs: int, steps_per_epoch: int, decay: float = 0.1) -> Schedule:
     """A learning rate that changes from epoch to epoch.
 
     Args:

@@ -18,7 +18,7 @@ def header(run: Run, state: TrainState) -> str:
     sizes = [len(part) for part in parts]
     classes = [len(np.unique(dataset.y_train[part])) for part in parts]
     height, width, channels = dataset.x_train.shape[1:]
-    batch = (clients.cohort * clients.batch_size, height, width, channels)
+    batch = (run.images_per_step, height, width, channels)
     client_params = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
     smashed = jax.eval_shape(model.client, client_params, jax.ShapeDtypeStruct(batch, np.float32))
     smashed_bytes = smashed.size * smashed.dtype.itemsize
@@ -27,7 +27,7 @@ def header(run: Run, state: TrainState) -> str:
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
-        "clients": f"{clients.num:,}, {clients.cohort:,} an epoch, batch {clients.batch_size}; "
+        "clients": f"{clients.num:,}, {run.cohort:,} an epoch, batch {clients.batch_size}; "
         f"{_span(sizes)} images and {_span(classes)} classes each",
         "client side": f"{config.model.name} width {config.model.width} up to cut layer "
         f"{config.model.cut_layer}: {_params(client_params)} a client",

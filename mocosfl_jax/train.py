@@ -68,7 +68,11 @@ def main(argv: list[str]) -> int:
 def last_checkpoint(folder: Path) -> str:
     """Where a run that failed can be picked up."""
     steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-    return f"the last good checkpoint is {folder / 'checkpoints' / str(max(steps))}" if steps else "no checkpoint yet"
+    return (
+        f"the last good checkpoint is {folder / 'checkpoints' / str(max(steps))}"
+        if steps
+        else "no checkpoint yet"
+    )
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, Path, bool]:
@@ -167,7 +171,7 @@ def help_text() -> str:
                 yield f"  --{path}.{field.name}={value}  ({type_name(field.type)})"
 
     fields = "\n".join(lines(quickstart(), "config"))
-    return f"{__doc__}\nFields, with their values in the quickstart (mocosfl_jax/config.py explains them):\n{fields}"
+    return f"{__doc__}\nFields and their values in the quickstart (see mocosfl_jax/config.py):\n{fields}"
 
 
 @contextlib.contextmanager
@@ -199,7 +203,9 @@ def tensorboard_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mappin
         yield lambda metrics: None
         return
     if importlib.util.find_spec("tensorboardX") is None:
-        raise UserError("--tensorboard: tensorboardX is not installed; pip install 'mocosfl-jax[tensorboard]'")
+        raise UserError(
+            "--tensorboard: tensorboardX is not installed; pip install 'mocosfl-jax[tensorboard]'"
+        )
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(folder / "tensorboard")) as writer:

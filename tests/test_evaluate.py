@@ -8,7 +8,9 @@ import pytest
 from mocosfl_jax import Features, evaluate
 
 
-def plain_knn(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int, t: float) -> list[int]:
+def plain_knn(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int, t: float
+) -> list[int]:
     predicted = []
     unit = train / np.linalg.norm(train, axis=1, keepdims=True)
     for row in test / np.linalg.norm(test, axis=1, keepdims=True):
@@ -22,7 +24,9 @@ def plain_knn(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: 
 
 @pytest.mark.parametrize("k", [1, 7, 200])
 @pytest.mark.parametrize("block_bytes", [4 * 60 * 7, 2**28])
-def test_knn_equals_a_loop_whatever_the_block(monkeypatch: pytest.MonkeyPatch, k: int, block_bytes: int) -> None:
+def test_knn_equals_a_loop_whatever_the_block(
+    monkeypatch: pytest.MonkeyPatch, k: int, block_bytes: int
+) -> None:
     monkeypatch.setattr(evaluate, "KNN_BLOCK_BYTES", block_bytes)
     rng = np.random.default_rng(0)
     labels, truth = rng.integers(0, 4, 60), rng.integers(0, 4, 25)

@@ -61,7 +61,11 @@ class Case:
 
     def views(self, step: int) -> Views:
         s = self.settings
-        clients = (s["pools"] or {}).get(str(step), range(s["num_client"])) if s["pools"] else range(s["num_client"])
+        clients = (
+            (s["pools"] or {}).get(str(step), range(s["num_client"]))
+            if s["pools"]
+            else range(s["num_client"])
+        )
         shape = (s["batch_size"], 3, s["size"], s["size"])
 
         def draw(view: str) -> jax.Array:
@@ -178,7 +182,8 @@ def test_golden(case: pathlib.Path, x64: None) -> None:
             if parameter["side"] == "server":
                 check(f"step{t}.server.online.{name}", summary(to_torch(lookup(state.server.params, path))))
                 check(
-                    f"step{t}.server.momentum.{name}", summary(to_torch(lookup(state.server.key_params, path)))
+                    f"step{t}.server.momentum.{name}",
+                    summary(to_torch(lookup(state.server.key_params, path))),
                 )
                 continue
             online, momentum = lookup(state.clients.params, path), lookup(state.clients.key_params, path)

@@ -21,9 +21,13 @@ def plain_conv(x: np.ndarray, kernel: np.ndarray, stride: int, padding: int) -> 
     return out
 
 
-@pytest.mark.parametrize("size, k, stride", [(8, 3, 1), (8, 3, 2), (7, 3, 2), (8, 1, 2), (2, 3, 1), (9, 7, 2)])
+@pytest.mark.parametrize(
+    "size, k, stride", [(8, 3, 1), (8, 3, 2), (7, 3, 2), (8, 1, 2), (2, 3, 1), (9, 7, 2)]
+)
 @pytest.mark.parametrize("conv", [layers.direct_conv, layers.patches_conv])
-def test_convolution_equals_loops(x64: None, conv: layers.Convolution, size: int, k: int, stride: int) -> None:
+def test_convolution_equals_loops(
+    x64: None, conv: layers.Convolution, size: int, k: int, stride: int
+) -> None:
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(2, size, size, 3)), rng.normal(size=(k, k, 3, 4))
     got = conv(jnp.asarray(x), jnp.asarray(kernel), stride=stride, padding=k // 2)
@@ -40,9 +44,7 @@ def test_patches_have_the_gradients_of_the_convolution(x64: None, k: int, stride
             x, kernel
         )
 
-    for direct, patches in zip(
-        gradients(layers.direct_conv), gradients(layers.patches_conv), strict=True
-    ):
+    for direct, patches in zip(gradients(layers.direct_conv), gradients(layers.patches_conv), strict=True):
         np.testing.assert_allclose(patches, direct, rtol=1e-10, atol=1e-12)
 
 

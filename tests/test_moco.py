@@ -32,13 +32,14 @@ def test_info_nce_equals_numpy(x64: None) -> None:
     rng = np.random.default_rng(0)
     query, key, keys = (moco.normalise(jnp.asarray(rng.normal(size=(n, 4)))) for n in (6, 6, 20))
     loss, top1 = moco.info_nce(query, key, moco.MoCoQueue(keys, jnp.int32(0)), 0.1)
-    losses, hits = [], []
+    losses: list[float] = []
+    hits: list[bool] = []
     for q, k in zip(np.asarray(query), np.asarray(key), strict=True):
         logits = np.array([q @ k, *(q @ other for other in np.asarray(keys))]) / 0.1
-        losses.append(np.log(np.exp(logits).sum()) - logits[0])
-        hits.append(logits.argmax() == 0)
+        losses.append(float(np.log(np.exp(logits).sum()) - logits[0]))
+        hits.append(bool(logits.argmax() == 0))
     np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-12)
-    assert float(top1) == np.mean(hits)
+    assert float(top1) == sum(hits) / len(hits)
 
 
 def test_perfect_match_has_full_accuracy_and_small_loss() -> None:
@@ -50,7 +51,7 @@ def test_perfect_match_has_full_accuracy_and_small_loss() -> None:
 
 def test_normalise_has_a_finite_gradient_at_zero() -> None:
     x = jnp.zeros((2, 3)).at[1].set(jnp.array([3.0, 0, 4]))
-    np.testing.assert_allclose(moco.normalise(x), [[0, 0, 0], [0.6, 0, 0.8]], rtol=1e-6)
+    np.testing.assert_allclose(moco.normalise(x), np.array([[0, 0, 0], [0.6, 0, 0.8]]), rtol=1e-6)
     assert np.isfinite(jax.grad(lambda x: moco.normalise(x).sum())(x)).all()
 
 

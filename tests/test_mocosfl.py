@@ -9,7 +9,7 @@ import pytest
 from conftest import random_views
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, mocosfl, moco
+from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, moco, mocosfl
 
 N, B, K = 4, 3, 48
 LR = 0.1
@@ -30,13 +30,14 @@ def diverse(state: TrainState) -> TrainState:
     return state._replace(clients=noisy)
 
 
-def assert_trees_close(one: Any, other: Any, **tolerance: float) -> None:
-    assert jax.tree.structure(one) == jax.tree.structure(other)
+def assert_trees_close(one: Any, other: Any, *, rtol: float, atol: float = 0.0) -> None:
+    assert str(jax.tree.structure(one)) == str(jax.tree.structure(other))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, **tolerance)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
-def client(tree: Any, i: int) -> Any:
+def client(tree: Any, i: int | jax.Array) -> Any:
+    """One client of a stacked tree, or several."""
     return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
@@ -77,7 +78,9 @@ def test_step_equals_a_loop_over_clients_with_end_to_end_gradients(
     k1 = embed(server_momentum, smash(online, views.query))
 
     def info_nce(q: jax.Array, k: jax.Array) -> jax.Array:
-        logits = jnp.concatenate([jnp.sum(q * k, axis=1, keepdims=True), q @ state.server.queue.keys.T], axis=1)
+        logits = jnp.concatenate(
+            [jnp.sum(q * k, axis=1, keepdims=True), q @ state.server.queue.keys.T], axis=1
+        )
         return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
 
     def loss(client_params: list[Any], server_params: Any) -> jax.Array:
@@ -89,13 +92,9 @@ def test_step_equals_a_loop_over_clients_with_end_to_end_gradients(
     value, (client_grads, server_grads) = jax.value_and_grad(loss, (0, 1))(online, state.server.params)
     np.testing.assert_allclose(info.loss, value, rtol=1e-12)
 
-    def sgd(p: Any, g: Any) -> Any:
-        return jax.tree.map(lambda p, g, m: p - LR * (0.9 * m + g + 5e-4 * p), p, g, momentum_buffer(p, state))
-
-    def momentum_buffer(p: Any, state: TrainState) -> Any:
-        return jax.tree.map(jnp.zeros_like, p)
-
-    assert_trees_close(new.server.params, sgd(state.server.params, server_grads), rtol=1e-9, atol=1e-12)
+    # The server's buffers start at zero; those of the diverse clients do not.
+    expected = jax.tree.map(lambda p, g: p - LR * (g + 5e-4 * p), state.server.params, server_grads)
+    assert_trees_close(new.server.params, expected, rtol=1e-9, atol=1e-12)
     assert_trees_close(new.server.key_params, server_momentum, rtol=1e-12)
     buffers = jax.tree.leaves(state.clients.opt_state)
     for i in range(N):
@@ -119,7 +118,7 @@ def test_loss_does_not_depend_on_the_order_of_clients(toy_model: SplitModel) -> 
     order = jnp.array([2, 0, 3, 1])
     shuffled = state._replace(clients=client(state.clients, order))
     _, info = algorithm.step(state, views)
-    new, permuted = algorithm.step(shuffled, Views(*(x[order] for x in views)))
+    _, permuted = algorithm.step(shuffled, Views(*(x[order] for x in views)))
     np.testing.assert_allclose(permuted.loss, info.loss, rtol=1e-6)
     np.testing.assert_allclose(permuted.smashed_grad, info.smashed_grad[order], rtol=1e-4, atol=1e-7)
 
@@ -147,7 +146,9 @@ def test_sync_averages_the_cohort_and_loads_the_mean_into_all(toy_model: SplitMo
     ):
         np.testing.assert_allclose(mean, np.broadcast_to(leaf[1:3].mean(axis=0), leaf.shape), rtol=1e-6)
     kept = (synced.clients.key_params, synced.clients.opt_state, synced.server, synced.step)
-    assert_trees_close(kept, (state.clients.key_params, state.clients.opt_state, state.server, state.step), rtol=0)
+    assert_trees_close(
+        kept, (state.clients.key_params, state.clients.opt_state, state.server, state.step), rtol=0
+    )
 
 
 def test_sync_of_equals_is_itself(toy_model: SplitModel) -> None:
@@ -160,7 +161,9 @@ def test_encode_is_the_first_client_and_the_server(toy_model: SplitModel) -> Non
     state = diverse(state)
     images = random_views(4, 1, 5).query[0]
     got = algorithm.encode(state, images)
-    expected = toy_model.server(state.server.params, toy_model.client(client(state.clients.params, 0), images))
+    expected = toy_model.server(
+        state.server.params, toy_model.client(client(state.clients.params, 0), images)
+    )
     assert_trees_close(got, expected, rtol=1e-6)
 
 
@@ -174,6 +177,17 @@ def test_learning_rates_follow_their_schedules(toy_model: SplitModel) -> None:
     assert_trees_close(second.server.params, first.server.params, rtol=0)
     assert_trees_close(second.clients.params, first.clients.params, rtol=0)
     assert np.any(second.server.queue.keys != first.server.queue.keys)
+
+
+def test_what_does_not_fit_together_is_refused(toy_model: SplitModel) -> None:
+    algorithm, state = build(toy_model)
+    with pytest.raises(AssertionError):
+        algorithm.step(state, random_views(1, N - 1, B))
+    with pytest.raises(AssertionError):
+        algorithm.step(state, random_views(1, N, B), jnp.array([0, 1]))
+    small, state = build(toy_model, queue_size=2 * N * B - 1)
+    with pytest.raises(ValueError, match="queue of 23 keys cannot take 24"):
+        small.step(state, random_views(1, N, B))
 
 
 def test_training_lowers_the_loss_of_the_same_views(toy_model: SplitModel) -> None:

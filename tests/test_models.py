@@ -25,7 +25,9 @@ def parameters(tree: object) -> int:
         ("resnet50", 2, 76_864, 36_011_520),
     ],
 )
-def test_parameters_on_each_side_of_the_cut(name: str, cut_layer: int, client: int, server: int | None) -> None:
+def test_parameters_on_each_side_of_the_cut(
+    name: str, cut_layer: int, client: int, server: int | None
+) -> None:
     sides = jax.eval_shape(split_model(name, cut_layer=cut_layer).init, jax.random.key(0))
     assert parameters(sides[0]) == client
     assert server is None or parameters(sides[1]) == server
@@ -39,9 +41,11 @@ def test_two_cuts_of_a_network_compute_the_same() -> None:
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         # One value a parameter whichever side it is on: layers have names of their own.
         named = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: np.random.default_rng(zlib.crc32(str(path[1:]).encode()))
-            .normal(size=leaf.shape)
-            .astype(np.float32),
+            lambda path, leaf: (
+                np.random.default_rng(zlib.crc32(str(path[1:]).encode()))
+                .normal(size=leaf.shape)
+                .astype(np.float32)
+            ),
             shapes,
         )
         return jax.jit(lambda client, server: model.server(server, model.client(client, images)))(*named)
@@ -69,6 +73,7 @@ def test_stacked_clients_run_no_grouped_convolution() -> None:
         return jnp.sum(jnp.square(jax.vmap(model.client)(params, images)))
 
     compiled = jax.jit(jax.grad(loss)).lower(stacked).compile().as_text()
+    assert compiled is not None
     assert "dot" in compiled or "ynn" in compiled
     assert not re.findall(r"(?:feature|batch)_group_count=\d+", compiled)
     assert " convolution(" not in compiled

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from mocosfl_jax import checkpoint, experiment
-from mocosfl_jax.train import main, parse
+from mocosfl_jax.train import main, parse, tensorboard_writer
 
 CLASSES, PER_CLASS = 4, 12
 
@@ -201,7 +202,9 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert process.returncode == 128 + number
     assert "Traceback" not in output
     last = output.strip().splitlines()[-1]
-    assert re.search(rf"stopped by {number.name}, saved at step \d+ of 240; to go on: python -m mocosfl_jax.train", last)
+    assert re.search(
+        rf"stopped by {number.name}, saved at step \d+ of 240; to go on: python -m mocosfl_jax.train", last
+    )
     assert main(argv) == 0
     assert_same_run(argv, tmp_path, undisturbed)
 
@@ -300,7 +303,7 @@ def test_a_batch_above_the_data_of_a_client_is_one_line(
         ("def get_config(): return 3", "get_config() returned int, allowed: a Config"),
         ("x = 1", "KeyError: 'get_config'"),
         (
-            "from mocosfl_jax.config import Clients, Config\ndef get_config(): return Config(clients=Clients(size=3))",
+            "from mocosfl_jax.config import Clients\ndef get_config(): return Clients(size=3)",
             "TypeError: Clients.__init__() got an unexpected keyword argument 'size'",
         ),
     ],
@@ -313,6 +316,22 @@ def test_a_config_file_that_does_not_work_is_one_line(
     assert main(["train", f"--config={path}"]) == 2
     error = capsys.readouterr().err
     assert message in error and "mine.py" in error and error.count("\n") == 1
+
+
+def test_tensorboard_is_an_extra(
+    images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(arguments(images, tmp_path, "--tensorboard")) == 2
+    assert "pip install 'mocosfl-jax[tensorboard]'" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_every_metric(tmp_path: pathlib.Path) -> None:
+    with tensorboard_writer(tmp_path, True) as write:
+        write({"step": 6, "epoch": 1, "loss": 2.5, "knn_backbone": 0.75})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert b"loss" in content and b"knn_backbone" in content and struct.pack("<f", 0.75) in content
 
 
 def test_help_lists_every_field(capsys: pytest.CaptureFixture) -> None:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.models import layers, resnet
+from mocosfl_jax.models import resnet
+from mocosfl_jax.models.layers import Convolution, ProjectionHead, direct_conv, patches_conv
 
 Params = Any  # a tree of arrays
 
@@ -37,7 +38,7 @@ class _Sequence(nn.Module):
     """Layers one after the other, computed with one kind of convolution."""
 
     layers: Sequence[Callable[..., nn.Module]]
-    conv: layers.Convolution
+    conv: Convolution
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -50,13 +51,13 @@ class _Server(nn.Module):
     """The layers after the cut, global average pool and projection head."""
 
     layers: Sequence[Callable[..., nn.Module]]
-    head: layers.ProjectionHead
+    head: ProjectionHead
 
     @nn.compact
     def __call__(self, smashed: Array) -> Features:
         x = smashed
         for layer in self.layers:
-            x = layer(conv=layers.direct_conv)(x)
+            x = layer(conv=direct_conv)(x)
         backbone = jnp.mean(x, axis=(1, 2))
         return Features(backbone, self.head(backbone))
 
@@ -107,8 +108,8 @@ def split_model(
         name, width=width, stem_kernel=stem_kernel, stem_stride=stem_stride or default_stride
     )
     expansion = resnet.BOTTLENECK_EXPANSION if resnet.DEPTHS[name][1] else 1
-    head = layers.ProjectionHead(key_dim, key_dim * expansion if mlp else None, name="head")
-    client = _Sequence(tuple(stack[:cut_layer]), layers.patches_conv)
+    head = ProjectionHead(key_dim, key_dim * expansion if mlp else None, name="head")
+    client = _Sequence(tuple(stack[:cut_layer]), patches_conv)
     server = _Server(tuple(stack[cut_layer:]), head)
 
     def init(rng: Array) -> tuple[Params, Params]:
@@ -117,9 +118,12 @@ def split_model(
         smashed, client_params = client.init_with_output(rng_client, images)
         return client_params["params"], server.init(rng_server, smashed)["params"]
 
-    return SplitModel(
-        init=init,
-        client=lambda params, images: client.apply({"params": params}, images),
-        server=lambda params, smashed: server.apply({"params": params}, smashed),
-        key_dim=key_dim,
-    )
+    def apply_client(params: Params, images: Array) -> Array:
+        smashed: Any = client.apply({"params": params}, images)
+        return smashed
+
+    def apply_server(params: Params, smashed: Array) -> Features:
+        features: Any = server.apply({"params": params}, smashed)
+        return features
+
+    return SplitModel(init, apply_client, apply_server, key_dim)
