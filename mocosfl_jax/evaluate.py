@@ -86,8 +86,9 @@ def _knn_predict(
     train_rows: Array, train_labels: Array, test: Array, num_classes: int, k: int, temperature: float
 ) -> Array:
     similarity, neighbours = jax.lax.top_k(_unit_rows(test) @ train_rows.T, k)
-    # Less the largest similarity: the same vote, and exp cannot overflow at a small temperature.
-    weights = jnp.exp((similarity - similarity[:, :1]) / temperature)
+    # Less the largest similarity: the same vote, and exp cannot overflow at a small temperature. It is
+    # not taken as similarity[:, :1], since XLA would then sort whole rows instead of finding the top k.
+    weights = jnp.exp((similarity - jnp.max(similarity, axis=1, keepdims=True)) / temperature)
     votes = jax.vmap(partial(jax.ops.segment_sum, num_segments=num_classes))(
         weights, train_labels[neighbours]
     )

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +13,12 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tqdm import tqdm
 
-from mocosfl_jax import augment, checkpoint, evaluate, partition, plots, report, rounds, workdir
+from mocosfl_jax import checkpoint, monitor, partition, plots, report, rounds, workdir
 from mocosfl_jax.checkpoint import Progress
 from mocosfl_jax.errors import NonFiniteError
 from mocosfl_jax.experiment import Run
 from mocosfl_jax.mocosfl import TrainState
-from mocosfl_jax.models import Features
-
-RAW_PIXELS_LIMIT = 2 * 2**30  # bytes of float images up to which raw pixels are evaluated
-
-
-Encode = Callable[[TrainState, np.ndarray], Features]  # images [n, H, W, 3] uint8
+from mocosfl_jax.monitor import Encode
 
 
 class Programs(NamedTuple):
@@ -35,21 +29,21 @@ class Programs(NamedTuple):
     encode: Encode
 
 
-class Logger(NamedTuple):
-    """Where lines for a person and metrics for a program go."""
+class Output(NamedTuple):
+    """Where the results of a run go."""
 
-    line: Callable[[str], None]
-    metrics: Callable[[workdir.Metrics], None]
+    folder: Path  # the workdir, claimed: metrics.jsonl, checkpoints/ and plots
+    say: Callable[[str], None]  # gets lines for a person
+    metrics: Callable[[workdir.Metrics], None]  # gets what metrics.jsonl gets
 
 
-def train(run: Run, folder: Path, stop: threading.Event, logger: Logger) -> int:
-    """Train from the newest checkpoint in `folder`, or from the start.
+def train(run: Run, stop: threading.Event, output: Output) -> int:
+    """Train from the newest checkpoint in the workdir, or from the start.
 
     Args:
       run: of `experiment.prepare`.
-      folder: the workdir, claimed; gets metrics.jsonl, checkpoints/ and plots.
       stop: once set, training ends after the current round, saved.
-      logger: gets every line and every object of metrics.jsonl.
+      output: workdir and screen.
 
     Returns:
       The step reached: the last one of the run, unless `stop` came before.
@@ -60,31 +54,35 @@ def train(run: Run, folder: Path, stop: threading.Event, logger: Logger) -> int:
     """
     rng_init, rng_views, rng_probe = jax.random.split(jax.random.key(run.config.seed), 3)
     state = jax.jit(run.algorithm.init)(rng_init)
-    logger.line(report.header(run, state))
-    encode = make_encode(run)
+    output.say(report.header(run, state))
+    encode = monitor.make_encode(run)
+    folder = output.folder
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
         restored = checkpoint.restore_newest(manager, state)
         state, progress = restored or (state, Progress())
-        if restored and progress.step < run.total_steps:
-            logger.line(f"going on from step {progress.step:,} of {run.total_steps:,}")
         if progress.step < run.total_steps:
             workdir.rewind_metrics(folder, progress.metrics_lines)
-            if not restored:
-                progress = start(run, folder, state, encode, logger)
+            if restored:
+                output.say(f"going on from step {progress.step:,} of {run.total_steps:,}")
+            else:
+                progress = start(run, state, encode, output)
+                checkpoint.save(manager, state, progress)
+            clock = time.perf_counter()
             programs = compile_programs(run, state, rng_views, encode)
-            state, progress = run_epochs(run, programs, state, progress, folder, manager, stop, logger)
+            output.say(f"compiled the step in {time.perf_counter() - clock:.1f} s")
+            state, progress = run_epochs(run, programs, state, progress, manager, stop, output)
     plots.plot_curves(folder / "curves.png", workdir.read_metrics(folder))
     if progress.step == run.total_steps:
-        finish(run, folder, state, encode, rng_probe, logger)
+        finish(run, state, encode, rng_probe, output)
     return progress.step
 
 
-def start(run: Run, folder: Path, state: TrainState, encode: Encode, logger: Logger) -> Progress:
+def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progress:
     """What comes before the first step: how the deal looks, and how good no training is."""
     names = run.dataset.class_names
-    plots.plot_partition(folder / "partition.png", run.dataset.y_train, run.parts, names)
-    metrics = {"step": 0, "epoch": 0, **knn(run, *features(run, state, encode)), **knn_raw_pixels(run)}
-    record(folder, metrics, logger)
+    plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
+    metrics = {"step": 0, "epoch": 0, **monitor.knn(run, state, encode), **monitor.knn_raw_pixels(run)}
+    record(metrics, output)
     return Progress(best_knn=metrics["knn_backbone"], metrics_lines=1)
 
 
@@ -109,10 +107,9 @@ def run_epochs(
     programs: Programs,
     state: TrainState,
     progress: Progress,
-    folder: Path,
     manager: ocp.CheckpointManager,
     stop: threading.Event,
-    logger: Logger,
+    output: Output,
 ) -> tuple[TrainState, Progress]:
     """Epochs until the last, or until `stop`; saved in either case."""
     config = run.config
@@ -128,8 +125,8 @@ def run_epochs(
             if rest == 0:
                 metrics = epoch_metrics(run, progress, epoch)
                 if ended or (config.eval.every and epoch % config.eval.every == 0):
-                    metrics |= knn(run, *features(run, state, programs.encode))
-                record(folder, metrics, logger)
+                    metrics |= monitor.knn(run, state, programs.encode)
+                record(metrics, output)
                 progress = progress._replace(
                     losses=(),
                     top1s=(),
@@ -211,84 +208,15 @@ def epoch_metrics(run: Run, progress: Progress, epoch: int) -> dict[str, float]:
     }
 
 
-def make_encode(run: Run) -> Encode:
-    """The compiled encoder of un-augmented images."""
-    dataset = run.dataset
-    return jax.jit(
-        lambda state, images: run.algorithm.encode(
-            state, augment.normalise(images, dataset.mean, dataset.std)
-        )
-    )
-
-
-def features(run: Run, state: TrainState, encode: Encode) -> tuple[Features, Features]:
-    """Features of the training and of the test images."""
-    encode_batch = partial(encode, state)
-    return (
-        evaluate.extract(encode_batch, run.dataset.x_train),
-        evaluate.extract(encode_batch, run.dataset.x_test),
-    )
-
-
-def knn(run: Run, train: Features, test: Features) -> dict[str, float]:
-    """kNN accuracies of one evaluation."""
-    return {
-        "knn_projection": knn_accuracy(run, train.projection, test.projection),
-        "knn_backbone": knn_accuracy(run, train.backbone, test.backbone),
-    }
-
-
-def knn_raw_pixels(run: Run) -> dict[str, float]:
-    """kNN accuracy of the normalised pixels themselves; nothing where they would fill the memory."""
-    dataset = run.dataset
-    if 4 * (dataset.x_train.size + dataset.x_test.size) > RAW_PIXELS_LIMIT:
-        return {}
-    train, test = (
-        np.asarray(augment.normalise(x, dataset.mean, dataset.std)).reshape(len(x), -1)
-        for x in (dataset.x_train, dataset.x_test)
-    )
-    return {"knn_raw_pixels": knn_accuracy(run, train, test)}
-
-
-def knn_accuracy(run: Run, train: evaluate.Rows, test: evaluate.Rows) -> float:
-    return evaluate.knn_accuracy(
-        train,
-        run.dataset.y_train,
-        test,
-        run.dataset.y_test,
-        num_classes=len(run.dataset.class_names),
-        k=run.config.eval.knn_k,
-        temperature=run.config.eval.knn_temperature,
-    )
-
-
-def finish(
-    run: Run, folder: Path, state: TrainState, encode: Encode, rng_probe: Array, logger: Logger
-) -> None:
+def finish(run: Run, state: TrainState, encode: Encode, rng_probe: Array, output: Output) -> None:
     """The linear probe, unless it is there already, and the closing summary."""
-    lines = workdir.read_metrics(folder)
-    if run.config.eval.probe_epochs and "linear_probe" not in lines[-1]:
-        train, test = features(run, state, encode)
-        probe = evaluate.linear_probe(
-            rng_probe,
-            train.backbone,
-            run.dataset.y_train,
-            test.backbone,
-            run.dataset.y_test,
-            num_classes=len(run.dataset.class_names),
-            epochs=run.config.eval.probe_epochs,
-        )
-        metrics = {
-            "step": run.total_steps,
-            "epoch": run.config.total_epochs,
-            "linear_probe": probe.last_epoch,
-            "linear_probe_best_on_test": probe.best_on_test,
-        }
-        record(folder, metrics, logger)
-    logger.line(report.summary(workdir.read_metrics(folder), folder))
+    if run.config.eval.probe_epochs and "linear_probe" not in workdir.read_metrics(output.folder)[-1]:
+        end = {"step": run.total_steps, "epoch": run.config.total_epochs}
+        record(end | monitor.linear_probe(run, state, encode, rng_probe), output)
+    output.say(report.summary(workdir.read_metrics(output.folder), output.folder))
 
 
-def record(folder: Path, metrics: workdir.Metrics, logger: Logger) -> None:
-    workdir.append_metrics(folder, metrics)
-    logger.metrics(metrics)
-    logger.line(report.metrics_line(metrics))
+def record(metrics: workdir.Metrics, output: Output) -> None:
+    workdir.append_metrics(output.folder, metrics)
+    output.metrics(metrics)
+    output.say(report.metrics_line(metrics))

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         run = experiment.prepare(config)
         workdir.claim(folder, run.config)
         with tensorboard_writer(folder, tensorboard) as write_metrics, stop_on_signals() as (stop, received):
-            step = loop.train(run, folder, stop, loop.Logger(say, write_metrics))
+            step = loop.train(run, stop, loop.Output(folder, say, write_metrics))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,7 +28,7 @@ ORDER = [
     {"mocosfl"},
     {"rounds", "checkpoint"},
     {"experiment"},
-    {"report"},
+    {"report", "monitor"},
     {"loop"},
     {"train"},
 ]

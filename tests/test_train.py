@@ -251,7 +251,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     argv = arguments(images, tmp_path, "--config.optim.server_lr=1e30", "--config.optim.client_lr=1e30")
     assert main(argv) == 1
     error = capsys.readouterr().err
-    assert re.search(r"error: .* step \d+ .*no checkpoint", error)
+    assert re.search(r"error: .* step \d+ .*; the last good checkpoint is .*checkpoints/0", error)
     assert error.count("\n") == 1
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 

@@ -1,0 +1,83 @@
+"""How good the features of a run are: kNN and linear probe of its TrainState."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+from jax import Array
+
+from mocosfl_jax import augment, evaluate
+from mocosfl_jax.experiment import Run
+from mocosfl_jax.mocosfl import TrainState
+from mocosfl_jax.models import Features
+
+Encode = Callable[[TrainState, np.ndarray], Features]  # images [n, H, W, 3] uint8
+RAW_PIXELS_LIMIT = 2 * 2**30  # bytes of float images up to which raw pixels are evaluated
+
+
+def make_encode(run: Run) -> Encode:
+    """The compiled encoder of un-augmented images."""
+    dataset = run.dataset
+    return jax.jit(
+        lambda state, images: run.algorithm.encode(
+            state, augment.normalise(images, dataset.mean, dataset.std)
+        )
+    )
+
+
+def features(run: Run, state: TrainState, encode: Encode) -> tuple[Features, Features]:
+    """Features of the training and of the test images."""
+    encode_batch = partial(encode, state)
+    return (
+        evaluate.extract(encode_batch, run.dataset.x_train),
+        evaluate.extract(encode_batch, run.dataset.x_test),
+    )
+
+
+def knn(run: Run, state: TrainState, encode: Encode) -> dict[str, float]:
+    """kNN accuracies on projection and backbone features, as fields of metrics.jsonl."""
+    train, test = features(run, state, encode)
+    return {
+        "knn_projection": _knn_accuracy(run, train.projection, test.projection),
+        "knn_backbone": _knn_accuracy(run, train.backbone, test.backbone),
+    }
+
+
+def knn_raw_pixels(run: Run) -> dict[str, float]:
+    """kNN accuracy of the normalised pixels themselves; nothing where they would fill the memory."""
+    dataset = run.dataset
+    if 4 * (dataset.x_train.size + dataset.x_test.size) > RAW_PIXELS_LIMIT:
+        return {}
+    train, test = (
+        np.asarray(augment.normalise(x, dataset.mean, dataset.std)).reshape(len(x), -1)
+        for x in (dataset.x_train, dataset.x_test)
+    )
+    return {"knn_raw_pixels": _knn_accuracy(run, train, test)}
+
+
+def _knn_accuracy(run: Run, train: evaluate.Rows, test: evaluate.Rows) -> float:
+    return evaluate.knn_accuracy(
+        train,
+        run.dataset.y_train,
+        test,
+        run.dataset.y_test,
+        num_classes=len(run.dataset.class_names),
+        k=run.config.eval.knn_k,
+        temperature=run.config.eval.knn_temperature,
+    )
+
+
+def linear_probe(run: Run, state: TrainState, encode: Encode, rng: Array) -> dict[str, float]:
+    """Accuracies of a linear probe on backbone features, as fields of metrics.jsonl."""
+    train, test = features(run, state, encode)
+    probe = evaluate.linear_probe(
+        rng,
+        train.backbone,
+        run.dataset.y_train,
+        test.backbone,
+        run.dataset.y_test,
+        num_classes=len(run.dataset.class_names),
+        epochs=run.config.eval.probe_epochs,
+    )
+    return {"linear_probe": probe.last_epoch, "linear_probe_best_on_test": probe.best_on_test}
