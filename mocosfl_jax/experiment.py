@@ -7,6 +7,7 @@ import numpy as np
 
 from mocosfl_jax import augment, data, optim, partition
 from mocosfl_jax.config import Config
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.mocosfl import Algorithm, mocosfl
 from mocosfl_jax.models import SplitModel, check_model, split_model
 from mocosfl_jax.rounds import MakeViews
@@ -52,6 +53,9 @@ def prepare(config: Config) -> Run:
     assert config.optim.schedule is not None
     check_model(config.model.name, cut_layer=config.model.cut_layer, width=config.model.width)
     dataset = data.load(config.data.name, config.data.dir, config.data.image_size)
+    height, width = dataset.x_train.shape[1:3]
+    if height != width:
+        raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
     parts = partition.partition(
         dataset.y_train,
         num_clients=clients.num,
@@ -65,7 +69,7 @@ def prepare(config: Config) -> Run:
         config.model.name,
         cut_layer=config.model.cut_layer,
         width=config.model.width,
-        image_size=dataset.x_train.shape[1],
+        image_size=height,
         stem_stride=config.model.stem_stride,
         key_dim=moco.key_dim,
         mlp=moco.mlp,
@@ -87,7 +91,7 @@ def prepare(config: Config) -> Run:
     )
     make_views = partial(
         augment.two_views,
-        size=dataset.x_train.shape[1],
+        size=height,
         version=moco.augmentation,
         min_crop_scale=moco.min_crop_scale,
         mean=dataset.mean,

@@ -27,8 +27,8 @@ def header(run: Run, state: TrainState) -> str:
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
-        "clients": f"{clients.num:,}, {run.cohort:,} an epoch, batch {clients.batch_size}; "
-        f"{_span(sizes)} images and {_span(classes)} classes each",
+        "clients": f"{clients.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in an epoch; each "
+        f"{_span(sizes)} images of {_span(classes)} classes, batch {clients.batch_size}",
         "client side": f"{config.model.name} width {config.model.width} up to cut layer "
         f"{config.model.cut_layer}: {_params(client_params)} a client",
         "server side": f"{_params(state.server.params)}; queue of {config.moco.queue_size:,} keys",

@@ -71,3 +71,19 @@ def test_linear_probe_separates_what_is_separable_and_nothing_else() -> None:
     assert informative.last_epoch > 0.95
     assert 0.2 < noise.last_epoch < 0.5
     assert noise.last_epoch <= noise.best_on_test
+
+
+def test_knn_of_50_000_by_10_000_fits_in_2_gb() -> None:
+    """By the compiler's own account of arguments and temporaries, for features of ResNet-50's width."""
+    rows = evaluate.KNN_BLOCK_BYTES // (4 * 50_000)
+    compiled = evaluate._knn_predict.lower(
+        jax.ShapeDtypeStruct((50_000, 2048), jnp.float32),
+        jax.ShapeDtypeStruct((50_000,), jnp.int32),
+        jax.ShapeDtypeStruct((rows, 2048), jnp.float32),
+        10,
+        200,
+        0.1,
+    ).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 2 * 10**9

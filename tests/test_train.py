@@ -288,6 +288,16 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_images_that_are_not_square_need_a_size(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    labels = np.repeat(np.arange(4), 12)
+    pictures = np.zeros((48, 16, 20, 3), np.uint8)
+    np.savez(tmp_path / "wide.npz", x_train=pictures, y_train=labels, x_test=pictures, y_test=labels)
+    assert main(arguments(str(tmp_path / "wide.npz"), tmp_path / "run")) == 2
+    assert "config.data.image_size: found None and images of 16x20" in capsys.readouterr().err
+
+
 def test_a_batch_above_the_data_of_a_client_is_one_line(
     images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
