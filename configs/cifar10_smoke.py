@@ -5,7 +5,7 @@
 It shows that the whole path learns; it is far too short for the paper's numbers.
 """
 
-from mocosfl_jax.config import Clients, Config, Data, Moco, Model
+from mocosfl_jax.config import Clients, Config, Data, Moco, Model, Optim
 
 
 def get_config() -> Config:
