@@ -51,7 +51,8 @@ def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) 
 def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, Progress] | None:
     """The newest checkpoint that can be read, or None if there is none at all.
 
-    Newer ones that are damaged are warned of and deleted, so that their steps can be saved again.
+    Newer ones that are damaged are warned of and moved out of the way, to the folder above, so that their
+    steps can be saved again.
 
     Args:
       manager: of `open_manager`.
@@ -60,18 +61,22 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
     Raises:
       UserError: if there are checkpoints but none can be read.
     """
+    folder = Path(manager.directory)
     steps = sorted(manager.all_steps(), reverse=True)
     damaged = []
     for step in steps:
         try:
             state, progress = _restore(manager, step, like)
+        except (MemoryError, PermissionError):
+            raise
         except Exception as error:  # whatever Orbax meets in a damaged file
             reason = str(error).split("\n", 1)[0][:120]
             logging.warning("checkpoint %d is damaged and skipped (%s)", step, reason)
             damaged.append(step)
             continue
         for bad in damaged:
-            manager.delete(bad)
+            (folder / str(bad)).rename(folder.parent / f"damaged_checkpoint_{bad}")
+        manager.reload()
         return state, progress
     if steps:
         raise UserError(f"{manager.directory}: none of the {len(steps)} checkpoints can be read")

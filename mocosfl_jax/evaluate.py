@@ -85,7 +85,8 @@ def _unit_rows(x: Array) -> Array:
 def _knn_predict(
     train_rows: Array, train_labels: Array, test: Array, num_classes: int, k: int, temperature: float
 ) -> Array:
-    similarity, neighbours = jax.lax.top_k(_unit_rows(test) @ train_rows.T, k)
+    similarities = jnp.matmul(_unit_rows(test), train_rows.T, precision=jax.lax.Precision.HIGHEST)
+    similarity, neighbours = jax.lax.top_k(similarities, k)
     # Less the largest similarity: the same vote, and exp cannot overflow at a small temperature. It is
     # not taken as similarity[:, :1], since XLA would then sort whole rows instead of finding the top k.
     weights = jnp.exp((similarity - jnp.max(similarity, axis=1, keepdims=True)) / temperature)
@@ -128,15 +129,43 @@ def linear_probe(
       learning_rate: of the first epoch.
     """
     batch_size = min(batch_size, len(train))
-    steps = len(train) // batch_size
-    x, y = jnp.asarray(train), jnp.asarray(train_labels)
-    x_test, y_test = jnp.asarray(test), jnp.asarray(test_labels)
+    accuracies = np.asarray(
+        _probe_accuracies(
+            rng,
+            jnp.asarray(train),
+            jnp.asarray(train_labels),
+            jnp.asarray(test),
+            jnp.asarray(test_labels),
+            num_classes=num_classes,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+        )
+    )
+    return Probe(float(accuracies[-1]), float(accuracies.max()))
+
+
+@partial(jax.jit, static_argnames=("num_classes", "epochs", "batch_size", "learning_rate"))
+def _probe_accuracies(
+    rng: Array,
+    x: Array,
+    y: Array,
+    x_test: Array,
+    y_test: Array,
+    *,
+    num_classes: int,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+) -> Array:
+    """Test accuracy after each epoch, [epochs]."""
+    steps = len(x) // batch_size
     cosine = optax.cosine_decay_schedule(learning_rate, epochs)
     optimizer = optax.adam(lambda step: cosine(step // steps))
     params = {"kernel": jnp.zeros((x.shape[1], num_classes)), "bias": jnp.zeros((1, num_classes))}
 
     def logits(params: dict[str, Array], x: Array) -> Array:
-        return x @ params["kernel"] + params["bias"]
+        return jnp.matmul(x, params["kernel"], precision=jax.lax.Precision.HIGHEST) + params["bias"]
 
     def loss(params: dict[str, Array], x: Array, y: Array) -> Array:
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y))
@@ -152,8 +181,4 @@ def linear_probe(
         carry, _ = jax.lax.scan(step, carry, order.reshape(steps, batch_size))
         return carry, jnp.mean(jnp.argmax(logits(carry[0], x_test), axis=1) == y_test)
 
-    def train_probe(rng: Array) -> Array:
-        return jax.lax.scan(epoch, (params, optimizer.init(params)), jax.random.split(rng, epochs))[1]
-
-    accuracies = np.asarray(jax.jit(train_probe)(rng))
-    return Probe(float(accuracies[-1]), float(accuracies.max()))
+    return jax.lax.scan(epoch, (params, optimizer.init(params)), jax.random.split(rng, epochs))[1]

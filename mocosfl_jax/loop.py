@@ -25,7 +25,7 @@ class Programs(NamedTuple):
     """What is compiled."""
 
     run_steps: rounds.RunSteps
-    sync: Callable[[TrainState, np.ndarray | None], TrainState]  # donates the state
+    sync: rounds.Sync
     encode: Encode
 
 
@@ -37,7 +37,7 @@ class Output(NamedTuple):
     metrics: Callable[[workdir.Metrics], None]  # gets what metrics.jsonl gets
 
 
-def train(run: Run, stop: threading.Event, output: Output) -> int:
+def train(run: Run, stop: threading.Event, output: Output) -> bool:
     """Train from the newest checkpoint in the workdir, or from the start.
 
     Args:
@@ -46,10 +46,10 @@ def train(run: Run, stop: threading.Event, output: Output) -> int:
       output: workdir and screen.
 
     Returns:
-      The step reached: the last one of the run, unless `stop` came before.
+      Whether the run is finished, with its linear probe. If not, the same call goes on with it.
 
     Raises:
-      NonFiniteError: nothing was saved since.
+      NonFiniteError: the newest checkpoint is from before that.
       UserError: if checkpoints are there but none can be read.
     """
     rng_init, rng_views, rng_probe = jax.random.split(jax.random.key(run.config.seed), 3)
@@ -60,28 +60,34 @@ def train(run: Run, stop: threading.Event, output: Output) -> int:
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
         restored = checkpoint.restore_newest(manager, state)
         state, progress = restored or (state, Progress())
-        if progress.step < run.total_steps:
-            workdir.rewind_metrics(folder, progress.metrics_lines)
-            if restored:
-                output.say(f"going on from step {progress.step:,} of {run.total_steps:,}")
-            else:
-                progress = start(run, state, encode, output)
-                checkpoint.save(manager, state, progress)
+        ended = progress.step == run.total_steps
+        # After the last checkpoint comes only the line of the linear probe, which can stay.
+        workdir.rewind_metrics(folder, progress.metrics_lines, optional=int(ended))
+        if restored is None:
+            progress = start(run, state, encode, output)
+            checkpoint.save(manager, state, progress)
+        elif not ended:
+            output.say(f"going on from step {progress.step:,} of {run.total_steps:,}")
+        features = None
+        if not ended and not stop.is_set():
             clock = time.perf_counter()
             programs = compile_programs(run, state, rng_views, encode)
             output.say(f"compiled the step in {time.perf_counter() - clock:.1f} s")
-            state, progress = run_epochs(run, programs, state, progress, manager, stop, output)
+            state, progress, features = run_epochs(run, programs, state, progress, manager, stop, output)
     plots.plot_curves(folder / "curves.png", workdir.read_metrics(folder))
-    if progress.step == run.total_steps:
-        finish(run, state, encode, rng_probe, output)
-    return progress.step
+    if progress.step < run.total_steps or (features and stop.is_set()):
+        output.say(f"saved at step {progress.step:,} of {run.total_steps:,}")
+        return False
+    finish(run, features or monitor.features(run, state, encode), rng_probe, output)
+    return True
 
 
 def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progress:
     """What comes before the first step: how the deal looks, and how good no training is."""
     names = run.dataset.class_names
     plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
-    metrics = {"step": 0, "epoch": 0, **monitor.knn(run, state, encode), **monitor.knn_raw_pixels(run)}
+    metrics = {"step": 0, "epoch": 0, **monitor.knn(run, monitor.features(run, state, encode))}
+    metrics |= monitor.knn_raw_pixels(run)
     record(metrics, output)
     return Progress(best_knn=metrics["knn_backbone"], metrics_lines=1)
 
@@ -95,11 +101,11 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
         jax.device_put(run.dataset.x_train),
         state=state,
         batch_shape=(run.cohort, run.config.clients.batch_size),
-        max_steps=run.steps_per_round,
+        steps_per_round=run.steps_per_round,
         whole_pool=run.whole_pool,
         scan=rounds.scans_steps(jax.default_backend()),
     )
-    return Programs(run_steps, jax.jit(run.algorithm.sync, donate_argnums=0), encode)
+    return Programs(run_steps, rounds.make_sync(run.algorithm), encode)
 
 
 def run_epochs(
@@ -110,9 +116,13 @@ def run_epochs(
     manager: ocp.CheckpointManager,
     stop: threading.Event,
     output: Output,
-) -> tuple[TrainState, Progress]:
-    """Epochs until the last, or until `stop`; saved in either case."""
+) -> tuple[TrainState, Progress, monitor.Evaluated | None]:
+    """Epochs until the last, or until `stop`; saved in either case.
+
+    The features of the last evaluation come with the state if they are those of the end of the run.
+    """
     config = run.config
+    features = None
     with tqdm(
         total=run.total_steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True
     ) as bar:
@@ -125,7 +135,8 @@ def run_epochs(
             if rest == 0:
                 metrics = epoch_metrics(run, progress, epoch)
                 if ended or (config.eval.every and epoch % config.eval.every == 0):
-                    metrics |= monitor.knn(run, state, programs.encode)
+                    features = monitor.features(run, state, programs.encode)
+                    metrics |= monitor.knn(run, features)
                 record(metrics, output)
                 progress = progress._replace(
                     losses=(),
@@ -134,10 +145,12 @@ def run_epochs(
                     best_knn=max(progress.best_knn, metrics.get("knn_backbone", 0.0)),
                     metrics_lines=progress.metrics_lines + 1,
                 )
-            if ended or stop.is_set() or (rest == 0 and epoch % config.checkpoint.every == 0):
+            if rest == 0 and epoch % config.checkpoint.every == 0:
                 checkpoint.save(manager, state, progress)
+    if manager.latest_step() != progress.step:
+        checkpoint.save(manager, state, progress)
     manager.wait_until_finished()
-    return state, progress
+    return state, progress, features if progress.step == run.total_steps else None
 
 
 def run_epoch(
@@ -208,11 +221,11 @@ def epoch_metrics(run: Run, progress: Progress, epoch: int) -> dict[str, float]:
     }
 
 
-def finish(run: Run, state: TrainState, encode: Encode, rng_probe: Array, output: Output) -> None:
+def finish(run: Run, features: monitor.Evaluated, rng_probe: Array, output: Output) -> None:
     """The linear probe, unless it is there already, and the closing summary."""
     if run.config.eval.probe_epochs and "linear_probe" not in workdir.read_metrics(output.folder)[-1]:
         end = {"step": run.total_steps, "epoch": run.config.total_epochs}
-        record(end | monitor.linear_probe(run, state, encode, rng_probe), output)
+        record(end | monitor.linear_probe(run, features, rng_probe), output)
     output.say(report.summary(workdir.read_metrics(output.folder), output.folder))
 
 

@@ -56,7 +56,9 @@ def info_nce(query: Array, key: Array, queue: MoCoQueue, temperature: float) -> 
       logit of all (contrastive accuracy), both [].
     """
     positive = jnp.sum(query * key, axis=-1, keepdims=True)
-    logits = jnp.concatenate([positive, query @ queue.keys.T], axis=1) / temperature
+    # Full precision: accelerators would round the factors, and 1 / T multiplies the error.
+    negatives = jnp.matmul(query, queue.keys.T, precision=jax.lax.Precision.HIGHEST)
+    logits = jnp.concatenate([positive, negatives], axis=1) / temperature
     loss = jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0])
     return loss, jnp.mean(jnp.argmax(logits, axis=1) == 0)
 

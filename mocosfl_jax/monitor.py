@@ -13,7 +13,8 @@ from mocosfl_jax.mocosfl import TrainState
 from mocosfl_jax.models import Features
 
 Encode = Callable[[TrainState, np.ndarray], Features]  # images [n, H, W, 3] uint8
-RAW_PIXELS_LIMIT = 2 * 2**30  # bytes of float images up to which raw pixels are evaluated
+Evaluated = tuple[Features, Features]  # of the training and of the test images
+RAW_PIXELS_LIMIT = 2**30  # bytes of float images up to which raw pixels are evaluated
 
 
 def make_encode(run: Run) -> Encode:
@@ -26,7 +27,7 @@ def make_encode(run: Run) -> Encode:
     )
 
 
-def features(run: Run, state: TrainState, encode: Encode) -> tuple[Features, Features]:
+def features(run: Run, state: TrainState, encode: Encode) -> Evaluated:
     """Features of the training and of the test images."""
     encode_batch = partial(encode, state)
     return (
@@ -35,9 +36,9 @@ def features(run: Run, state: TrainState, encode: Encode) -> tuple[Features, Fea
     )
 
 
-def knn(run: Run, state: TrainState, encode: Encode) -> dict[str, float]:
+def knn(run: Run, evaluated: Evaluated) -> dict[str, float]:
     """kNN accuracies on projection and backbone features, as fields of metrics.jsonl."""
-    train, test = features(run, state, encode)
+    train, test = evaluated
     return {
         "knn_projection": _knn_accuracy(run, train.projection, test.projection),
         "knn_backbone": _knn_accuracy(run, train.backbone, test.backbone),
@@ -50,7 +51,7 @@ def knn_raw_pixels(run: Run) -> dict[str, float]:
     if 4 * (dataset.x_train.size + dataset.x_test.size) > RAW_PIXELS_LIMIT:
         return {}
     train, test = (
-        np.asarray(augment.normalise(x, dataset.mean, dataset.std)).reshape(len(x), -1)
+        augment.normalise(x, dataset.mean, dataset.std).reshape(len(x), -1)
         for x in (dataset.x_train, dataset.x_test)
     )
     return {"knn_raw_pixels": _knn_accuracy(run, train, test)}
@@ -68,9 +69,9 @@ def _knn_accuracy(run: Run, train: evaluate.Rows, test: evaluate.Rows) -> float:
     )
 
 
-def linear_probe(run: Run, state: TrainState, encode: Encode, rng: Array) -> dict[str, float]:
+def linear_probe(run: Run, evaluated: Evaluated, rng: Array) -> dict[str, float]:
     """Accuracies of a linear probe on backbone features, as fields of metrics.jsonl."""
-    train, test = features(run, state, encode)
+    train, test = evaluated
     probe = evaluate.linear_probe(
         rng,
         train.backbone,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+SCHEDULES = ("cosine", "multistep", "constant")
 Schedule = Callable[[Array], Array]  # training step [] int32 -> learning rate []
 
 
@@ -37,7 +38,7 @@ def descend(
 
 
 def schedule(name: str, base: float, *, epochs: int, steps_per_epoch: int, decay: float = 0.1) -> Schedule:
-    """A learning rate that changes from epoch to epoch.
+    """A learning rate that changes from epoch to epoch (Li et al. 2023, section 4).
 
     Args:
       name: "cosine" (from `base` down to 0), "multistep" (times `decay` at 60 % and at 80 % of the
@@ -46,14 +47,20 @@ def schedule(name: str, base: float, *, epochs: int, steps_per_epoch: int, decay
       epochs: length of the run.
       steps_per_epoch: training steps an epoch.
       decay: factor of "multistep".
+
+    Raises:
+      ValueError: for another name.
     """
+
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule: found {name!r}, allowed: {', '.join(SCHEDULES)}")
 
     def at(step: Array) -> Array:
         epoch = step // steps_per_epoch
         if name == "cosine":
             return base * 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
         if name == "multistep":
-            drops = (epoch >= 0.6 * epochs).astype(int) + (epoch >= 0.8 * epochs).astype(int)
+            drops = (epoch >= int(0.6 * epochs)).astype(int) + (epoch >= int(0.8 * epochs)).astype(int)
             return base * jnp.power(decay, drops)
         return jnp.full(jnp.shape(step), base)
 

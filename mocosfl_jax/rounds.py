@@ -1,13 +1,12 @@
-"""The compiled programs of a training run: a step, several steps, synchronization.
+"""The compiled programs of a training run: a step, the steps of a round, synchronization.
 
-Only here is the algorithm's step jitted and its state donated.
+Only here are the algorithm's step and sync jitted and their state donated.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -22,6 +21,7 @@ class Curve(NamedTuple):
     top1: Array | list[Array]
 
 
+Sync = Callable[[TrainState, np.ndarray | None], TrainState]
 RunSteps = Callable[[TrainState, np.ndarray, np.ndarray | None], tuple[TrainState, Curve]]
 MakeViews = Callable[[Array, Array], Views]  # rng, images [M, B, H, W, 3] uint8 -> Views
 
@@ -35,6 +35,11 @@ def scans_steps(backend: str) -> bool:
     return backend != "cpu"
 
 
+def make_sync(algorithm: Algorithm) -> Sync:
+    """Synchronization as a program: state, cohort [M] (None for the whole pool) -> state. Donates it."""
+    return jax.jit(algorithm.sync, donate_argnums=0)
+
+
 def make_run_steps(
     algorithm: Algorithm,
     make_views: MakeViews,
@@ -43,7 +48,7 @@ def make_run_steps(
     *,
     state: TrainState,
     batch_shape: tuple[int, int],
-    max_steps: int,
+    steps_per_round: int,
     whole_pool: bool,
     scan: bool,
 ) -> RunSteps:
@@ -60,9 +65,10 @@ def make_run_steps(
       images: [n, H, W, 3] uint8, the training set on the device.
       state: a state as the function will get, for its shapes.
       batch_shape: (M, B).
-      max_steps: the most steps of a call. Any number up to it runs the same compiled program.
+      steps_per_round: steps of most calls.
       whole_pool: every client takes part in every step.
-      scan: one program for all steps of a call (see `scans_steps`), or one for each.
+      scan: one program for the steps of a whole round (see `scans_steps`); other numbers of steps, and
+        all if this is false, run one by one.
 
     Returns:
       state, indices [S, M, B] int32 into the images, cohort [M] int32 (None if `whole_pool`) -> new
@@ -70,51 +76,34 @@ def make_run_steps(
     """
 
     def step(
-        state: TrainState, images: Array, indices: Array, cohort: Array | None
+        state: TrainState, images: Array, rng: Array, indices: Array, cohort: Array | None
     ) -> tuple[TrainState, Curve]:
         views = make_views(jax.random.fold_in(rng, state.step), images[indices])
         state, info = algorithm.step(state, views, cohort)
         return state, Curve(info.loss, info.top1)
 
-    def steps(
-        state: TrainState, images: Array, indices: Array, count: Array, cohort: Array | None
+    def round_(
+        state: TrainState, images: Array, rng: Array, indices: Array, cohort: Array | None
     ) -> tuple[TrainState, Curve]:
-        _, shapes = jax.eval_shape(step, state, images, indices[0], cohort)
-        idle = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(lambda s, batch: step(s, images, rng, batch, cohort), state, indices)
 
-        def body(state: TrainState, item: tuple[Array, Array]) -> tuple[TrainState, Curve]:
-            i, batch = item
-            return jax.lax.cond(
-                i < count, lambda s: step(s, images, batch, cohort), lambda s: (s, idle), state
-            )
-
-        return jax.lax.scan(body, state, (jnp.arange(max_steps), indices))
-
+    run_step: Any = jax.jit(step, donate_argnums=0)
+    run_round: Any = jax.jit(round_, donate_argnums=0)
     batch = np.zeros(batch_shape, np.int32)
-    clients = None if whole_pool else np.arange(batch_shape[0], dtype=np.int32)
+    cohort = None if whole_pool else np.arange(batch_shape[0], dtype=np.int32)
     if scan:
-        batches = np.zeros((max_steps, *batch_shape), np.int32)
-        all_steps = jax.jit(steps, donate_argnums=0).lower(state, images, batches, np.int32(0), clients)
-        run_all = all_steps.compile()
+        batches = np.zeros((steps_per_round, *batch_shape), np.int32)
+        run_round = run_round.lower(state, images, rng, batches, cohort).compile()
     else:
-        one_step = jax.jit(step, donate_argnums=0).lower(state, images, batch, clients)
-        run_one = one_step.compile()
+        run_step = run_step.lower(state, images, rng, batch, cohort).compile()
 
-    def run_together(
-        state: TrainState, indices: np.ndarray, cohort: np.ndarray | None
-    ) -> tuple[TrainState, Curve]:
-        count = len(indices)
-        padding = np.zeros((max_steps - count, *batch_shape), np.int32)
-        state, curve = run_all(state, images, np.concatenate([indices, padding]), np.int32(count), cohort)
-        return state, jax.tree.map(lambda x: x[:count], curve)
-
-    def run_each(
-        state: TrainState, indices: np.ndarray, cohort: np.ndarray | None
-    ) -> tuple[TrainState, Curve]:
+    def run(state: TrainState, indices: np.ndarray, cohort: np.ndarray | None) -> tuple[TrainState, Curve]:
+        if scan and len(indices) == steps_per_round:
+            return run_round(state, images, rng, indices, cohort)
         curves = []
         for batch in indices:
-            state, curve = run_one(state, images, batch, cohort)
+            state, curve = run_step(state, images, rng, batch, cohort)
             curves.append(curve)
         return state, Curve([c.loss for c in curves], [c.top1 for c in curves])
 
-    return run_together if scan else run_each
+    return run

@@ -9,7 +9,9 @@ The same command again goes on where the last one stopped.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.util
+import os
 import re
 import runpy
 import shlex
@@ -21,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
@@ -51,18 +54,28 @@ def main(argv: list[str]) -> int:
         run = experiment.prepare(config)
         workdir.claim(folder, run.config)
         with tensorboard_writer(folder, tensorboard) as write_metrics, stop_on_signals() as (stop, received):
-            step = loop.train(run, stop, loop.Output(folder, say, write_metrics))
+            finished = loop.train(run, stop, loop.Output(folder, say, write_metrics))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except NonFiniteError as error:
-        print(f"error: {error}; {last_checkpoint(folder)}", file=sys.stderr)
-        return 1
-    if step == run.total_steps:
+        return fail(2, error)
+    except KeyboardInterrupt:
+        return fail(130, "interrupted")
+    except (NonFiniteError, OSError, MemoryError) as error:
+        return fail(1, f"{str(error) or type(error).__name__}; {last_checkpoint(folder)}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return fail(1, f"out of memory: {error}; {last_checkpoint(folder)}")
+    if finished:
         return 0
     again = f"python -m mocosfl_jax.train {shlex.join(argv[1:])}".strip()
-    say(f"stopped by {received[0].name}, saved at step {step:,} of {run.total_steps:,}; to go on: {again}")
+    say(f"stopped by {received[0].name}; to go on: {again}")
     return 128 + received[0]
+
+
+def fail(status: int, error: object) -> int:
+    """Say in one line what went wrong."""
+    print("error:", " ".join(str(error).split())[:2000], file=sys.stderr)
+    return status
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -81,6 +94,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path, bool]:
     Raises:
       UserError: naming the first argument that is not understood.
     """
+    unset, argv = split_unset(argv)
     for argument in argv[1:]:
         check_field(argument)
     values = flags.FlagValues()
@@ -90,19 +104,40 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path, bool]:
         files.append(path)
         return load_config(path)
 
-    config_flags.DEFINE_config_dataclass(
-        "config", quickstart(), "A file with get_config().", values, sys_argv=list(argv), parse_fn=load
-    )
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
     try:
+        config_flags.DEFINE_config_dataclass(
+            "config", quickstart(), "A file with get_config().", values, sys_argv=list(argv), parse_fn=load
+        )
+        flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
         rest = values(list(argv))[1:]
     except flags.Error as error:
         raise UserError(explain(error)) from error
     if rest:
         raise UserError(f"found {rest[0]!r}, allowed: {USAGE}")
+    for path in unset:
+        *parents, name = path.split(".")
+        setattr(functools.reduce(getattr, parents, values.config), name, None)
     name = Path(files[-1]).stem if files else "quickstart"
     return values.config, Path(values.workdir or f"runs/{name}"), values.tensorboard
+
+
+def split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take `--config.FIELD=None` out of a command line, since absl cannot parse it for a number.
+
+    Returns:
+      The fields, below `config`, and the other arguments. Whether a field may be None shows when the
+      configuration is checked.
+    """
+    unset, others = [], []
+    for argument in argv:
+        match = re.fullmatch(r"--?config\.(.+)=(?i:none)", argument)
+        if match:
+            check_field(argument)
+            unset.append(match[1])
+        else:
+            others.append(argument)
+    return unset, others
 
 
 def check_field(argument: str) -> None:
@@ -130,7 +165,7 @@ def load_config(path: str) -> Config:
         raise UserError(f"--config: found no file {path}, allowed: a Python file with get_config()")
     try:
         config = runpy.run_path(path)["get_config"]()
-    except Exception as error:  # whatever a user's file may raise
+    except (Exception, SystemExit) as error:  # whatever a user's file may raise
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise UserError(f"{path}: get_config() returned {type(config).__name__}, allowed: a Config")
@@ -182,8 +217,9 @@ def stop_on_signals() -> Iterator[tuple[threading.Event, list[signal.Signals]]]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
-        say(f"{received[0].name}: saving after the current round")
         stop.set()
+        # Not by print: the signal may have come in the middle of one.
+        os.write(2, f"\n{received[0].name}: saving after the current round\n".encode())
         for each in signals:
             signal.signal(each, before[each])
 

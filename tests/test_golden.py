@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import Algorithm, TrainState, Views, mocosfl, split_model
+from mocosfl_jax.models import resnet
 
 RTOL, ATOL = 1e-6, 1e-9
 
@@ -33,12 +34,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def not_built_yet(settings: dict[str, Any]) -> str | None:
     """Why a case cannot pass yet; None: it must."""
-    if settings["kind"] != "resnet":
-        return f"networks of kind {settings['kind']} are not built yet"
+    if settings["arch"].lower() not in resnet.DEPTHS:
+        return f"{settings['arch']} is not built yet"
     if settings["bottleneck"] != "None":
         return "bottleneck layers at the cut are not built yet"
     if not settings["feature_sharing"]:
         return "a queue per client is not built yet"
+    if not (settings["c_residual"] and settings["WS"]):
+        return "clients without shortcuts and networks without weight standardisation are not built yet"
     return None
 
 
@@ -59,17 +62,17 @@ class Case:
             return z / np.sqrt(np.prod(shape[1:]))
         return 1 + 0.1 * z if name.endswith("scale") else 0.1 * z
 
+    def cohort(self, step: int) -> list[int] | None:
+        """Clients that take part in the step; None: all."""
+        return self.settings["pools"][step] if self.settings["pools"] else None
+
     def views(self, step: int) -> Views:
         s = self.settings
-        clients = (
-            (s["pools"] or {}).get(str(step), range(s["num_client"]))
-            if s["pools"]
-            else range(s["num_client"])
-        )
+        cohort = self.cohort(step) or range(s["num_client"])
         shape = (s["batch_size"], 3, s["size"], s["size"])
 
         def draw(view: str) -> jax.Array:
-            images = [self.rng(f"{view}.client{i}.step{step}").standard_normal(shape) for i in clients]
+            images = [self.rng(f"{view}.client{i}.step{step}").standard_normal(shape) for i in cohort]
             return jnp.asarray(np.stack(images).transpose(0, 1, 3, 4, 2))
 
         return Views(draw("query"), draw("key"))
@@ -116,6 +119,7 @@ def summary(x: np.ndarray) -> np.ndarray:
 def build(case: Case) -> tuple[Algorithm, TrainState]:
     """The public algorithm of the case, in the case's initial state."""
     s = case.settings
+    assert s["feature_sharing"] and s["bottleneck"] == "None" and s["c_residual"] and s["WS"]
     model = split_model(
         s["arch"].lower(), cut_layer=s["cut"], image_size=s["size"], key_dim=s["K_dim"], mlp=s["mlp"]
     )
@@ -164,9 +168,10 @@ def test_golden(case: pathlib.Path, x64: None) -> None:
         compared.add(name)
 
     for t in range(s["steps"]):
-        state, info = step(state, golden.views(t))
+        cohort = None if golden.cohort(t) is None else jnp.asarray(golden.cohort(t))
+        state, info = step(state, golden.views(t), cohort)
         if t + 1 in s["sync_after"]:
-            state = sync(state)
+            state = sync(state, cohort)
         check(f"step{t}.loss", info.loss)
         check(f"step{t}.top1_percent", 100 * info.top1)
         crossed = {

@@ -38,5 +38,16 @@ def test_multistep_drops_at_60_and_80_percent(decay: float) -> None:
     np.testing.assert_allclose(got, [0.5] * 18 + [0.5 * decay] * 6 + [0.5 * decay**2] * 6, rtol=1e-6)
 
 
+def test_milestones_are_rounded_down() -> None:
+    schedule = optim.schedule("multistep", 1.0, epochs=13, steps_per_epoch=1)
+    got = [float(schedule(jnp.int32(epoch))) for epoch in range(13)]
+    np.testing.assert_allclose(got, [1] * 7 + [0.1] * 3 + [0.01] * 3, rtol=1e-6)
+
+
+def test_other_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="found 'linear', allowed: cosine, multistep, constant"):
+        optim.schedule("linear", 1.0, epochs=1, steps_per_epoch=1)
+
+
 def test_constant_is_constant() -> None:
     assert set(rates("constant")) == {0.5}

@@ -201,11 +201,14 @@ def test_a_signal_saves_and_says_how_to_go_on(
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 128 + number
     assert "Traceback" not in output
+    assert re.search(r"saved at step \d+ of 240", output)
     last = output.strip().splitlines()[-1]
-    assert re.search(
-        rf"stopped by {number.name}, saved at step \d+ of 240; to go on: python -m mocosfl_jax.train", last
+    assert last.startswith(
+        f"stopped by {number.name}; to go on: python -m mocosfl_jax.train --config.epochs=3"
     )
-    assert main(argv) == 0
+    process = start(argv)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
     assert_same_run(argv, tmp_path, undisturbed)
 
 
@@ -276,6 +279,8 @@ def test_a_loss_that_is_no_number_stops_the_run(
         ("--config.data.dir=/nowhere.npz", "/nowhere.npz"),
         ("--config.data.name=cifar11", "cifar11"),
         ("--workdir=/dev/null/x", "--workdir"),
+        ("--config.epochs=None", "config.epochs: found None, allowed: int"),
+        ("--flagfile=/nowhere", "/nowhere"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -286,6 +291,35 @@ def test_a_mistake_is_one_line(
     assert error.startswith("error: ") and message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_optional_field_can_be_unset() -> None:
+    path = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_noniid_1000.py"
+    assert parse(["train", f"--config={path}"])[0].clients.cohort == 100
+    assert parse(["train", f"--config={path}", "--config.clients.cohort=None"])[0].clients.cohort is None
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("metrics.jsonl", "{}", "holds metrics.jsonl but no config.json"),
+        ("config.json", "[]", "found no configuration"),
+        ("config.json", "{", "not JSON"),
+    ],
+)
+def test_a_folder_with_other_things_is_left_alone(
+    images: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    name: str,
+    content: str,
+    message: str,
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert main(arguments(images, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert (tmp_path / name).read_text() == content
 
 
 def test_images_that_are_not_square_need_a_size(
@@ -312,6 +346,8 @@ def test_a_batch_above_the_data_of_a_client_is_one_line(
     [
         ("def get_config(): return 3", "get_config() returned int, allowed: a Config"),
         ("x = 1", "KeyError: 'get_config'"),
+        ("raise SystemExit('bye')", "SystemExit: bye"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
         (
             "from mocosfl_jax.config import Clients\ndef get_config(): return Clients(size=3)",
             "TypeError: Clients.__init__() got an unexpected keyword argument 'size'",

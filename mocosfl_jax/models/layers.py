@@ -119,7 +119,12 @@ class ProjectionHead(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, kernel_init=nn.initializers.xavier_uniform(), name=name)
+            return nn.Dense(
+                features,
+                kernel_init=nn.initializers.xavier_uniform(),
+                precision=jax.lax.Precision.HIGHEST,  # as PyTorch has it; only convolutions may round
+                name=name,
+            )
 
         if self.hidden_dim is not None:
             x = nn.relu(dense(self.hidden_dim, "hidden")(x))

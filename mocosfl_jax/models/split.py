@@ -93,7 +93,7 @@ def split_model(
       cut_layer: how many of [stem, block 1, block 2, ...] are the client's, at least 1; at least one
         block stays with the server.
       width: channels of the stem, a multiple of 4 (a group of the norm has four channels).
-      image_size: pixels a side, 32 or more.
+      image_size: pixels a side.
       stem_stride: None takes the paper's, 1 below 64 px and 2 from there on.
       key_dim: width of query and key embeddings.
       mlp: head with one hidden layer of key_dim x expansion (MoCo V2), or one linear layer (V1).
