@@ -34,6 +34,10 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture
 def toy_model() -> SplitModel:
+    return make_toy_model()
+
+
+def make_toy_model() -> SplitModel:
     """Two layers, one on each side of the cut: compiles in no time, and any network fits SplitModel."""
 
     def init(rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:

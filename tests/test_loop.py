@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import IMAGE, make_toy_model
 
-from mocosfl_jax import experiment, loop, workdir
+from mocosfl_jax import experiment, loop, mocosfl, workdir
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model
 from mocosfl_jax.experiment import Run
 
@@ -18,13 +19,16 @@ Metrics = Mapping[str, float]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Five of six clients an epoch, rounds of 3, 3 and 1 steps, an evaluation in every second epoch."""
+    """Five of six clients an epoch, rounds of 3, 3 and 1 steps, an evaluation in every second epoch.
+
+    The toy network takes the place of the ResNet, so that compiling it every time costs little.
+    """
     path = tmp_path_factory.mktemp("data") / "images.npz"
     rng = np.random.default_rng(0)
     labels = np.arange(84) % 3
-    pictures = rng.integers(0, 256, (84, 8, 8, 3)).astype(np.uint8)
+    pictures = rng.integers(0, 256, (84, *IMAGE)).astype(np.uint8)
     np.savez(path, x_train=pictures, y_train=labels, x_test=pictures[:20], y_test=labels[:20])
-    return experiment.prepare(
+    run = experiment.prepare(
         Config(
             epochs=4,
             data=Data(name="npz", dir=str(path)),
@@ -34,6 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             eval=Eval(every=2, knn_k=3, probe_epochs=2),
         )
     )
+    model = make_toy_model()
+    return run._replace(model=model, algorithm=mocosfl(model, num_clients=6, queue_size=20))
 
 
 def train(run: Run, folder: pathlib.Path, stop_at: Callable[[Metrics], bool] = lambda metrics: False) -> bool:

@@ -17,9 +17,9 @@ LR = 0.1
 
 def build(model: SplitModel, num_clients: int = N, **changes: Any) -> tuple[Algorithm, TrainState]:
     settings = {"server_lr": LR, "client_lr": LR, "queue_size": K, "temperature": 1.0} | changes
-    algorithm = mocosfl(model, num_clients=num_clients, **settings)
-    state = algorithm.init(jax.random.key(0))
-    return algorithm, state
+    pure = mocosfl(model, num_clients=num_clients, **settings)
+    algorithm = Algorithm(jax.jit(pure.init), jax.jit(pure.step), jax.jit(pure.sync), jax.jit(pure.encode))
+    return algorithm, algorithm.init(jax.random.key(0))
 
 
 def diverse(state: TrainState) -> TrainState:

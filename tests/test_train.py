@@ -64,6 +64,7 @@ def arguments(images: str, workdir: pathlib.Path, *more: str) -> list[str]:
         "model.width": 4,
         "moco.key_dim": 8,
         "moco.queue_size": 20,
+        "eval.every": 1,
         "eval.knn_k": 5,
         "eval.probe_epochs": 3,
     }
