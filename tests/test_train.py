@@ -1,5 +1,6 @@
 """The command as a user meets it: files, screen, mistakes, kills, signals and damaged checkpoints."""
 
+import gc
 import json
 import logging
 import os
@@ -139,7 +140,7 @@ def test_another_configuration_is_refused(
 ) -> None:
     assert main(arguments(images, finished, "--config.epochs=4", "--config.optim.server_lr=0.5")) == 2
     error = capsys.readouterr().err
-    assert "config.epochs: 3 there, 4 now; config.optim.server_lr: 0.06 there, 0.5 now" in error
+    assert "config.epochs: 3 there, 4 now; config.optim.server_lr: 0.01 there, 0.5 now" in error
     assert error.count("\n") == 1
 
 
@@ -213,6 +214,18 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert_same_run(argv, tmp_path, undisturbed)
 
 
+@pytest.fixture
+def restore_may_fail() -> Iterator[None]:
+    """Orbax leaves coroutines behind where a restore fails; collect them in the test that they belong to."""
+    yield
+    gc.collect()
+
+
+orbax_leaves_coroutines = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@orbax_leaves_coroutines
+@pytest.mark.usefixtures("restore_may_fail")
 @pytest.mark.parametrize("damage", ["truncate", "delete", "flip"])
 def test_a_damaged_newest_checkpoint_is_skipped(
     images: str, finished: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, damage: str
@@ -235,6 +248,8 @@ def test_a_damaged_newest_checkpoint_is_skipped(
     assert_same_run(argv, tmp_path, finished)
 
 
+@orbax_leaves_coroutines
+@pytest.mark.usefixtures("restore_may_fail")
 def test_nothing_readable_is_not_silently_started_anew(
     images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
