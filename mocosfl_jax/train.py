@@ -42,11 +42,14 @@ def main(argv: list[str]) -> int:
       Its exit status: 0, or 1 where the run cannot go on, 2 after a user's mistake, 128 + the number
       of the signal that stopped it.
     """
+    if {"--help", "-h", "-help", "--helpfull"} & set(argv):
+        say(help_text())
+        return 0
     try:
-        if {"--help", "-h", "-help", "--helpfull"} & set(argv):
-            say(help_text())
-            return 0
         config, folder, tensorboard = parse(argv)
+    except UserError as error:
+        return fail(2, error)
+    try:
         compiler.set_flags()
         # Imported only here, so that a slip of the pen is answered at once.
         from mocosfl_jax import experiment, loop, workdir
