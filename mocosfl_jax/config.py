@@ -239,11 +239,11 @@ def quickstart() -> Config:
     Small gray pictures and a short run want milder views and a smaller learning rate than the paper's.
     """
     return Config(
-        epochs=15,
+        epochs=14,
         data=Data(name="fashion_mnist_sample"),
         clients=Clients(num=20, batch_size=5, noniid_ratio=0.2, sync_frequency=10),
         model=Model(name="resnet18", width=16, stem_stride=2, cut_layer=1),
         moco=Moco(preset="v2", key_dim=128, queue_size=2000, augmentation="v1", min_crop_scale=0.5),
         optim=Optim(server_lr=0.01, client_lr=0.01),
-        eval=Eval(every=3),
+        eval=Eval(every=2),
     )
