@@ -61,7 +61,10 @@ def test_step_equals_a_loop_over_clients_with_end_to_end_gradients(
     new, info = algorithm.step(state, views)
 
     tau = 0.99
-    blend = lambda old, p: jax.tree.map(lambda a, b: tau * a + (1 - tau) * b, old, p)  # noqa: E731
+
+    def blend(old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda a, b: tau * a + (1 - tau) * b, old, new)
+
     online = [client(state.clients.params, i) for i in range(N)]
     momentum = [blend(client(state.clients.key_params, i), online[i]) for i in range(N)]
     server_momentum = blend(state.server.key_params, state.server.params)
@@ -169,7 +172,10 @@ def test_encode_is_the_first_client_and_the_server(toy_model: SplitModel) -> Non
 
 def test_learning_rates_follow_their_schedules(toy_model: SplitModel) -> None:
     """A rate of zero from step 1 on: weights stay, momentum models and the queue go on."""
-    stopping = lambda step: jnp.where(step < 1, LR, 0.0)  # noqa: E731
+
+    def stopping(step: jax.Array) -> jax.Array:
+        return jnp.where(step < 1, LR, 0.0)
+
     algorithm, state = build(toy_model, server_lr=stopping, client_lr=stopping)
     first, _ = algorithm.step(state, random_views(5, N, B))
     second, _ = algorithm.step(first, random_views(6, N, B))
