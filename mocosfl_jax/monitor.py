@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from mocosfl_jax import augment, evaluate
+from mocosfl_jax import augment, probes
 from mocosfl_jax.experiment import Run
 from mocosfl_jax.mocosfl import TrainState
 from mocosfl_jax.models import Features
@@ -31,8 +31,8 @@ def features(run: Run, state: TrainState, encode: Encode) -> Evaluated:
     """Features of the training and of the test images."""
     encode_batch = partial(encode, state)
     return (
-        evaluate.extract(encode_batch, run.dataset.x_train),
-        evaluate.extract(encode_batch, run.dataset.x_test),
+        probes.extract(encode_batch, run.dataset.x_train),
+        probes.extract(encode_batch, run.dataset.x_test),
     )
 
 
@@ -57,8 +57,8 @@ def knn_raw_pixels(run: Run) -> dict[str, float]:
     return {"knn_raw_pixels": _knn_accuracy(run, train, test)}
 
 
-def _knn_accuracy(run: Run, train: evaluate.Rows, test: evaluate.Rows) -> float:
-    return evaluate.knn_accuracy(
+def _knn_accuracy(run: Run, train: probes.Rows, test: probes.Rows) -> float:
+    return probes.knn_accuracy(
         train,
         run.dataset.y_train,
         test,
@@ -72,7 +72,7 @@ def _knn_accuracy(run: Run, train: evaluate.Rows, test: evaluate.Rows) -> float:
 def linear_probe(run: Run, evaluated: Evaluated, rng: Array) -> dict[str, float]:
     """Accuracies of a linear probe on backbone features, as fields of metrics.jsonl."""
     train, test = evaluated
-    probe = evaluate.linear_probe(
+    probe = probes.linear_probe(
         rng,
         train.backbone,
         run.dataset.y_train,

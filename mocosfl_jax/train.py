@@ -1,19 +1,15 @@
 """Train MocoSFL.
 
-    python -m mocosfl_jax.train [--config=FILE] [--config.FIELD=VALUE ...] [--workdir=FOLDER] [--tensorboard]
+    python -m mocosfl_jax.train [--config=FILE[:PARAMETER]] [--config.FIELD=VALUE ...]
+                                [--workdir=FOLDER] [--tensorboard]
 
 Without arguments: the quickstart, on a sample of images that comes with the package, in runs/quickstart.
 The same command again goes on where the last one stopped.
 """
 
 import contextlib
-import dataclasses
-import difflib
-import functools
 import importlib.util
 import os
-import re
-import runpy
 import shlex
 import signal
 import sys
@@ -21,15 +17,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
-from tqdm import tqdm
 
-from mocosfl_jax import compiler
-from mocosfl_jax.config import Config, quickstart
+from mocosfl_jax import commandline, compiler
+from mocosfl_jax.commandline import fail, say
+from mocosfl_jax.config import Config
 from mocosfl_jax.errors import NonFiniteError, UserError
 
 USAGE = "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --tensorboard, --help"
@@ -42,8 +36,8 @@ def main(argv: list[str]) -> int:
       Its exit status: 0, or 1 where the run cannot go on, 2 after a user's mistake, 128 + the number
       of the signal that stopped it.
     """
-    if {"--help", "-h", "-help", "--helpfull"} & set(argv):
-        say(help_text())
+    if commandline.HELP & set(argv):
+        say(commandline.help_text(__doc__))
         return 0
     try:
         config, folder, tensorboard = parse(argv)
@@ -75,10 +69,20 @@ def main(argv: list[str]) -> int:
     return 128 + received[0]
 
 
-def fail(status: int, error: object) -> int:
-    """Say in one line what went wrong."""
-    print("error:", " ".join(str(error).split())[:2000], file=sys.stderr)
-    return status
+def parse(argv: Sequence[str]) -> tuple[Config, Path, bool]:
+    """Configuration, workdir and --tensorboard of a command line.
+
+    Raises:
+      UserError: naming the first argument that is not understood.
+    """
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
+
+    arguments = commandline.parse(argv, USAGE, define)
+    folder = Path(arguments.flags.workdir or f"runs/{arguments.name}")
+    return arguments.config, folder, arguments.flags.tensorboard
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -89,127 +93,6 @@ def last_checkpoint(folder: Path) -> str:
         if steps
         else "no checkpoint yet"
     )
-
-
-def parse(argv: Sequence[str]) -> tuple[Config, Path, bool]:
-    """Configuration, workdir and --tensorboard of a command line.
-
-    Raises:
-      UserError: naming the first argument that is not understood.
-    """
-    unset, argv = split_unset(argv)
-    for argument in argv[1:]:
-        check_field(argument)
-    values = flags.FlagValues()
-    files: list[str] = []
-
-    def load(path: str) -> Config:
-        files.append(path)
-        return load_config(path)
-
-    try:
-        config_flags.DEFINE_config_dataclass(
-            "config", quickstart(), "A file with get_config().", values, sys_argv=list(argv), parse_fn=load
-        )
-        flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-        flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
-        rest = values(list(argv))[1:]
-    except flags.Error as error:
-        raise UserError(explain(error)) from error
-    if rest:
-        raise UserError(f"found {rest[0]!r}, allowed: {USAGE}")
-    for path in unset:
-        *parents, name = path.split(".")
-        setattr(functools.reduce(getattr, parents, values.config), name, None)
-    name = Path(files[-1]).stem if files else "quickstart"
-    return values.config, Path(values.workdir or f"runs/{name}"), values.tensorboard
-
-
-def split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take `--config.FIELD=None` out of a command line, since absl cannot parse it for a number.
-
-    Returns:
-      The fields, below `config`, and the other arguments. Whether a field may be None shows when the
-      configuration is checked.
-    """
-    unset, others = [], []
-    for argument in argv:
-        match = re.fullmatch(r"--?config\.(.+)=(?i:none)", argument)
-        if match:
-            check_field(argument)
-            unset.append(match[1])
-        else:
-            others.append(argument)
-    return unset, others
-
-
-def check_field(argument: str) -> None:
-    """Raise UserError if `argument` sets a field that no configuration has."""
-    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-    node: Any = quickstart()
-    path = "config"
-    for part in match[1].split(".") if match else []:
-        names = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-        if part not in names:
-            close = difflib.get_close_matches(part, names, 1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            allowed = ", ".join(names) if names else "no field below it"
-            raise UserError(f"{path}: found field {part!r}{hint}, allowed: {allowed}")
-        node, path = getattr(node, part), f"{path}.{part}"
-
-
-def load_config(path: str) -> Config:
-    """What get_config() of the Python file at `path` returns.
-
-    Raises:
-      UserError: if there is no such file, or it does not work.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"--config: found no file {path}, allowed: a Python file with get_config()")
-    try:
-        config = runpy.run_path(path)["get_config"]()
-    except (Exception, SystemExit) as error:  # whatever a user's file may raise
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise UserError(f"{path}: get_config() returned {type(config).__name__}, allowed: a Config")
-    return config
-
-
-def explain(error: BaseException) -> str:
-    """One line for a mistake that absl has found."""
-    cause = error.__context__
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__context__
-    if cause is not None:
-        return str(cause)
-    wrong_type = re.match(r"flag --(config\.[\w.]+)=(.*?): ", str(error), re.DOTALL)
-    if wrong_type is None:
-        return str(error).replace("\n", " ")
-    *parents, name = wrong_type[1].split(".")[1:]
-    node: Any = quickstart()
-    for part in parents:
-        node = getattr(node, part)
-    (allowed,) = (field.type for field in dataclasses.fields(node) if field.name == name)
-    return f"{wrong_type[1]}: found {wrong_type[2]!r}, allowed: {type_name(allowed)}"
-
-
-def type_name(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
-
-
-def help_text() -> str:
-    """The module's words, and every field with its default."""
-
-    def lines(node: Any, path: str) -> Iterator[str]:
-        for field in dataclasses.fields(node):
-            value = getattr(node, field.name)
-            if dataclasses.is_dataclass(value):
-                yield from lines(value, f"{path}.{field.name}")
-            else:
-                yield f"  --{path}.{field.name}={value}  ({type_name(field.type)})"
-
-    fields = "\n".join(lines(quickstart(), "config"))
-    return f"{__doc__}\nFields and their values in the quickstart (see mocosfl_jax/config.py):\n{fields}"
 
 
 @contextlib.contextmanager
@@ -255,12 +138,6 @@ def tensorboard_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mappin
             writer.flush()
 
         yield write
-
-
-def say(line: str) -> None:
-    """Print above the progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
+from mocosfl_jax.commandline import load_config
 from mocosfl_jax.config import Clients, Config, Moco, differences, quickstart
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.train import load_config
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 

@@ -31,7 +31,7 @@ def imports(room: str) -> set[str]:
 ORDER = [
     {"errors", "compiler"},
     {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim"},
-    {"clients", "server", "evaluate", "workdir", "plots"},
+    {"clients", "server", "probes", "workdir", "plots", "commandline"},
     {"mocosfl"},
     {"rounds", "checkpoint"},
     {"experiment"},

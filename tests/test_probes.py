@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax import Features, evaluate
+from mocosfl_jax import Features, probes
 
 
 def plain_knn(
@@ -27,14 +27,14 @@ def plain_knn(
 def test_knn_equals_a_loop_whatever_the_block(
     monkeypatch: pytest.MonkeyPatch, k: int, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(evaluate, "KNN_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(probes, "KNN_BLOCK_BYTES", block_bytes)
     rng = np.random.default_rng(0)
     labels, truth = rng.integers(0, 4, 60), rng.integers(0, 4, 25)
     centres = rng.normal(size=(4, 6))
     train = (centres[labels] + rng.normal(size=(60, 6))).astype(np.float32)
     test = (centres[truth] + rng.normal(size=(25, 6))).astype(np.float32)
     expected = np.mean(np.array(plain_knn(train, labels, test, 4, k, 0.1)) == truth)
-    got = evaluate.knn_accuracy(train, labels, test, truth, num_classes=4, k=k, temperature=0.1)
+    got = probes.knn_accuracy(train, labels, test, truth, num_classes=4, k=k, temperature=0.1)
     assert got == pytest.approx(expected)
     assert 0 < got < 1
 
@@ -49,7 +49,7 @@ def test_extract_keeps_order_and_drops_padding() -> None:
         flat = batch.reshape(len(batch), -1).astype(jnp.float32)
         return Features(flat, 2 * flat)
 
-    features = evaluate.extract(encode, images, batch_size=3)
+    features = probes.extract(encode, images, batch_size=3)
     np.testing.assert_array_equal(features.backbone, images.reshape(7, 4))
     np.testing.assert_array_equal(features.projection, 2 * features.backbone)
     assert shapes == {(3, 2, 2, 1)}
@@ -60,10 +60,10 @@ def test_linear_probe_separates_what_is_separable_and_nothing_else() -> None:
     labels, truth = rng.integers(0, 3, 600), rng.integers(0, 3, 300)
     centres = 4 * np.eye(3, 5)
 
-    def probe(scale: float) -> evaluate.Probe:
+    def probe(scale: float) -> probes.Probe:
         train = (scale * centres[labels] + rng.normal(size=(600, 5))).astype(np.float32)
         test = (scale * centres[truth] + rng.normal(size=(300, 5))).astype(np.float32)
-        return evaluate.linear_probe(
+        return probes.linear_probe(
             jax.random.key(0), train, labels, test, truth, num_classes=3, epochs=100, batch_size=100
         )
 
@@ -75,8 +75,8 @@ def test_linear_probe_separates_what_is_separable_and_nothing_else() -> None:
 
 def test_knn_of_50_000_by_10_000_fits_in_2_gb() -> None:
     """By the compiler's own account of arguments and temporaries, for features of ResNet-50's width."""
-    rows = evaluate.KNN_BLOCK_BYTES // (4 * 50_000)
-    compiled = evaluate._knn_predict.lower(
+    rows = probes.KNN_BLOCK_BYTES // (4 * 50_000)
+    compiled = probes._knn_predict.lower(
         jax.ShapeDtypeStruct((50_000, 2048), jnp.float32),
         jax.ShapeDtypeStruct((50_000,), jnp.int32),
         jax.ShapeDtypeStruct((rows, 2048), jnp.float32),

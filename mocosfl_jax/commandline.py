@@ -1,0 +1,194 @@
+"""What the commands have in common: a configuration from the command line, and one line for a mistake.
+
+--config=FILE[:PARAMETER]    a Python file with get_config(), or get_config(parameter)
+--config.FIELD=VALUE         one field of it
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from mocosfl_jax.config import Config, quickstart
+from mocosfl_jax.errors import UserError
+
+HELP = {"--help", "-h", "-help", "--helpfull"}
+
+
+class Arguments(NamedTuple):
+    """A command line that was understood."""
+
+    config: Config  # not resolved
+    name: str  # of the configuration: its file's, with its parameter
+    flags: flags.FlagValues  # the command's own
+
+
+def parse(
+    argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None] = lambda values: None
+) -> Arguments:
+    """Read a command line that sets a configuration, the quickstart's by default.
+
+    Args:
+      argv: the command and its arguments.
+      usage: what is allowed, for the message.
+      define: adds the flags that the command has beside --config.
+
+    Raises:
+      UserError: naming the first argument that is not understood.
+    """
+    unset, argv = split_unset(argv)
+    for argument in argv[1:]:
+        check_field(argument)
+    values = flags.FlagValues()
+    names = ["quickstart"]
+
+    def load(path: str) -> Config:
+        file, parameter = split_parameter(path)
+        names.append("_".join([Path(file).stem, *parameter]))
+        return load_config(file, parameter)
+
+    try:
+        config_flags.DEFINE_config_dataclass(
+            "config", quickstart(), "A file with get_config().", values, sys_argv=list(argv), parse_fn=load
+        )
+        define(values)
+        rest = values(list(argv))[1:]
+    except flags.Error as error:
+        raise UserError(explain(error)) from error
+    if rest:
+        raise UserError(f"found {rest[0]!r}, allowed: {usage}")
+    for path in unset:
+        *parents, field = path.split(".")
+        setattr(functools.reduce(getattr, parents, values.config), field, None)
+    return Arguments(values.config, names[-1], values)
+
+
+def parse_flags(argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None]) -> Any:
+    """Read a command line that takes no configuration, only the flags that `define` adds.
+
+    Raises:
+      UserError: naming the first argument that is not understood.
+    """
+    values = flags.FlagValues()
+    define(values)
+    try:
+        rest = values(list(argv))[1:]
+    except flags.Error as error:
+        raise UserError(f"{explain(error)}, allowed: {usage}") from error
+    if rest:
+        raise UserError(f"found {rest[0]!r}, allowed: {usage}")
+    return values
+
+
+def split_parameter(path: str) -> tuple[str, list[str]]:
+    """FILE:PARAMETER as the file and the list of its one parameter, or of none."""
+    file, colon, parameter = path.rpartition(":")
+    return (file, [parameter]) if colon and file.endswith(".py") else (path, [])
+
+
+def split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take `--config.FIELD=None` out of a command line, since absl cannot parse it for a number.
+
+    Returns:
+      The fields, below `config`, and the other arguments. Whether a field may be None shows when the
+      configuration is checked.
+    """
+    unset, others = [], []
+    for argument in argv:
+        match = re.fullmatch(r"--?config\.(.+)=(?i:none)", argument)
+        if match:
+            check_field(argument)
+            unset.append(match[1])
+        else:
+            others.append(argument)
+    return unset, others
+
+
+def check_field(argument: str) -> None:
+    """Raise UserError if `argument` sets a field that no configuration has."""
+    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    node: Any = quickstart()
+    path = "config"
+    for part in match[1].split(".") if match else []:
+        names = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+        if part not in names:
+            close = difflib.get_close_matches(part, names, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            allowed = ", ".join(names) if names else "no field below it"
+            raise UserError(f"{path}: found field {part!r}{hint}, allowed: {allowed}")
+        node, path = getattr(node, part), f"{path}.{part}"
+
+
+def load_config(file: str, parameter: Sequence[str] = ()) -> Config:
+    """What get_config(*parameter) of the Python file returns.
+
+    Raises:
+      UserError: if there is no such file, or it does not work.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"--config: found no file {file}, allowed: a Python file with get_config()")
+    try:
+        config = runpy.run_path(file)["get_config"](*parameter)
+    except (Exception, SystemExit) as error:  # whatever a user's file may raise
+        raise UserError(f"{file}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{file}: get_config() returned {type(config).__name__}, allowed: a Config")
+    return config
+
+
+def explain(error: BaseException) -> str:
+    """One line for a mistake that absl has found."""
+    cause = error.__context__
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__context__
+    if cause is not None:
+        return str(cause)
+    wrong_type = re.match(r"flag --(config\.[\w.]+)=(.*?): ", str(error), re.DOTALL)
+    if wrong_type is None:
+        return str(error).replace("\n", " ")
+    *parents, name = wrong_type[1].split(".")[1:]
+    node: Any = quickstart()
+    for part in parents:
+        node = getattr(node, part)
+    (allowed,) = (field.type for field in dataclasses.fields(node) if field.name == name)
+    return f"{wrong_type[1]}: found {wrong_type[2]!r}, allowed: {type_name(allowed)}"
+
+
+def type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def help_text(words: str | None) -> str:
+    """The command's own words, and every field with its default."""
+
+    def lines(node: Any, path: str) -> Iterator[str]:
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from lines(value, f"{path}.{field.name}")
+            else:
+                yield f"  --{path}.{field.name}={value}  ({type_name(field.type)})"
+
+    fields = "\n".join(lines(quickstart(), "config"))
+    return f"{words}\nFields and their values in the quickstart (see mocosfl_jax/config.py):\n{fields}"
+
+
+def fail(status: int, error: object) -> int:
+    """Say in one line what went wrong."""
+    print("error:", " ".join(str(error).split())[:2000], file=sys.stderr)
+    return status
+
+
+def say(line: str) -> None:
+    """Print above the progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
