@@ -4,19 +4,23 @@ Smashed data leaves and its gradient enters; nothing else passes between this mo
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
-from mocosfl_jax import optim
+from mocosfl_jax import fedavg, optim
 from mocosfl_jax.augment import Views
 from mocosfl_jax.moco import momentum_update
 
 ClientModel = Callable[[Any, Array], Array]  # params, images [B, H, W, 3] -> smashed data [B, h, w, c]
 Pullback = Callable[[Array], Any]  # gradient of smashed queries [M, B, h, w, c] -> gradient of params
+
+
+Stacked = TypeVar("Stacked")  # a tree whose leaves have a leading client axis
 
 
 class ClientState(NamedTuple):
@@ -25,13 +29,26 @@ class ClientState(NamedTuple):
     params: Any
     key_params: Any  # the momentum models
     opt_state: Any
+    scales: Array  # [N], lambda of divergence-aware averaging; 0 before a client's first one
 
 
 class SmashedData(NamedTuple):
-    """What a cohort's clients send to the server in a step."""
+    """Output of the client-side models at the cut, [M, B, h, w, c] each."""
 
-    query: Array  # [M, B, h, w, c]
-    key: Array
+    query: Array  # of the online models
+    key: Array  # of the momentum models, a constant to the server
+
+
+class Sync(NamedTuple):
+    """How the clients are synchronized. The default is the paper's: plain FedAvg of the online models."""
+
+    weights: np.ndarray | None = None  # [N], of each client in the average; None: all alike
+    momentum_models: bool = False  # average them too: MonAcoSFL (Przewięźlikowski et al. 2024)
+    buffers: str = "keep"  # SGD buffers: keep, reset or average
+    divergence_lambda: float | None = None  # first lambda of divergence-aware averaging; None: without
+
+
+FEDAVG = Sync()
 
 
 def init(params: Any, num_clients: int, optimizer: optax.GradientTransformation) -> ClientState:
@@ -42,16 +59,17 @@ def init(params: Any, num_clients: int, optimizer: optax.GradientTransformation)
 
     stacked = jax.tree.map(stack, params)
     # A second stack: donation forbids two leaves that share a buffer.
-    return ClientState(stacked, jax.tree.map(stack, params), optimizer.init(stacked))
+    key_params = jax.tree.map(stack, params)
+    return ClientState(stacked, key_params, optimizer.init(stacked), jnp.zeros(num_clients))
 
 
-def select(pool: ClientState, cohort: Array | None) -> ClientState:
-    """The states of the clients in `cohort` [M]; None: all of them, in order."""
+def select(pool: Stacked, cohort: Array | None) -> Stacked:
+    """What the clients in `cohort` [M] have of `pool`, leaves [N, ...]; None: all of them, in order."""
     return pool if cohort is None else jax.tree.map(lambda leaf: leaf[cohort], pool)
 
 
-def put_back(pool: ClientState, members: ClientState, cohort: Array | None) -> ClientState:
-    """`pool` with the states of the clients in `cohort` [M] replaced by `members`."""
+def put_back(pool: Stacked, members: Stacked, cohort: Array | None) -> Stacked:
+    """`pool`, leaves [N, ...], with what the clients in `cohort` [M] have replaced by `members`."""
     if cohort is None:
         return members
     return jax.tree.map(lambda leaf, new: leaf.at[cohort].set(new, unique_indices=True), pool, members)
@@ -83,3 +101,42 @@ def backward(
         optimizer, pullback(smashed_grad), state.opt_state, state.params, learning_rate
     )
     return state._replace(params=params, opt_state=opt_state)
+
+
+def synchronize(pool: ClientState, cohort: Array | None, how: Sync) -> tuple[ClientState, Array]:
+    """FedAvg: average the models of the cohort and load the mean into all clients.
+
+    Args:
+      pool: all clients.
+      cohort: [M], whose models are averaged; None: all.
+      how: what else is done, and with which weights.
+
+    Returns:
+      The pool, and how far each client of the cohort was from the mean, [M].
+    """
+    num_clients = len(pool.scales)
+    members = select(pool, cohort)
+    weights = None
+    if how.weights is not None:
+        weights = jnp.asarray(how.weights) if cohort is None else jnp.asarray(how.weights)[cohort]
+
+    def mean_for_all(stacked: Any) -> Any:
+        return fedavg.broadcast(fedavg.average(stacked, weights), num_clients)
+
+    mean = fedavg.average(members.params, weights)
+    divergences = fedavg.divergence(members.params, mean)
+    pool = pool._replace(params=fedavg.broadcast(mean, num_clients))
+    if how.divergence_lambda is not None:
+        params, scales = fedavg.divergence_aware(
+            members.params, mean, divergences, members.scales, how.divergence_lambda
+        )
+        pool = pool._replace(
+            params=put_back(pool.params, params, cohort), scales=put_back(pool.scales, scales, cohort)
+        )
+    if how.momentum_models:
+        pool = pool._replace(key_params=mean_for_all(members.key_params))
+    if how.buffers == "reset":
+        pool = pool._replace(opt_state=jax.tree.map(jnp.zeros_like, pool.opt_state))
+    elif how.buffers == "average":
+        pool = pool._replace(opt_state=mean_for_all(members.opt_state))
+    return pool, divergences

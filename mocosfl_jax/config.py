@@ -8,14 +8,15 @@ import copy
 import dataclasses
 import math
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 from mocosfl_jax.errors import UserError
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Data:
-    # fashion_mnist_sample, cifar10, cifar100, npz, image_folder, or a name of tensorflow-datasets.
+    # fashion_mnist_sample, cifar10, cifar100, svhn, stl10, tiny_imagenet, imagenet12, npz, image_folder, or a
+    # name of tensorflow-datasets.
     name: str = "cifar10"
     # Folder of the archives, images or prepared sets; for npz, the file.
     dir: str = "data"
@@ -27,41 +28,83 @@ class Data:
 class Clients:
     # N, the client pool.
     num: int = 100
-    # M, the clients drawn for an epoch; none: the whole pool.
+    # M, the clients drawn for an epoch; none: the paper's for N, which is the whole pool below 200.
     cohort: int | None = None
-    # B, images a client and step.
-    batch_size: int = 1
+    # B, images a client and step; none: the paper's for N, 100 // N up to 50 clients and 1 beyond.
+    batch_size: int | None = None
     # Classes a client holds / classes of the data set. 1.0: IID.
     noniid_ratio: float = 0.2
     # Set: class shares of a client are drawn from Dirichlet(alpha), and noniid_ratio is not used.
     dirichlet_alpha: float | None = None
-    # Synchronizations (FedAvg) an epoch.
-    sync_frequency: int = 10
+    # The first share of the pool is rich: it holds rich_data of the images, in batches rich_batch times as
+    # large. The paper has 0.2, 0.8 and 16. 0: all clients are alike.
+    rich: float = 0.0
+    rich_data: float = 0.8
+    rich_batch: int = 16
+    # FL-MoCo: passes over a client's images in an epoch.
+    local_epochs: int = 1
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Sync:
+    # Synchronizations (FedAvg) an epoch; none: the paper's for N, 1000 // (B N).
+    frequency: int | None = None
+    # Average in proportion to the clients' numbers of images.
+    weighted: bool = False
+    # MonAcoSFL: average the momentum models too.
+    momentum_models: bool = False
+    # SGD buffers of the clients: keep, reset or average.
+    buffers: str = "keep"
+    # Divergence-aware averaging with this first lambda; none: without.
+    divergence_lambda: float | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Saving:
+    # Loss by which an epoch has to get better; else the next one sends no gradients back, and the one after
+    # that nothing at all: the server replays smashed data. 0: clients always take part.
+    loss_threshold: float = 0.0
+    # Epochs in which clients always take part.
+    warmup_epochs: int = 10
+    # GiB on disk, in the workdir, that the smashed data of one epoch may take.
+    replay_gib: float = 20.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Model:
-    # resnet18, resnet34 or resnet50.
+    # resnet18, 34, 50, 101 or 152, vgg11, 13, 16 or 19, mobilenetv2.
     name: str = "resnet18"
-    # Channels of the stem; the paper's networks have 64.
-    width: int = 64
-    # Stride of the stem; none: the paper's for the image size (1 at 32 px, 2 at 64 and 224 px).
+    # Channels of the first convolution; all others scale with it. None: the paper's (64; MobileNetV2 32).
+    width: int | None = None
+    # Stride of the first convolution; none: the paper's for the image size.
     stem_stride: int | None = None
-    # The first cut_layer of [stem, block 1, block 2, ...] are the client's. "MocoSFL-1" is 1, "-3" is 2.
+    # How many layers are the client's: of a ResNet [stem, block 1, ...], of a VGG convolutions and pools, of
+    # MobileNetV2 [stem, group 1, ...]. "MocoSFL-1" is 1, "MocoSFL-3" is 2. 0: none, the images are sent.
     cut_layer: int = 1
+    # Convolutions that make the smashed data smaller, as C4S2 or K1C8S1noReLU; none: without.
+    bottleneck: str | None = None
+    # Shortcuts in the client's residual blocks.
+    client_residual: bool = True
+    weight_standardisation: bool = True
+    # group, layer or instance.
+    norm: str = "group"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Moco:
-    # v1 or v2. Fills in every field below that is none.
+    # v1, small_v2, v2 or large_v2. Fills in every field below that is none.
     preset: str = "v2"
     key_dim: int | None = None
-    # Hidden layer in the projection head.
-    mlp: bool | None = None
+    # Projection head: linear, mlp (one hidden layer) or mlp_bn (and BatchNorm).
+    head: str | None = None
     symmetric: bool | None = None
     # Views: v1 (no blur) or v2.
     augmentation: str | None = None
-    # K, keys in the queue that all clients share.
+    # MonAcoSFL: clients run both models on both views, and get gradients for both.
+    full_symmetric: bool = False
+    # One queue for all clients; else one of K // N keys for each.
+    feature_sharing: bool = True
+    # K, keys in the queue.
     queue_size: int = 6000
     # T of InfoNCE.
     temperature: float = 0.1
@@ -74,11 +117,15 @@ class Moco:
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Optim:
     server_lr: float = 0.06
-    client_lr: float = 0.06
+    # None: the server's. 0 freezes the clients: no gradients are sent to them.
+    client_lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    # cosine, multistep or constant; none: the MoCo preset's (v1 multistep, v2 cosine).
+    # cosine, multistep or constant; none: the MoCo preset's (v1 multistep, else cosine).
     schedule: str | None = None
+    # The clients': one of these or official_per_step, which takes a step of the schedule every batch instead
+    # of every epoch, as for the paper's numbers. None: the server's.
+    client_schedule: str | None = None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -103,11 +150,15 @@ class Checkpoint:
 class Config:
     """One experiment. Fields take their values from a config file, then from the command line."""
 
+    # mocosfl, or flmoco: the baseline that trains the whole network on each client.
+    algorithm: str = "mocosfl"
     seed: int = 1234
     # Passes over the data at full participation; smaller cohorts take N // M times as many.
     epochs: int = 200
     data: Data = dataclasses.field(default_factory=Data)
     clients: Clients = dataclasses.field(default_factory=Clients)
+    sync: Sync = dataclasses.field(default_factory=Sync)
+    saving: Saving = dataclasses.field(default_factory=Saving)
     model: Model = dataclasses.field(default_factory=Model)
     moco: Moco = dataclasses.field(default_factory=Moco)
     optim: Optim = dataclasses.field(default_factory=Optim)
@@ -115,22 +166,22 @@ class Config:
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
 
     def resolved(self) -> "Config":
-        """A copy with every field that was left to a preset filled in, checked.
+        """A copy with every field filled in that was left to a preset or to N, checked.
 
         Raises:
           UserError: naming the first field with a wrong type or an impossible value.
         """
         _check_types(self, "config")
         config = copy.deepcopy(self)
-        moco, optim, clients = config.moco, config.optim, config.clients
+        moco, optim, clients, sync = config.moco, config.optim, config.clients, config.sync
         _allow("moco.preset", moco.preset, tuple(_PRESETS))
-        for field, value in _PRESETS[moco.preset].items():
-            if getattr(moco, field) is None:
-                setattr(moco, field, value)
-        if optim.schedule is None:
-            optim.schedule = _PRESET_SCHEDULE[moco.preset]
-        if clients.cohort is None:
-            clients.cohort = clients.num
+        _fill(moco, _PRESETS[moco.preset])
+        _fill(optim, {"schedule": _PRESET_SCHEDULE[moco.preset], "client_lr": optim.server_lr})
+        _fill(optim, {"client_schedule": optim.schedule})
+        _in_range("clients.num", clients.num, 1)
+        paper = paper_settings(clients.num)
+        _fill(clients, {"batch_size": paper.batch_size, "cohort": paper.cohort})
+        _fill(sync, {"frequency": paper.sync_frequency})
         _check_values(config)
         return config
 
@@ -144,11 +195,36 @@ class Config:
         return self.epochs * (self.clients.num // (self.clients.cohort or self.clients.num))
 
 
+class PaperSettings(NamedTuple):
+    """What the paper's experiments set by the number of clients alone."""
+
+    batch_size: int  # B
+    cohort: int  # M
+    sync_frequency: int  # synchronizations an epoch
+
+
+def paper_settings(num_clients: int) -> PaperSettings:
+    """The automatic settings of the paper's tables for N clients (the official code's auto_adjust)."""
+    batch_size = 100 // num_clients if num_clients <= 50 else 1
+    cohort = num_clients if num_clients < 200 else num_clients // (num_clients // 100)
+    return PaperSettings(batch_size, cohort, max(1, 1000 // (batch_size * num_clients)))
+
+
+_V2 = {"head": "mlp", "symmetric": True, "augmentation": "v2"}
 _PRESETS: dict[str, dict[str, Any]] = {
-    "v1": {"key_dim": 128, "mlp": False, "symmetric": False, "augmentation": "v1"},
-    "v2": {"key_dim": 1024, "mlp": True, "symmetric": True, "augmentation": "v2"},
+    "v1": {"key_dim": 128, "head": "linear", "symmetric": False, "augmentation": "v1"},
+    "small_v2": {"key_dim": 512} | _V2,
+    "v2": {"key_dim": 1024} | _V2,
+    "large_v2": {"key_dim": 2048} | _V2 | {"head": "mlp_bn"},
 }
-_PRESET_SCHEDULE = {"v1": "multistep", "v2": "cosine"}
+_PRESET_SCHEDULE = {"v1": "multistep", "small_v2": "cosine", "v2": "cosine", "large_v2": "cosine"}
+
+
+def _fill(node: Any, values: dict[str, Any]) -> None:
+    """Give the fields that are none their values."""
+    for field, value in values.items():
+        if getattr(node, field) is None:
+            setattr(node, field, value)
 
 
 def _check_types(node: Any, path: str) -> None:
@@ -170,26 +246,49 @@ def _check_types(node: Any, path: str) -> None:
 
 def _check_values(config: Config) -> None:
     """Everything that can be known before data is read and a network is built."""
-    clients, moco, optim, evaluation = config.clients, config.moco, config.optim, config.eval
-    assert clients.cohort is not None
+    clients, sync, moco, optim = config.clients, config.sync, config.moco, config.optim
+    evaluation, saving = config.eval, config.saving
+    assert clients.cohort is not None and clients.batch_size is not None and sync.frequency is not None
+    assert moco.key_dim is not None and optim.client_lr is not None
+    _allow("algorithm", config.algorithm, ("mocosfl", "flmoco"))
     _allow("moco.augmentation", moco.augmentation, ("v1", "v2"))
+    _allow("moco.head", moco.head, ("linear", "mlp", "mlp_bn"))
     _allow("optim.schedule", optim.schedule, ("cosine", "multistep", "constant"))
+    client_schedules = ("cosine", "multistep", "constant", "official_per_step")
+    _allow("optim.client_schedule", optim.client_schedule, client_schedules)
+    _allow("sync.buffers", sync.buffers, ("keep", "reset", "average"))
     _in_range("seed", config.seed, 0, 2**32 - 1)
     _in_range("epochs", config.epochs, 1)
-    _in_range("clients.num", clients.num, 1)
     _in_range("clients.cohort", clients.cohort, 1, clients.num, "the clients of the pool")
     _in_range("clients.batch_size", clients.batch_size, 1)
-    _in_range("clients.sync_frequency", clients.sync_frequency, 1)
     _in_range("clients.noniid_ratio", clients.noniid_ratio, 0.0, 1.0, open_low=True)
     if clients.dirichlet_alpha is not None:
         _in_range("clients.dirichlet_alpha", clients.dirichlet_alpha, 0.0, open_low=True)
-    _in_range("model.cut_layer", config.model.cut_layer, 1)
+    _in_range("clients.rich", clients.rich, 0.0, 1.0)
+    _in_range("clients.rich_data", clients.rich_data, 0.0, 1.0, open_low=True)
+    _in_range("clients.rich_batch", clients.rich_batch, 1)
+    _in_range("clients.local_epochs", clients.local_epochs, 1)
+    _in_range("sync.frequency", sync.frequency, 1)
+    if sync.divergence_lambda is not None:
+        _in_range("sync.divergence_lambda", sync.divergence_lambda, 0.0, open_low=True)
+    _in_range("saving.loss_threshold", saving.loss_threshold, 0.0)
+    _in_range("saving.warmup_epochs", saving.warmup_epochs, 0)
+    _in_range("saving.replay_gib", saving.replay_gib, 0.0, open_low=True)
+    _in_range("model.cut_layer", config.model.cut_layer, 0)
     if config.model.stem_stride is not None:
         _in_range("model.stem_stride", config.model.stem_stride, 1, 4)
-    assert moco.key_dim is not None
     _in_range("moco.key_dim", moco.key_dim, 1)
-    keys = clients.cohort * clients.batch_size * (2 if moco.symmetric else 1)
-    _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step")
+    views = 2 if moco.symmetric or moco.full_symmetric else 1
+    largest = clients.batch_size * (clients.rich_batch if clients.rich else 1)
+    if config.algorithm == "flmoco":
+        _in_range("moco.queue_size", moco.queue_size, largest * views, why="a client's keys of one step")
+    elif not moco.feature_sharing:
+        keys = clients.num * largest * views
+        _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step in N queues")
+    else:
+        rich = round(clients.cohort * clients.rich)
+        keys = (rich * largest + (clients.cohort - rich) * clients.batch_size) * views
+        _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step")
     _in_range("moco.temperature", moco.temperature, 0.0, open_low=True)
     _in_range("moco.momentum", moco.momentum, 0.0, 1.0)
     _in_range("moco.min_crop_scale", moco.min_crop_scale, 0.0, 1.0, open_low=True)
@@ -202,6 +301,23 @@ def _check_values(config: Config) -> None:
     _in_range("eval.probe_epochs", evaluation.probe_epochs, 0)
     _in_range("checkpoint.every", config.checkpoint.every, 1)
     _in_range("checkpoint.keep", config.checkpoint.keep, 1)
+    if config.algorithm == "flmoco":
+        _only_mocosfl(config)
+    elif clients.local_epochs != 1:
+        raise UserError(f"config.clients.local_epochs: found {clients.local_epochs}, allowed: 1 (not flmoco)")
+
+
+def _only_mocosfl(config: Config) -> None:
+    """Refuse what FL-MoCo, which has no server to train, does not have."""
+    for field, value, allowed in (
+        ("clients.rich", config.clients.rich, 0.0),
+        ("moco.feature_sharing", config.moco.feature_sharing, True),
+        ("moco.full_symmetric", config.moco.full_symmetric, False),
+        ("saving.loss_threshold", config.saving.loss_threshold, 0.0),
+        ("model.bottleneck", config.model.bottleneck, None),
+    ):
+        if value != allowed:
+            raise UserError(f"config.{field}: found {value}, allowed: {allowed} for flmoco")
 
 
 def _allow(field: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -241,7 +357,7 @@ def quickstart() -> Config:
     return Config(
         epochs=14,
         data=Data(name="fashion_mnist_sample"),
-        clients=Clients(num=20, batch_size=5, noniid_ratio=0.2, sync_frequency=10),
+        clients=Clients(num=20, noniid_ratio=0.2),
         model=Model(name="resnet18", width=16, stem_stride=2, cut_layer=1),
         moco=Moco(preset="v2", key_dim=128, queue_size=2000, augmentation="v1", min_crop_scale=0.5),
         optim=Optim(server_lr=0.01, client_lr=0.01),

@@ -1,14 +1,18 @@
 """Momentum contrast: the momentum encoder, the queue of keys and the InfoNCE loss (He et al., CVPR 2020)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from mocosfl_jax import concatenation
 
 
 class MoCoQueue(NamedTuple):
-    """A ring buffer of the K newest keys."""
+    """A ring buffer of the K newest keys. Queues per client have a leading client axis."""
 
     keys: Array  # [K, D], unit rows
     cursor: Array  # [] int32, the row to overwrite next: the oldest key
@@ -19,8 +23,18 @@ def init_queue(rng: Array, size: int, key_dim: int) -> MoCoQueue:
     return MoCoQueue(normalise(jax.random.normal(rng, (size, key_dim))), jnp.zeros((), jnp.int32))
 
 
-def enqueue(queue: MoCoQueue, keys: Array) -> MoCoQueue:
+def init_queues(rng: Array, num_clients: int, size: int, key_dim: int) -> MoCoQueue:
+    """A queue of `size` keys for each of N clients: keys [N, size, D], cursors [N]."""
+    return jax.vmap(lambda rng: init_queue(rng, size, key_dim))(jax.random.split(rng, num_clients))
+
+
+def enqueue(queue: MoCoQueue, keys: Array, real: Array | None = None) -> MoCoQueue:
     """Replace the oldest keys by `keys` [n, D], wrapping around at the end.
+
+    Args:
+      queue: the queue.
+      keys: [n, D], the oldest first.
+      real: [n] bool, which rows of `keys` to take; None: all of them.
 
     Raises:
       ValueError: if n > K.
@@ -28,13 +42,61 @@ def enqueue(queue: MoCoQueue, keys: Array) -> MoCoQueue:
     size = queue.keys.shape[0]
     if keys.shape[0] > size:
         raise ValueError(f"a queue of {size} keys cannot take {keys.shape[0]} at once")
-    rows = (queue.cursor + jnp.arange(keys.shape[0], dtype=jnp.int32)) % size
-    cursor = (queue.cursor + keys.shape[0]) % size
-    return MoCoQueue(queue.keys.at[rows].set(keys, unique_indices=True), cursor)
+    if real is None:
+        real = jnp.ones(keys.shape[0], bool)
+    place = jnp.cumsum(real, dtype=jnp.int32) - 1
+    rows = jnp.where(real, (queue.cursor + place) % size, size)  # a row beyond the end is dropped
+    cursor = (queue.cursor + jnp.sum(real, dtype=jnp.int32)) % size
+    return MoCoQueue(queue.keys.at[rows].set(keys, mode="drop"), cursor)
+
+
+def similarities(queue: MoCoQueue, query: Array) -> Array:
+    """Cosine similarities [n, K] of `query` [n, D] and the keys of the queue, all unit rows."""
+    # Full precision: accelerators would round the factors, and 1 / T multiplies the error.
+    return jnp.matmul(query, queue.keys.T, precision=jax.lax.Precision.HIGHEST)
+
+
+class Memory(NamedTuple):
+    """How the rows of a batch meet the keys that are remembered."""
+
+    similarities: Callable[[MoCoQueue, Array], Array]  # queue, queries [n, D] -> [n, K]
+    enqueue: Callable[[MoCoQueue, Array], MoCoQueue]  # queue, keys [n, D] -> queue
+
+
+SHARED = Memory(similarities, enqueue)  # feature sharing: one queue for all clients
+
+
+def per_client(cohort: Array | None, shape: tuple[int, int], real: np.ndarray | None = None) -> Memory:
+    """Feature sharing off: every client is contrasted with its own keys only.
+
+    Args:
+      cohort: [M], the clients whose rows make up the batch; None: all, in order.
+      shape: (M, B) of the batch before its concatenation.
+      real: as in `concatenation`.
+
+    Returns:
+      A memory on queues [N, K, D] with cursors [N].
+    """
+    taken = jnp.ones(shape, bool) if real is None else jnp.asarray(real)
+
+    def own(queues: MoCoQueue) -> MoCoQueue:
+        return queues if cohort is None else MoCoQueue(queues.keys[cohort], queues.cursor[cohort])
+
+    def similarities_(queues: MoCoQueue, query: Array) -> Array:
+        grid = concatenation.split(query, shape, real)
+        return concatenation.merge(jax.vmap(similarities)(own(queues), grid), real)
+
+    def enqueue_(queues: MoCoQueue, keys: Array) -> MoCoQueue:
+        new = jax.vmap(enqueue)(own(queues), concatenation.split(keys, shape, real), taken)
+        if cohort is None:
+            return new
+        return MoCoQueue(queues.keys.at[cohort].set(new.keys), queues.cursor.at[cohort].set(new.cursor))
+
+    return Memory(similarities_, enqueue_)
 
 
 def normalise(x: Array) -> Array:
-    """Rows of `x` [n, D] scaled to length 1; a zero row stays zero.
+    """Rows of `x` [..., D] scaled to length 1; a zero row stays zero.
 
     x / max(||x||, 1e-12), written so that the gradient of a zero row is finite.
     """
@@ -42,13 +104,13 @@ def normalise(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
-def info_nce(query: Array, key: Array, queue: MoCoQueue, temperature: float) -> tuple[Array, Array]:
-    """InfoNCE of queries against their positive keys and the queue's negatives (He et al. 2020, eq. 1).
+def info_nce(query: Array, key: Array, negatives: Array, temperature: float) -> tuple[Array, Array]:
+    """InfoNCE of queries against their positive keys and the negatives (He et al. 2020, eq. 1).
 
     Args:
       query: [n, D], unit rows.
       key: [n, D], unit rows; row i is the positive of query i.
-      queue: the negatives.
+      negatives: [n, K], similarities of each query and its negatives.
       temperature: T.
 
     Returns:
@@ -56,8 +118,6 @@ def info_nce(query: Array, key: Array, queue: MoCoQueue, temperature: float) -> 
       logit of all (contrastive accuracy), both [].
     """
     positive = jnp.sum(query * key, axis=-1, keepdims=True)
-    # Full precision: accelerators would round the factors, and 1 / T multiplies the error.
-    negatives = jnp.matmul(query, queue.keys.T, precision=jax.lax.Precision.HIGHEST)
     logits = jnp.concatenate([positive, negatives], axis=1) / temperature
     loss = jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0])
     return loss, jnp.mean(jnp.argmax(logits, axis=1) == 0)

@@ -1,15 +1,17 @@
 """MocoSFL: split federated learning with momentum contrast (Li et al., ICLR 2023, algorithm 1)."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from mocosfl_jax import clients, fedavg, moco, optim, server
+from mocosfl_jax import clients, concatenation, moco, optim, server
 from mocosfl_jax.augment import Views
+from mocosfl_jax.clients import FEDAVG, SmashedData, Sync
 from mocosfl_jax.models import Features, SplitModel
 
 
@@ -18,7 +20,7 @@ class TrainState(NamedTuple):
 
     step: Array  # [] int32, training steps done
     clients: clients.ClientState
-    server: server.ServerState
+    server: Any  # ServerState; of the baseline FL-MoCo, the clients' queues
 
 
 class StepInfo(NamedTuple):
@@ -26,28 +28,36 @@ class StepInfo(NamedTuple):
 
     loss: Array  # []
     top1: Array  # [], contrastive accuracy: share of queries whose positive beats the queue
-    smashed: clients.SmashedData  # what crossed the cut upwards
-    smashed_grad: Array  # [M, B, h, w, c], what crossed it downwards
+    smashed: SmashedData | None  # [n, h, w, c] each, n = M * B: what crossed the cut upwards
+    smashed_grad: Array | None  # [n, h, w, c], what crossed it downwards; None: nothing did
+
+
+class SyncInfo(NamedTuple):
+    divergence: Array  # [M], how far each client was from the mean: summed L2 norms of its tensors
 
 
 class Algorithm(NamedTuple):
     """Pure functions; jit, donation and placement are the caller's.
 
     `cohort` [M] int32 are the clients that take part, distinct; None means the whole pool in order.
-    `step` raises AssertionError if views and cohort do not fit together, and ValueError if the queue is
+    `step` raises AssertionError if views and cohort do not fit together, and ValueError if a queue is
     smaller than the keys of a step.
     """
 
     init: Callable[[Array], TrainState]  # rng -> state
-    step: Callable[..., tuple[TrainState, StepInfo]]  # state, Views [M, B, H, W, 3], cohort=None
-    sync: Callable[..., TrainState]  # state, cohort=None
+    # state, Views [M, B, H, W, 3], cohort=None, send_gradients=True (False: clients are not trained)
+    step: Callable[..., tuple[TrainState, StepInfo]]
+    sync: Callable[..., tuple[TrainState, SyncInfo]]  # state, cohort=None
     encode: Callable[[TrainState, Array], Features]  # state, images [n, H, W, 3] -> Features
+    # state, SmashedData of an earlier step, its cohort=None: a step of the server alone
+    replay: Callable[..., tuple[TrainState, StepInfo]] | None
 
 
 def mocosfl(
     model: SplitModel,
     *,
     num_clients: int,
+    batch_sizes: Sequence[int] | None = None,
     server_lr: optim.Schedule | float = 0.06,
     client_lr: optim.Schedule | float = 0.06,
     sgd_momentum: float = 0.9,
@@ -56,72 +66,117 @@ def mocosfl(
     temperature: float = 0.1,
     momentum: float = 0.99,
     symmetric: bool = True,
+    full_symmetric: bool = False,
+    feature_sharing: bool = True,
+    sync: Sync = FEDAVG,
 ) -> Algorithm:
-    """MocoSFL with one queue shared by all clients.
+    """MocoSFL.
 
     Args:
       model: the network, cut in two.
       num_clients: N, the client pool.
+      batch_sizes: images of each place in the cohort [M], where clients differ; views are then padded to
+        the largest. None: all rows of the views are images.
       server_lr: learning rate of the server-side model, or a schedule over training steps.
-      client_lr: the same for the client-side models.
+      client_lr: the same for the client-side models. The number 0 freezes them: they get no gradients and
+        are not synchronized.
       sgd_momentum: of SGD.
       weight_decay: of SGD, on every parameter.
       queue_size: K, at least the keys of a step.
       temperature: T of InfoNCE.
       momentum: tau of the momentum models, client-side and server-side.
       symmetric: the symmetric loss of MoCo V2.
+      full_symmetric: instead, clients run both models on both views, the loss is the mean over all 2 M B
+        rows, and clients get gradients for both views (MonAcoSFL, Przewięźlikowski et al. 2024).
+      feature_sharing: one queue for all clients; else each has one of K // N keys.
+      sync: how the clients are averaged.
 
     Returns:
-      The algorithm as four functions.
+      The algorithm as functions.
+
+    Raises:
+      ValueError: if queues per client would hold no key.
     """
     optimizer = optim.sgd(sgd_momentum, weight_decay)
+    real = None if batch_sizes is None else concatenation.real_rows(batch_sizes)
+    if full_symmetric and real is not None:
+        real = np.concatenate([real, real], axis=1)
+    frozen = isinstance(client_lr, float | int) and client_lr == 0
+    if not feature_sharing and queue_size < num_clients:
+        raise ValueError(f"{num_clients} queues cannot be made of {queue_size} keys")
 
     def init(rng: Array) -> TrainState:
         rng_model, rng_queue = jax.random.split(rng)
         client_params, server_params = model.init(rng_model)
-        queue = moco.init_queue(rng_queue, queue_size, model.key_dim)
+        if feature_sharing:
+            queue = moco.init_queue(rng_queue, queue_size, model.key_dim)
+        else:
+            queue = moco.init_queues(rng_queue, num_clients, queue_size // num_clients, model.key_dim)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             clients=clients.init(client_params, num_clients, optimizer),
             server=server.init(server_params, queue, optimizer),
         )
 
-    def step(state: TrainState, views: Views, cohort: Array | None = None) -> tuple[TrainState, StepInfo]:
+    def step(
+        state: TrainState, views: Views, cohort: Array | None = None, send_gradients: bool = True
+    ) -> tuple[TrainState, StepInfo]:
         chex.assert_equal_shape(views)
         chex.assert_axis_dimension(views.query, 0, num_clients if cohort is None else len(cohort))
+        if full_symmetric:
+            views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
+        shape = views.query.shape[:2]
         members = clients.select(state.clients, cohort)
         members, smashed, pullback = clients.forward(model.client, members, views, momentum)
 
-        merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), smashed)  # vector concatenation
-        server_state, merged_grad, contrast = server.step(
-            lambda params, x: model.server(params, x).projection,
-            state.server,
-            merged.query,
-            merged.key,
-            optimizer=optimizer,
-            learning_rate=optim.rate(server_lr, state.step),
-            momentum=momentum,
-            temperature=temperature,
-            symmetric=symmetric,
-        )
-        smashed_grad = merged_grad.reshape(smashed.query.shape)
+        merged = SmashedData(*(concatenation.merge(x, real) for x in smashed))  # vector concatenation
+        server_state, merged_grad, contrast = serve(state, merged, cohort, shape)
 
-        members = clients.backward(
-            members, pullback, smashed_grad, optimizer, optim.rate(client_lr, state.step)
-        )
+        if send_gradients and not frozen:
+            smashed_grad = concatenation.split(merged_grad, shape, real)
+            learning_rate = optim.rate(client_lr, state.step)
+            members = clients.backward(members, pullback, smashed_grad, optimizer, learning_rate)
+        else:
+            merged_grad = None
         new_state = TrainState(
             step=state.step + 1,
             clients=clients.put_back(state.clients, members, cohort),
             server=server_state,
         )
-        return new_state, StepInfo(contrast.loss, contrast.top1, smashed, smashed_grad)
+        return new_state, StepInfo(*contrast, smashed=merged, smashed_grad=merged_grad)
 
-    def sync(state: TrainState, cohort: Array | None = None) -> TrainState:
-        mean = fedavg.average(state.clients.params, cohort)
-        return state._replace(clients=state.clients._replace(params=fedavg.broadcast(mean, num_clients)))
+    def serve(
+        state: TrainState, merged: SmashedData, cohort: Array | None, shape: tuple[int, int]
+    ) -> tuple[server.ServerState, Array, server.Contrast]:
+        return server.step(
+            lambda params, x: model.server(params, x).projection,
+            state.server,
+            *merged,
+            optimizer=optimizer,
+            learning_rate=optim.rate(server_lr, state.step),
+            momentum=momentum,
+            temperature=temperature,
+            symmetric=symmetric and not full_symmetric,
+            memory=moco.SHARED if feature_sharing else moco.per_client(cohort, shape, real),
+        )
+
+    def replay(
+        state: TrainState, smashed: SmashedData, cohort: Array | None = None
+    ) -> tuple[TrainState, StepInfo]:
+        places = num_clients if cohort is None else len(cohort)
+        shape = (places, len(smashed.query) // places) if real is None else real.shape
+        server_state, _, contrast = serve(state, smashed, cohort, shape)
+        new_state = state._replace(step=state.step + 1, server=server_state)
+        return new_state, StepInfo(*contrast, smashed=None, smashed_grad=None)
+
+    def synchronize(state: TrainState, cohort: Array | None = None) -> tuple[TrainState, SyncInfo]:
+        if frozen or not jax.tree.leaves(state.clients.params):  # all alike, and they stay so
+            return state, SyncInfo(jnp.zeros(num_clients if cohort is None else len(cohort)))
+        pool, divergence = clients.synchronize(state.clients, cohort, sync)
+        return state._replace(clients=pool), SyncInfo(divergence)
 
     def encode(state: TrainState, images: Array) -> Features:
         first_client = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
         return model.server(state.server.params, model.client(first_client, images))
 
-    return Algorithm(init, step, sync, encode)
+    return Algorithm(init, step, synchronize, encode, replay)

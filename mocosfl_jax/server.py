@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from mocosfl_jax import moco, optim
-from mocosfl_jax.moco import MoCoQueue
+from mocosfl_jax.moco import Memory, MoCoQueue
 
 Projection = Callable[[Any, Array], Array]  # params, smashed data [n, h, w, c] -> embeddings [n, D]
 
@@ -18,7 +18,7 @@ class ServerState(NamedTuple):
     params: Any
     key_params: Any  # the momentum model
     opt_state: Any
-    queue: MoCoQueue  # shared by all clients
+    queue: MoCoQueue  # shared by all clients, or stacked: one for each
 
 
 class Contrast(NamedTuple):
@@ -44,6 +44,7 @@ def step(
     momentum: float,
     temperature: float,
     symmetric: bool,
+    memory: Memory = moco.SHARED,
 ) -> tuple[ServerState, Array, Contrast]:
     """One step of MoCo on the concatenated smashed data of the cohort.
 
@@ -57,30 +58,33 @@ def step(
       momentum: tau of the momentum model, which is updated before any forward pass.
       temperature: T of InfoNCE.
       symmetric: also contrast the key views as queries, and enqueue both sets of keys.
+      memory: how rows meet the queue: one for all clients, or one for each.
 
     Returns:
       The new state, the gradient of the loss by `smashed_query`, and the contrast.
     """
-    n = smashed_query.shape[0]
     key_params = moco.momentum_update(state.key_params, state.params, momentum)
-    # Both views go through a model as one batch of 2n: rows do not see each other.
-    both = jnp.concatenate([smashed_query, smashed_key])
-    keys = moco.normalise(project(key_params, both if symmetric else smashed_key))
-    keys_of_key_views = keys[-n:]
+
+    def embed(params: Any, *views: Array) -> Array:
+        """[views, n, D]; each view is a batch of its own to the model, all are one operation."""
+        return moco.normalise(jax.vmap(project, (None, 0))(params, jnp.stack(views)))
+
+    keys = embed(key_params, *([smashed_query] if symmetric else []), smashed_key)
 
     def loss_fn(params: Any, smashed_query: Array) -> tuple[Array, Contrast]:
-        if not symmetric:
-            queries = moco.normalise(project(params, smashed_query))
-            loss, top1 = moco.info_nce(queries, keys_of_key_views, state.queue, temperature)
-            return loss, Contrast(loss, top1)
-        queries = moco.normalise(project(params, jnp.concatenate([smashed_query, smashed_key])))
-        loss_12, _ = moco.info_nce(queries[:n], keys_of_key_views, state.queue, temperature)
-        loss_21, top1 = moco.info_nce(queries[n:], keys[:n], state.queue, temperature)
-        return loss_12 + loss_21, Contrast(loss_12 + loss_21, top1)
+        queries = embed(params, smashed_query, *([smashed_key] if symmetric else []))
+        directions = [
+            moco.info_nce(query, key, memory.similarities(state.queue, query), temperature)
+            for query, key in zip(queries, keys[::-1], strict=True)  # q1 with k2, q2 with k1
+        ]
+        loss = sum((loss for loss, _ in directions), jnp.zeros(()))
+        return loss, Contrast(loss, directions[-1][1])
 
     (grads, smashed_grad), contrast = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(
         state.params, smashed_query
     )
     params, opt_state = optim.descend(optimizer, grads, state.opt_state, state.params, learning_rate)
-    queue = moco.enqueue(state.queue, keys)  # the loss has used the queue before this
+    queue = state.queue  # the loss has used it as it was
+    for keys_of_view in keys:
+        queue = memory.enqueue(queue, keys_of_view)
     return ServerState(params, key_params, opt_state, queue), smashed_grad, contrast

@@ -31,7 +31,7 @@ def test_queue_starts_with_unit_rows() -> None:
 def test_info_nce_equals_numpy(x64: None) -> None:
     rng = np.random.default_rng(0)
     query, key, keys = (moco.normalise(jnp.asarray(rng.normal(size=(n, 4)))) for n in (6, 6, 20))
-    loss, top1 = moco.info_nce(query, key, moco.MoCoQueue(keys, jnp.int32(0)), 0.1)
+    loss, top1 = moco.info_nce(query, key, moco.similarities(moco.MoCoQueue(keys, jnp.int32(0)), query), 0.1)
     losses: list[float] = []
     hits: list[bool] = []
     for q, k in zip(np.asarray(query), np.asarray(key), strict=True):
@@ -44,7 +44,7 @@ def test_info_nce_equals_numpy(x64: None) -> None:
 
 def test_perfect_match_has_full_accuracy_and_small_loss() -> None:
     rows = jnp.eye(8)
-    loss, top1 = moco.info_nce(rows[:4], rows[:4], moco.MoCoQueue(rows[4:], jnp.int32(0)), 0.1)
+    loss, top1 = moco.info_nce(rows[:4], rows[:4], rows[:4] @ rows[4:].T, 0.1)
     assert top1 == 1
     np.testing.assert_allclose(loss, np.log(1 + 4 * np.exp(-10)), rtol=1e-2)
 

@@ -10,6 +10,7 @@ from conftest import random_views
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, moco, mocosfl
+from mocosfl_jax.concatenation import merge
 
 N, B, K = 4, 3, 48
 LR = 0.1
@@ -18,7 +19,13 @@ LR = 0.1
 def build(model: SplitModel, num_clients: int = N, **changes: Any) -> tuple[Algorithm, TrainState]:
     settings = {"server_lr": LR, "client_lr": LR, "queue_size": K, "temperature": 1.0} | changes
     pure = mocosfl(model, num_clients=num_clients, **settings)
-    algorithm = Algorithm(jax.jit(pure.init), jax.jit(pure.step), jax.jit(pure.sync), jax.jit(pure.encode))
+    algorithm = Algorithm(
+        jax.jit(pure.init),
+        jax.jit(pure.step, static_argnames="send_gradients"),
+        jax.jit(pure.sync),
+        jax.jit(pure.encode),
+        jax.jit(pure.replay) if pure.replay else None,
+    )
     return algorithm, algorithm.init(jax.random.key(0))
 
 
@@ -123,7 +130,8 @@ def test_loss_does_not_depend_on_the_order_of_clients(toy_model: SplitModel) -> 
     _, info = algorithm.step(state, views)
     _, permuted = algorithm.step(shuffled, Views(*(x[order] for x in views)))
     np.testing.assert_allclose(permuted.loss, info.loss, rtol=1e-6)
-    np.testing.assert_allclose(permuted.smashed_grad, info.smashed_grad[order], rtol=1e-4, atol=1e-7)
+    pieces = info.smashed_grad.reshape(N, B, 4, 4, 5)[order]
+    np.testing.assert_allclose(permuted.smashed_grad, merge(pieces), rtol=1e-4, atol=1e-7)
 
 
 def test_a_cohort_trains_as_a_pool_of_its_own_and_nobody_else(toy_model: SplitModel) -> None:
@@ -143,7 +151,7 @@ def test_a_cohort_trains_as_a_pool_of_its_own_and_nobody_else(toy_model: SplitMo
 def test_sync_averages_the_cohort_and_loads_the_mean_into_all(toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     state, cohort = diverse(state), jnp.array([1, 2])
-    synced = algorithm.sync(state, cohort)
+    synced, _ = algorithm.sync(state, cohort)
     for leaf, mean in zip(
         jax.tree.leaves(state.clients.params), jax.tree.leaves(synced.clients.params), strict=True
     ):
@@ -156,7 +164,9 @@ def test_sync_averages_the_cohort_and_loads_the_mean_into_all(toy_model: SplitMo
 
 def test_sync_of_equals_is_itself(toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
-    assert_trees_close(algorithm.sync(state), state, rtol=1e-6)
+    synced, info = algorithm.sync(state)
+    assert_trees_close(synced, state, rtol=1e-6)
+    np.testing.assert_allclose(info.divergence, np.zeros(N), atol=1e-6)
 
 
 def test_encode_is_the_first_client_and_the_server(toy_model: SplitModel) -> None:
@@ -191,9 +201,11 @@ def test_what_does_not_fit_together_is_refused(toy_model: SplitModel) -> None:
         algorithm.step(state, random_views(1, N - 1, B))
     with pytest.raises(AssertionError):
         algorithm.step(state, random_views(1, N, B), jnp.array([0, 1]))
-    small, state = build(toy_model, queue_size=2 * N * B - 1)
-    with pytest.raises(ValueError, match="queue of 23 keys cannot take 24"):
+    small, state = build(toy_model, queue_size=N * B - 1)
+    with pytest.raises(ValueError, match="queue of 11 keys cannot take 12"):
         small.step(state, random_views(1, N, B))
+    with pytest.raises(ValueError, match="4 queues cannot be made of 3 keys"):
+        build(toy_model, queue_size=3, feature_sharing=False)
 
 
 def test_training_lowers_the_loss_of_the_same_views(toy_model: SplitModel) -> None:
@@ -203,7 +215,7 @@ def test_training_lowers_the_loss_of_the_same_views(toy_model: SplitModel) -> No
         state, info = step(state, views)
         losses.append(float(info.loss))
         if i % 5 == 4:
-            state = algorithm.sync(state)
+            state, _ = algorithm.sync(state)
     # The queue soon holds keys of these very views, so the loss has a floor: compare once it is full.
     assert losses[-1] < losses[K // (2 * N * B) + 1] - 0.05
 
@@ -219,7 +231,7 @@ def test_two_devices_equal_one(toy_model: SplitModel) -> None:
     def run(state: TrainState, views: Views) -> tuple[TrainState, jax.Array]:
         for _ in range(3):
             state, info = jax.jit(algorithm.step)(state, views)
-        return jax.jit(algorithm.sync)(state), info.smashed_grad
+        return jax.jit(algorithm.sync)(state)[0], info.smashed_grad
 
     placed = TrainState(
         jax.device_put(state.step, whole),
