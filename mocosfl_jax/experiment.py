@@ -19,6 +19,7 @@ class Run(NamedTuple):
     config: Config  # resolved
     dataset: data.Dataset
     parts: list[np.ndarray]  # indices of each client's images
+    batch_sizes: np.ndarray  # [N] int32
     model: SplitModel
     algorithm: Algorithm
     make_views: MakeViews
@@ -64,7 +65,8 @@ def prepare(config: Config) -> Run:
         dirichlet_alpha=clients.dirichlet_alpha,
         seed=config.seed,
     )
-    steps = partition.steps_per_epoch(parts, clients.batch_size)
+    batch_sizes = partition.batch_sizes(clients.num, clients.batch_size)
+    steps = partition.steps_per_epoch(parts, batch_sizes)
     model = split_model(
         config.model.name,
         cut_layer=config.model.cut_layer,
@@ -101,6 +103,7 @@ def prepare(config: Config) -> Run:
         config=config,
         dataset=dataset,
         parts=parts,
+        batch_sizes=batch_sizes,
         model=model,
         algorithm=algorithm,
         make_views=make_views,
