@@ -1,12 +1,12 @@
 """An experiment made ready: data read, dealt to the clients, algorithm built."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from mocosfl_jax import augment, clients, data, optim, partition
+from mocosfl_jax import augment, data, optim, partition
+from mocosfl_jax.clients import Sync
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.flmoco import flmoco
@@ -23,30 +23,28 @@ class Run(NamedTuple):
     dataset: data.Dataset
     parts: list[np.ndarray]  # indices of each client's images
     rich: Rich | None  # None: all clients are alike
-    batch_sizes: np.ndarray  # [M], images of each place in the cohort
+    batch_sizes: np.ndarray  # [N], images of each client in a step
     model: SplitModel
     algorithm: Algorithm
     make_views: MakeViews
+    cohort: int  # M
+    images_per_step: int
     steps_per_epoch: int
     steps_per_round: int  # a round ends with a synchronization
-
-    @property
-    def cohort(self) -> int:
-        """M."""
-        return len(self.batch_sizes)
 
     @property
     def total_steps(self) -> int:
         return self.config.total_epochs * self.steps_per_epoch
 
     @property
-    def images_per_step(self) -> int:
-        return int(self.batch_sizes.sum())
-
-    @property
     def whole_pool(self) -> bool:
         """Every client takes part in every step."""
         return self.cohort == self.config.clients.num
+
+    def members(self, epoch: int) -> np.ndarray:
+        """The cohort of an epoch: [M] int32, sorted, so that rich clients come first."""
+        pool, seed = self.config.clients, self.config.seed
+        return partition.sample_cohort(pool.num, self.cohort, seed=seed, epoch=epoch, rich=self.rich)
 
 
 def prepare(config: Config) -> Run:
@@ -56,17 +54,26 @@ def prepare(config: Config) -> Run:
       UserError: for whatever in the configuration or the data cannot be.
     """
     config = config.resolved()
-    pool, model_config, moco = config.clients, config.model, config.moco
+    pool, moco = config.clients, config.moco
     assert pool.cohort is not None and pool.batch_size is not None and config.sync.frequency is not None
-    assert moco.key_dim is not None and moco.head is not None and moco.augmentation is not None
-    check_model(model_config.name, cut_layer=model_config.cut_layer, width=model_config.width)
+    assert moco.augmentation is not None and moco.head is not None
+    check_model(
+        config.model.name,
+        cut_layer=config.model.cut_layer,
+        width=config.model.width,
+        stem_stride=config.model.stem_stride,
+        bottleneck=config.model.bottleneck,
+        norm=config.model.norm,
+        head=moco.head,
+    )
+    rich = None
+    if pool.rich:
+        rich = Rich(max(1, round(pool.rich * pool.num)), pool.rich_data, pool.rich_batch)
+    batch_sizes = partition.batch_sizes(pool.num, pool.batch_size, rich)
     dataset = data.load(config.data.name, config.data.dir, config.data.image_size)
     height, width = dataset.x_train.shape[1:3]
     if height != width:
         raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
-    rich = None
-    if pool.rich:
-        rich = Rich(max(1, round(pool.rich * pool.num)), pool.rich_data, pool.rich_batch)
     parts = partition.partition(
         dataset.y_train,
         num_clients=pool.num,
@@ -76,35 +83,99 @@ def prepare(config: Config) -> Run:
         seed=config.seed,
         rich=rich,
     )
-    batch_sizes = partition.batch_sizes(pool.num, pool.batch_size, rich)
     steps = pool.local_epochs * partition.steps_per_epoch(parts, batch_sizes)
-    # The same for every cohort: the rich come first, and there are always as many of them.
     first_cohort = partition.sample_cohort(pool.num, pool.cohort, seed=config.seed, epoch=0, rich=rich)
-    model = split_model(
-        model_config.name,
-        cut_layer=model_config.cut_layer,
-        width=model_config.width,
-        image_size=height,
-        stem_stride=model_config.stem_stride,
-        key_dim=moco.key_dim,
-        head=moco.head,
+    model = _model(config, height)
+    make_views = partial(
+        augment.two_views,
+        size=height,
+        version=moco.augmentation,
+        min_crop_scale=moco.min_crop_scale,
+        mean=dataset.mean,
+        std=dataset.std,
     )
-    run = Run(
+    return Run(
         config=config,
         dataset=dataset,
         parts=parts,
         rich=rich,
-        batch_sizes=batch_sizes[first_cohort],
+        batch_sizes=batch_sizes,
         model=model,
-        algorithm=None,
-        make_views=partial(
-            augment.two_views,
-            size=height,
-            version=moco.augmentation,
-            min_crop_scale=moco.min_crop_scale,
-            mean=dataset.mean,
-            std=dataset.std,
-        ),
+        # Of every cohort: the rich come first, and there are always as many of them.
+        algorithm=_algorithm(config, model, parts, batch_sizes[first_cohort], steps),
+        make_views=make_views,
+        cohort=pool.cohort,
+        images_per_step=int(batch_sizes[first_cohort].sum()),
         steps_per_epoch=steps,
         steps_per_round=max(1, steps // config.sync.frequency),
+    )
+
+
+def _model(config: Config, image_size: int) -> SplitModel:
+    moco = config.moco
+    assert moco.key_dim is not None and moco.head is not None
+    return split_model(
+        config.model.name,
+        cut_layer=config.model.cut_layer,
+        width=config.model.width,
+        image_size=image_size,
+        stem_stride=config.model.stem_stride,
+        key_dim=moco.key_dim,
+        head=moco.head,
+        bottleneck=config.model.bottleneck,
+        client_residual=config.model.client_residual,
+        weight_standardisation=config.model.weight_standardisation,
+        norm=config.model.norm,
+        stacked_server=config.algorithm == "flmoco",
+    )
+
+
+def _algorithm(
+    config: Config, model: SplitModel, parts: list[np.ndarray], places: np.ndarray, steps_per_epoch: int
+) -> Algorithm:
+    """`places` [M] are the batch sizes of a cohort's clients."""
+    moco, optimizer, sync = config.moco, config.optim, config.sync
+    assert moco.symmetric is not None and optimizer.schedule is not None
+    assert optimizer.client_lr is not None and optimizer.client_schedule is not None
+    epochs = config.total_epochs
+    client_schedule, steps_per_decay = optimizer.client_schedule, steps_per_epoch
+    if client_schedule == "official_per_step":
+        client_schedule, steps_per_decay = optimizer.schedule, 1
+    client_lr: optim.Schedule | float = optim.schedule(
+        client_schedule, optimizer.client_lr, epochs=epochs, steps_per_epoch=steps_per_decay, decay=0.2
+    )
+    if optimizer.client_lr == 0:
+        client_lr = 0.0  # frozen, which no schedule can say
+    weights = np.array([len(part) for part in parts], np.float32) if sync.weighted else None
+    how = Sync(weights, sync.momentum_models, sync.buffers, sync.divergence_lambda)
+    if config.algorithm == "flmoco":
+        return flmoco(
+            model,
+            num_clients=len(parts),
+            lr=client_lr,
+            sgd_momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+            queue_size=moco.queue_size,
+            temperature=moco.temperature,
+            momentum=moco.momentum,
+            symmetric=moco.symmetric,
+            sync=how,
+        )
+    return mocosfl(
+        model,
+        num_clients=len(parts),
+        batch_sizes=places.tolist() if len(set(places)) > 1 else None,
+        server_lr=optim.schedule(
+            optimizer.schedule, optimizer.server_lr, epochs=epochs, steps_per_epoch=steps_per_epoch
+        ),
+        client_lr=client_lr,
+        sgd_momentum=optimizer.momentum,
+        weight_decay=optimizer.weight_decay,
+        queue_size=moco.queue_size,
+        temperature=moco.temperature,
+        momentum=moco.momentum,
+        symmetric=moco.symmetric,
+        full_symmetric=moco.full_symmetric,
+        feature_sharing=moco.feature_sharing,
+        sync=how,
     )

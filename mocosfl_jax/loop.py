@@ -164,7 +164,7 @@ def run_epoch(
     epoch, done = divmod(progress.step, run.steps_per_epoch)
     members = partition.sample_cohort(clients.num, run.cohort, seed=seed, epoch=epoch)
     indices = partition.epoch_indices(
-        run.parts, members, batch_size=clients.batch_size, steps=run.steps_per_epoch, seed=seed, epoch=epoch
+        run.parts, members, batch_sizes=run.batch_sizes, steps=run.steps_per_epoch, seed=seed, epoch=epoch
     )
     cohort = None if run.whole_pool else members
     clock = time.perf_counter()

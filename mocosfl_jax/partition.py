@@ -6,6 +6,7 @@ resumes needs no saved generator, and a client draws the same batches whoever el
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,17 @@ from mocosfl_jax.errors import UserError
 
 # First word of a generator's spawn key: streams of one seed that share no numbers.
 _PARTITION, _COHORT, _BATCHES = range(3)
+
+
+class Rich(NamedTuple):
+    """A pool of unequal clients: a few hold much data and train on large batches, the others are poor.
+
+    The paper's "0.2_0.8|16|0.8_0.2" is, for 100 clients, `Rich(20, data_fraction=0.8, batch_factor=16)`.
+    """
+
+    clients: int  # the first so many of the pool are rich; fewer than N
+    data_fraction: float  # of the images of every class, what the rich hold together; above 0, below 1
+    batch_factor: int  # a rich client's batch is batch_factor * batch_size
 
 
 def partition(
@@ -23,6 +35,7 @@ def partition(
     noniid_ratio: float,
     dirichlet_alpha: float | None,
     seed: int,
+    rich: Rich | None = None,
 ) -> list[np.ndarray]:
     """Splits a data set over the client pool.
 
@@ -36,6 +49,10 @@ def partition(
       in shares drawn from Dirichlet(alpha) (Hsu et al. 2019, as in Li et al. 2022). Small alpha is far from
       IID. Clients with less than a batch are then filled up to one with random images of the largest client.
 
+    With `rich`, the images of every class are first split at random between the rich and the poor, and the
+    scheme then deals to each of the two groups what is theirs. So shards span classes where the shards of one
+    group alone are fewer than the classes.
+
     Args:
       labels: [images], integers.
       num_clients: N.
@@ -43,12 +60,13 @@ def partition(
       noniid_ratio: classes of a client / classes, in (0, 1].
       dirichlet_alpha: above 0, or None.
       seed: not negative.
+      rich: unequal clients; none: all are alike.
 
     Returns:
       N arrays of int32 indices into `labels`. No image is in two of them, none is left out.
 
     Raises:
-      UserError: a value out of range, or a client that would hold less than a batch.
+      UserError: a value out of range, or a client that would hold less than one of its batches.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
@@ -58,26 +76,68 @@ def partition(
     _check_count("config.clients.num", num_clients)
     _check_count("config.clients.batch_size", batch_size)
     _check_seed(seed)
+    if rich is not None:
+        _check_rich(rich, num_clients)
     if num_clients * batch_size > len(labels):
         raise UserError(
             f"config.clients.num={num_clients} with config.clients.batch_size={batch_size}: one batch a "
             f"client takes {num_clients * batch_size} images, the data set has {len(labels)}"
         )
     rng = _generator(seed, _PARTITION)
-    if dirichlet_alpha is not None:
-        parts = _dirichlet(rng, labels, num_clients, batch_size, dirichlet_alpha)
-    elif not 0 < noniid_ratio <= 1:
-        raise UserError(f"config.clients.noniid_ratio={noniid_ratio}: must be above 0 and at most 1")
-    elif noniid_ratio == 1:
-        parts = np.array_split(rng.permutation(len(labels)), num_clients)
-    else:
-        parts = _shards(rng, labels, num_clients, noniid_ratio)
-    _check_batch(parts, batch_size)
-    return [part.astype(np.int32) for part in parts]
+    if rich is None:
+        parts = _deal(rng, labels, num_clients, batch_size, noniid_ratio, dirichlet_alpha)
+        _check_batch(parts, batch_size)
+        return [part.astype(np.int32) for part in parts]
+
+    parts = []
+    counts = (rich.clients, num_clients - rich.clients)
+    sizes = (rich.batch_factor * batch_size, batch_size)
+    groups = _rich_and_poor(rng, labels, rich.data_fraction)
+    for images, count, size, name in zip(groups, counts, sizes, ("rich", "poor"), strict=True):
+        if count * size > len(images):
+            raise UserError(
+                f"config.clients.batch_size={batch_size} with {rich}: one batch for each of the {count} "
+                f"{name} clients takes {count * size} images, they hold {len(images)}"
+            )
+        dealt = _deal(rng, labels[images], count, size, noniid_ratio, dirichlet_alpha)
+        _check_batch(dealt, size)
+        parts += [images[part].astype(np.int32) for part in dealt]
+    return parts
 
 
-def sample_cohort(num_clients: int, cohort: int, *, seed: int, epoch: int) -> np.ndarray:
+def batch_sizes(num_clients: int, batch_size: int, rich: Rich | None = None) -> np.ndarray:
+    """The batch of each client of the pool: int32 [N].
+
+    Raises:
+      UserError: a value of `rich` out of range.
+    """
+    sizes = np.full(num_clients, batch_size, np.int32)
+    if rich is not None:
+        _check_rich(rich, num_clients)
+        sizes[: rich.clients] *= rich.batch_factor
+    return sizes
+
+
+def rich_in_cohort(num_clients: int, cohort: int, rich: Rich | None) -> int:
+    """How many of the M clients of every cohort are rich: their share of the pool, rounded.
+
+    At least one is, so that a step always has batches of the same sizes, and where M is more than one, one at
+    least is poor.
+    """
+    if rich is None:
+        return 0
+    _check_rich(rich, num_clients)
+    poor = num_clients - rich.clients
+    most = min(rich.clients, max(1, cohort - 1))
+    return min(most, max(1, cohort - poor, round(cohort * rich.clients / num_clients)))
+
+
+def sample_cohort(
+    num_clients: int, cohort: int, *, seed: int, epoch: int, rich: Rich | None = None
+) -> np.ndarray:
     """Draws the cohort of an epoch from the pool, without replacement: sorted int32 [M].
+
+    The first `rich_in_cohort` of them are rich, in every epoch; rich and poor are drawn separately.
 
     Raises:
       UserError: cohort not in 1..num_clients.
@@ -87,48 +147,95 @@ def sample_cohort(num_clients: int, cohort: int, *, seed: int, epoch: int) -> np
     _check_seed(seed)
     if cohort > num_clients:
         raise UserError(f"config.clients.cohort={cohort}: at most config.clients.num={num_clients}")
+    num_rich = rich.clients if rich else 0
+    drawn_rich = rich_in_cohort(num_clients, cohort, rich)
     if cohort == num_clients:
         return np.arange(num_clients, dtype=np.int32)
-    drawn = _generator(seed, _COHORT, epoch).choice(num_clients, cohort, replace=False)
-    return np.sort(drawn).astype(np.int32)
+    rng = _generator(seed, _COHORT, epoch)
+    drawn = rng.choice(num_rich, drawn_rich, replace=False)
+    drawn_poor = num_rich + rng.choice(num_clients - num_rich, cohort - drawn_rich, replace=False)
+    return np.sort(np.concatenate([drawn, drawn_poor])).astype(np.int32)
 
 
-def steps_per_epoch(parts: Sequence[np.ndarray], batch_size: int) -> int:
-    """Steps of an epoch, S: the whole pool would pass as many images as it holds, ceil(images / (N B))."""
-    _check_count("config.clients.batch_size", batch_size)
-    return math.ceil(sum(map(len, parts)) / (len(parts) * batch_size))
+def steps_per_epoch(parts: Sequence[np.ndarray], batch_sizes: np.ndarray) -> int:
+    """Steps of an epoch, S: the whole pool would pass as many images as it holds.
+
+    ceil(images / sum of the batch sizes [N]); ceil(images / (N B)) where all are alike.
+    """
+    return math.ceil(sum(map(len, parts)) / int(batch_sizes.sum()))
 
 
 def epoch_indices(
-    parts: Sequence[np.ndarray], cohort: np.ndarray, *, batch_size: int, steps: int, seed: int, epoch: int
+    parts: Sequence[np.ndarray],
+    cohort: np.ndarray,
+    *,
+    batch_sizes: np.ndarray,
+    steps: int,
+    seed: int,
+    epoch: int,
 ) -> np.ndarray:
-    """The images of an epoch: int32 [S, M, B], indices into the data set.
+    """The images of an epoch: int32 [S, M, B], indices into the data set; B is the largest batch of the pool.
 
     Each client shuffles its images and takes them batch by batch; an incomplete last batch is skipped, and
-    the images are shuffled again. So clients with less than S B images repeat some, others leave some out.
+    the images are shuffled again. So clients with less images than S batches repeat some, others leave some
+    out. The places beyond a client's own batch repeat the first image of that batch.
 
     Args:
       parts: indices of each client of the pool, from `partition`.
       cohort: [M], the clients that take part.
-      batch_size: B.
+      batch_sizes: [N], the batch of each client of the pool, from `batch_sizes`.
       steps: S.
       seed, epoch: not negative.
 
     Raises:
-      UserError: a client of the cohort holds less than a batch.
+      UserError: a client of the cohort holds less than one of its batches.
     """
-    _check_count("config.clients.batch_size", batch_size)
     _check_seed(seed)
-    _check_batch([parts[client] for client in cohort], batch_size)
-    indices = np.empty((steps, len(cohort), batch_size), np.int32)
+    for batch_size in np.unique(batch_sizes[cohort]):
+        _check_batch([parts[client] for client in cohort if batch_sizes[client] == batch_size], batch_size)
+    indices = np.empty((steps, len(cohort), int(batch_sizes.max())), np.int32)
     for place, client in enumerate(cohort):
-        part = parts[client]
-        batches = len(part) // batch_size
+        part, size = parts[client], int(batch_sizes[client])
+        batches = len(part) // size
         passes = math.ceil(steps / batches)
         rng = _generator(seed, _BATCHES, epoch, int(client))
         shuffled = rng.permuted(np.tile(part, (passes, 1)), axis=1)
-        indices[:, place] = shuffled[:, : batches * batch_size].reshape(-1, batch_size)[:steps]
+        own = shuffled[:, : batches * size].reshape(-1, size)[:steps]
+        indices[:, place, :size] = own
+        indices[:, place, size:] = own[:, :1]
     return indices
+
+
+def _rich_and_poor(rng: np.random.Generator, labels: np.ndarray, fraction: float) -> list[np.ndarray]:
+    """The images of the rich and those of the poor, which have `fraction` and the rest of every class."""
+    classes, counts = np.unique(labels, return_counts=True)
+    # Rounded so that the total is right too: the classes that rounding down costs most get one image more.
+    exact = fraction * counts
+    taken = np.floor(exact).astype(np.int64)
+    missing = round(fraction * len(labels)) - int(taken.sum())
+    taken[np.argsort(taken - exact, kind="stable")[:missing]] += 1
+    shuffled = [rng.permutation(np.flatnonzero(labels == label)) for label in classes]
+    return [
+        np.concatenate([images[:count] for images, count in zip(shuffled, taken, strict=True)]),
+        np.concatenate([images[count:] for images, count in zip(shuffled, taken, strict=True)]),
+    ]
+
+
+def _deal(
+    rng: np.random.Generator,
+    labels: np.ndarray,
+    num_clients: int,
+    batch_size: int,
+    noniid_ratio: float,
+    dirichlet_alpha: float | None,
+) -> list[np.ndarray]:
+    if dirichlet_alpha is not None:
+        return _dirichlet(rng, labels, num_clients, batch_size, dirichlet_alpha)
+    if not 0 < noniid_ratio <= 1:
+        raise UserError(f"config.clients.noniid_ratio={noniid_ratio}: must be above 0 and at most 1")
+    if noniid_ratio == 1:
+        return np.array_split(rng.permutation(len(labels)), num_clients)
+    return _shards(rng, labels, num_clients, noniid_ratio)
 
 
 def _shards(rng: np.random.Generator, labels: np.ndarray, num_clients: int, ratio: float) -> list[np.ndarray]:
@@ -203,10 +310,19 @@ def _check_seed(seed: int) -> None:
         raise UserError(f"config.seed={seed}: must be an integer of at least 0")
 
 
+def _check_rich(rich: Rich, num_clients: int) -> None:
+    _check_count("rich.clients", rich.clients)
+    _check_count("rich.batch_factor", rich.batch_factor)
+    if rich.clients >= num_clients:
+        raise UserError(f"rich.clients={rich.clients}: must be less than config.clients.num={num_clients}")
+    if not 0 < rich.data_fraction < 1:
+        raise UserError(f"rich.data_fraction={rich.data_fraction}: must be above 0 and below 1")
+
+
 def _check_batch(parts: Sequence[np.ndarray], batch_size: int) -> None:
     smallest = min(map(len, parts))
     if smallest < batch_size:
         raise UserError(
-            f"config.clients.batch_size={batch_size}: the smallest of {len(parts)} clients has {smallest} "
-            f"images; use a batch of at most that, or a smaller config.clients.num"
+            f"config.clients.batch_size: the smallest of {len(parts)} clients with batches of {batch_size} "
+            f"has {smallest} images; use batches of at most that, or a smaller config.clients.num"
         )
