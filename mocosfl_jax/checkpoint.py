@@ -4,6 +4,7 @@ A checkpoint appears under its step number when it is complete, never before.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ class Progress(NamedTuple):
     epoch_seconds: float = 0.0  # of training in the epoch that is under way
     best_knn: float = 0.0  # best kNN accuracy on backbone features so far
     metrics_lines: int = 0  # lines of metrics.jsonl that belong to this checkpoint
+    traffic: str = "A"  # what passes the cut in the epoch that is under way (`saving.Traffic`)
+    last_loss: float = math.inf  # mean of the epoch before
+    kept_epoch: int = 0  # the epoch of which smashed data are kept
 
 
 def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:

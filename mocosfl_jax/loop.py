@@ -13,18 +13,21 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tqdm import tqdm
 
-from mocosfl_jax import checkpoint, monitor, partition, plots, report, rounds, workdir
+from mocosfl_jax import checkpoint, monitor, partition, plots, report, rounds, saving, workdir
 from mocosfl_jax.checkpoint import Progress
 from mocosfl_jax.errors import NonFiniteError
 from mocosfl_jax.experiment import Run
 from mocosfl_jax.mocosfl import TrainState
 from mocosfl_jax.monitor import Encode
+from mocosfl_jax.saving import Traffic
 
 
 class Programs(NamedTuple):
     """What is compiled."""
 
     run_steps: rounds.RunSteps
+    keeping_step: rounds.KeepingStep
+    replay_step: rounds.ReplayStep
     sync: rounds.Sync
     encode: Encode
 
@@ -57,6 +60,9 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
     output.say(report.header(run, state))
     encode = monitor.make_encode(run)
     folder = output.folder
+    store = saving.Store(folder / "replay.npy", (run.steps_per_epoch, 2, *report.smashed_shape(run)))
+    if run.config.saving.loss_threshold:
+        store.require_space(run.config.saving.replay_gib)
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
         restored = checkpoint.restore_newest(manager, state)
         state, progress = restored or (state, Progress())
@@ -73,7 +79,9 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
             clock = time.perf_counter()
             programs = compile_programs(run, state, rng_views, encode)
             output.say(f"compiled the step in {time.perf_counter() - clock:.1f} s")
-            state, progress, features = run_epochs(run, programs, state, progress, manager, stop, output)
+            state, progress, features = run_epochs(
+                run, programs, state, progress, store, manager, stop, output
+            )
     plots.plot_curves(folder / "curves.png", workdir.read_metrics(folder))
     if progress.step < run.total_steps or (features and stop.is_set()):
         output.say(f"saved at step {progress.step:,} of {run.total_steps:,}")
@@ -94,18 +102,25 @@ def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progre
 
 def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
     """Compile the step, the bulk of all compilation; the others compile when they are first used."""
+    images = jax.device_put(run.dataset.x_train)
     run_steps = rounds.make_run_steps(
         run.algorithm,
         run.make_views,
         rng_views,
-        jax.device_put(run.dataset.x_train),
+        images,
         state=state,
-        batch_shape=(run.cohort, run.config.clients.batch_size),
+        batch_shape=(run.cohort, int(run.batch_sizes.max())),
         steps_per_round=run.steps_per_round,
         whole_pool=run.whole_pool,
         scan=rounds.scans_steps(jax.default_backend()),
     )
-    return Programs(run_steps, rounds.make_sync(run.algorithm), encode)
+    return Programs(
+        run_steps,
+        rounds.make_keeping_step(run.algorithm, run.make_views, rng_views, images),
+        rounds.make_replay_step(run.algorithm),
+        rounds.make_sync(run.algorithm),
+        encode,
+    )
 
 
 def run_epochs(
@@ -113,6 +128,7 @@ def run_epochs(
     programs: Programs,
     state: TrainState,
     progress: Progress,
+    store: saving.Store,
     manager: ocp.CheckpointManager,
     stop: threading.Event,
     output: Output,
@@ -127,18 +143,20 @@ def run_epochs(
         total=run.total_steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True
     ) as bar:
         while progress.step < run.total_steps and not stop.is_set():
-            state, progress = run_epoch(run, programs, state, progress, stop, bar)
+            state, progress, divergence = run_epoch(run, programs, state, progress, store, stop, bar)
             if not bool(all_finite(state)):
                 raise NonFiniteError(f"a parameter is not finite after step {progress.step:,}")
             epoch, rest = divmod(progress.step, run.steps_per_epoch)
             ended = epoch == config.total_epochs
             if rest == 0:
-                metrics = epoch_metrics(run, progress, epoch)
+                metrics = epoch_metrics(run, progress, epoch, divergence)
                 if ended or (config.eval.every and epoch % config.eval.every == 0):
                     features = monitor.features(run, state, programs.encode)
                     metrics |= monitor.knn(run, features)
                 record(metrics, output)
                 progress = progress._replace(
+                    traffic=next_traffic(run, progress, metrics["loss"], epoch),
+                    last_loss=metrics["loss"],
                     losses=(),
                     top1s=(),
                     epoch_seconds=0.0,
@@ -154,24 +172,45 @@ def run_epochs(
 
 
 def run_epoch(
-    run: Run, programs: Programs, state: TrainState, progress: Progress, stop: threading.Event, bar: tqdm
-) -> tuple[TrainState, Progress]:
+    run: Run,
+    programs: Programs,
+    state: TrainState,
+    progress: Progress,
+    store: saving.Store,
+    stop: threading.Event,
+    bar: tqdm,
+) -> tuple[TrainState, Progress, Array | None]:
     """The rounds of one epoch, or those that are left of it; `stop` ends it after a round.
 
     The host fetches the losses of a round while the device works on the next one.
+
+    Returns:
+      State, progress, and how far the clients were apart at the last synchronization, [M], if there was one.
     """
-    clients, seed = run.config.clients, run.config.seed
     epoch, done = divmod(progress.step, run.steps_per_epoch)
-    members = partition.sample_cohort(clients.num, run.cohort, seed=seed, epoch=epoch)
+    traffic = Traffic(progress.traffic)
+    if traffic is Traffic.UP_ONLY:
+        progress = progress._replace(kept_epoch=epoch)
+    seed = run.config.seed
+    members = run.members(progress.kept_epoch if traffic is Traffic.NONE else epoch)
     indices = partition.epoch_indices(
         run.parts, members, batch_sizes=run.batch_sizes, steps=run.steps_per_epoch, seed=seed, epoch=epoch
     )
     cohort = None if run.whole_pool else members
+    order = np.random.default_rng((seed, epoch)).permutation(run.steps_per_epoch)  # of a replay
     clock = time.perf_counter()
     pending: list[rounds.Curve] = []
+    divergence = None
     for first in range(done, run.steps_per_epoch, run.steps_per_round):
-        state, curve = programs.run_steps(state, indices[first : first + run.steps_per_round], cohort)
-        state = programs.sync(state, cohort)
+        steps = range(first, min(first + run.steps_per_round, run.steps_per_epoch))
+        if traffic is Traffic.BOTH_WAYS:
+            state, curve = programs.run_steps(state, indices[steps.start : steps.stop], cohort)
+            state, info = programs.sync(state, cohort)
+            divergence = info.divergence
+        elif traffic is Traffic.UP_ONLY:
+            state, curve = keep(programs, store, state, steps, indices, cohort)
+        else:
+            state, curve = replay(programs, store, state, order[steps.start : steps.stop], cohort)
         pending.append(curve)
         if stop.is_set():
             break
@@ -181,7 +220,35 @@ def run_epoch(
     for curve in pending:
         progress = fetch(progress, curve, clock, bar, run)
         clock = time.perf_counter()
-    return state, progress
+    return state, progress, divergence
+
+
+def keep(
+    programs: Programs,
+    store: saving.Store,
+    state: TrainState,
+    steps: range,
+    indices: np.ndarray,
+    cohort: np.ndarray | None,
+) -> tuple[TrainState, rounds.Curve]:
+    """Steps that train the server alone and keep what the clients send."""
+    curves = []
+    for step in steps:
+        state, curve, smashed = programs.keeping_step(state, indices[step], cohort)
+        store.write(step, smashed)
+        curves.append(curve)
+    return state, rounds.Curve([c.loss for c in curves], [c.top1 for c in curves])
+
+
+def replay(
+    programs: Programs, store: saving.Store, state: TrainState, steps: np.ndarray, cohort: np.ndarray | None
+) -> tuple[TrainState, rounds.Curve]:
+    """Steps of the server on what was kept of `steps`."""
+    curves = []
+    for step in steps:
+        state, curve = programs.replay_step(state, store.read(int(step)), cohort)
+        curves.append(curve)
+    return state, rounds.Curve([c.loss for c in curves], [c.top1 for c in curves])
 
 
 def fetch(progress: Progress, curve: rounds.Curve, clock: float, bar: tqdm, run: Run) -> Progress:
@@ -209,16 +276,36 @@ def all_finite(state: TrainState) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floating]))
 
 
-def epoch_metrics(run: Run, progress: Progress, epoch: int) -> dict[str, float]:
-    """Means over the steps of the epoch that has ended, and its speed."""
+def next_traffic(run: Run, progress: Progress, loss: float, epoch: int) -> str:
+    """What passes the cut in the epoch after the one that has ended with this mean loss."""
+    return saving.next_traffic(
+        Traffic(progress.traffic),
+        loss,
+        progress.last_loss,
+        epoch=epoch,
+        threshold=run.config.saving.loss_threshold,
+        warmup_epochs=run.config.saving.warmup_epochs,
+    )
+
+
+def epoch_metrics(run: Run, progress: Progress, epoch: int, divergence: Array | None) -> dict[str, float]:
+    """Means over the steps of the epoch that has ended, its speed, and what it sent."""
     images = len(progress.losses) * run.images_per_step
-    return {
+    metrics = {
         "step": progress.step,
         "epoch": epoch,
         "loss": float(np.mean(progress.losses)),
         "top1": float(np.mean(progress.top1s)),
         "images_per_s": round(images / progress.epoch_seconds, 1),
     }
+    if divergence is not None:
+        metrics["divergence"] = float(np.mean(divergence))
+    if run.config.saving.loss_threshold:
+        one_way = 4 * int(np.prod(report.smashed_shape(run))) * len(progress.losses)
+        traffic = Traffic(progress.traffic)
+        metrics["smashed_up_bytes"] = 0 if traffic is Traffic.NONE else 2 * one_way
+        metrics["smashed_down_bytes"] = one_way if traffic is Traffic.BOTH_WAYS else 0
+    return metrics
 
 
 def finish(run: Run, features: monitor.Evaluated, rng_probe: Array, output: Output) -> None:

@@ -125,7 +125,7 @@ def mocosfl(
         chex.assert_axis_dimension(views.query, 0, num_clients if cohort is None else len(cohort))
         if full_symmetric:
             views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
-        shape = views.query.shape[:2]
+        shape = (views.query.shape[0], views.query.shape[1])
         members = clients.select(state.clients, cohort)
         members, smashed, pullback = clients.forward(model.client, members, views, momentum)
 
@@ -136,14 +136,15 @@ def mocosfl(
             smashed_grad = concatenation.split(merged_grad, shape, real)
             learning_rate = optim.rate(client_lr, state.step)
             members = clients.backward(members, pullback, smashed_grad, optimizer, learning_rate)
+            sent_back = merged_grad
         else:
-            merged_grad = None
+            sent_back = None
         new_state = TrainState(
             step=state.step + 1,
             clients=clients.put_back(state.clients, members, cohort),
             server=server_state,
         )
-        return new_state, StepInfo(*contrast, smashed=merged, smashed_grad=merged_grad)
+        return new_state, StepInfo(*contrast, smashed=merged, smashed_grad=sent_back)
 
     def serve(
         state: TrainState, merged: SmashedData, cohort: Array | None, shape: tuple[int, int]

@@ -13,30 +13,54 @@ from mocosfl_jax.mocosfl import TrainState
 
 def header(run: Run, state: TrainState) -> str:
     """Devices, data, clients, both sides of the cut, and the plan of the run; one line each."""
-    config, dataset, model, parts = run.config, run.dataset, run.model, run.parts
-    clients = config.clients
-    sizes = [len(part) for part in parts]
+    config, dataset, parts = run.config, run.dataset, run.parts
+    pool, sync, optim = config.clients, config.sync, config.optim
     classes = [len(np.unique(dataset.y_train[part])) for part in parts]
     height, width, channels = dataset.x_train.shape[1:]
-    batch = (run.images_per_step, height, width, channels)
     client_params = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
-    smashed = jax.eval_shape(model.client, client_params, jax.ShapeDtypeStruct(batch, np.float32))
-    smashed_bytes = smashed.size * smashed.dtype.itemsize
     device = jax.devices()[0]
     rows = {
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
-        "clients": f"{clients.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in an epoch; each "
-        f"{_span(sizes)} images of {_span(classes)} classes, batch {clients.batch_size}",
-        "client side": f"{config.model.name} width {config.model.width} up to cut layer "
-        f"{config.model.cut_layer}: {_params(client_params)} a client",
-        "server side": f"{_params(state.server.params)}; queue of {config.moco.queue_size:,} keys",
-        "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(smashed_bytes)} down a step",
-        "plan": f"{config.total_epochs:,} epochs of {run.steps_per_epoch:,} steps of {batch[0]:,} images, "
-        f"synchronized every {run.steps_per_round:,} steps; seed {config.seed}",
+        "clients": f"{pool.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in an epoch; each "
+        f"{_span([len(part) for part in parts])} images of {_span(classes)} classes, "
+        f"batch {_span(run.batch_sizes.tolist())}" + (f"; {run.rich.clients} rich" if run.rich else ""),
     }
+    if config.algorithm == "flmoco":
+        rows["FL-MoCo"] = (
+            f"whole {config.model.name}: {_params(client_params)} and a queue of "
+            f"{config.moco.queue_size:,} keys a client"
+        )
+    else:
+        smashed_bytes = 4 * int(np.prod(smashed_shape(run)))
+        frozen = optim.client_lr == 0
+        extras = [config.model.bottleneck and f"bottleneck {config.model.bottleneck}", frozen and "frozen"]
+        keys = f"queue of {config.moco.queue_size:,} keys"
+        if not config.moco.feature_sharing:
+            keys = f"{pool.num:,} queues of {config.moco.queue_size // pool.num:,} keys"
+        rows |= {
+            "client side": f"{config.model.name} up to cut layer {config.model.cut_layer}"
+            f"{''.join(f', {extra}' for extra in extras if extra)}: {_params(client_params)} a client",
+            "server side": f"{_params(state.server.params)}; {keys}",
+            "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "
+            "down a step",
+        }
+    rows["plan"] = (
+        f"{config.total_epochs:,} epochs of {run.steps_per_epoch:,} steps of {run.images_per_step:,} images, "
+        f"synchronized every {run.steps_per_round:,} steps{', MonAcoSFL' if sync.momentum_models else ''}; "
+        f"seed {config.seed}"
+    )
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+
+
+def smashed_shape(run: Run) -> tuple[int, ...]:
+    """[n, h, w, c] of the smashed data of one kind of view that a step concatenates."""
+    size, channels = run.dataset.x_train.shape[2:]
+    rows = run.images_per_step * (2 if run.config.moco.full_symmetric else 1)
+    images = jax.ShapeDtypeStruct((rows, size, size, channels), np.float32)
+    client_params, _ = jax.eval_shape(run.model.init, jax.random.key(0))
+    return jax.eval_shape(run.model.client, client_params, images).shape
 
 
 def _span(values: Sequence[int]) -> str:
@@ -65,6 +89,7 @@ _NAMES = {
     "knn_projection": "kNN projection",
     "knn_raw_pixels": "raw pixels",
     "linear_probe": "linear probe",
+    "divergence": "divergence",
 }
 
 
@@ -72,6 +97,9 @@ def metrics_line(metrics: Mapping[str, float]) -> str:
     """A line of metrics.jsonl for a person."""
     parts = [f"epoch {metrics['epoch']:>3}"]
     parts += [f"{name} {metrics[field]:.3f}" for field, name in _NAMES.items() if field in metrics]
+    if "smashed_up_bytes" in metrics:
+        up, down = metrics["smashed_up_bytes"], metrics["smashed_down_bytes"]
+        parts.append(f"sent {_bytes(up)} up, {_bytes(down)} down")
     if "images_per_s" in metrics:
         parts.append(f"{metrics['images_per_s']:,.0f} images/s")
     return "  ".join(parts)
@@ -88,6 +116,14 @@ def summary(metrics: Sequence[Mapping[str, float]], workdir: Path) -> str:
     ]
     if "knn_raw_pixels" in untrained:
         rows.append(f"{'kNN, raw pixels':<24}{untrained['knn_raw_pixels']:>10.3f}")
+    epochs = [m for m in metrics if "smashed_up_bytes" in m]
+    if epochs:
+        sent = sum(m["smashed_up_bytes"] + m["smashed_down_bytes"] for m in epochs)
+        whole = len(epochs) * max(m["smashed_up_bytes"] + m["smashed_down_bytes"] for m in epochs)
+        rows.append(
+            f"smashed data and gradients: {_bytes(sent)} sent, {_bytes(whole - sent)} saved "
+            f"of {_bytes(whole)}"
+        )
     probe = metrics[-1]
     if "linear_probe" in probe:
         rows.append(

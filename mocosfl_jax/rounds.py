@@ -11,18 +11,21 @@ import numpy as np
 from jax import Array
 
 from mocosfl_jax.augment import Views
-from mocosfl_jax.mocosfl import Algorithm, TrainState
+from mocosfl_jax.clients import SmashedData
+from mocosfl_jax.mocosfl import Algorithm, SyncInfo, TrainState
 
 
 class Curve(NamedTuple):
     """What is kept of each step: scalars, or S of them, as one array or as a list."""
 
-    loss: Array | list[Array]
-    top1: Array | list[Array]
+    loss: Any  # Array [S], or S times Array []
+    top1: Any
 
 
-Sync = Callable[[TrainState, np.ndarray | None], TrainState]
+Sync = Callable[[TrainState, np.ndarray | None], tuple[TrainState, SyncInfo]]
 RunSteps = Callable[[TrainState, np.ndarray, np.ndarray | None], tuple[TrainState, Curve]]
+KeepingStep = Callable[[TrainState, np.ndarray, np.ndarray | None], tuple[TrainState, Curve, SmashedData]]
+ReplayStep = Callable[[TrainState, SmashedData, np.ndarray | None], tuple[TrainState, Curve]]
 MakeViews = Callable[[Array, Array], Views]  # rng, images [M, B, H, W, 3] uint8 -> Views
 
 
@@ -36,8 +39,45 @@ def scans_steps(backend: str) -> bool:
 
 
 def make_sync(algorithm: Algorithm) -> Sync:
-    """Synchronization as a program: state, cohort [M] (None for the whole pool) -> state. Donates it."""
+    """Synchronization as a program: state, cohort [M] (None for the whole pool). The state is donated."""
     return jax.jit(algorithm.sync, donate_argnums=0)
+
+
+def make_keeping_step(algorithm: Algorithm, make_views: MakeViews, rng: Array, images: Array) -> KeepingStep:
+    """A step that trains the server alone and returns the smashed data that the clients sent.
+
+    Arguments as in `make_run_steps`; it draws the same views. Compiled when first called.
+
+    Returns:
+      state, indices [M, B] int32, cohort [M] int32 or None -> state, Curve, SmashedData. The state is
+      donated.
+    """
+
+    def step(
+        state: TrainState, images: Array, rng: Array, indices: Array, cohort: Array | None
+    ) -> tuple[TrainState, Curve, SmashedData | None]:
+        views = make_views(jax.random.fold_in(rng, state.step), images[indices])
+        state, info = algorithm.step(state, views, cohort, send_gradients=False)
+        return state, Curve(info.loss, info.top1), info.smashed
+
+    run_step: Any = jax.jit(step, donate_argnums=0)
+    return lambda state, indices, cohort: run_step(state, images, rng, indices, cohort)
+
+
+def make_replay_step(algorithm: Algorithm) -> ReplayStep:
+    """A step of the server on smashed data that it has kept. Compiled when first called.
+
+    Returns:
+      state, SmashedData, the cohort [M] that sent it or None -> state, Curve. The state is donated.
+    """
+
+    def step(state: TrainState, smashed: SmashedData, cohort: Array | None) -> tuple[TrainState, Curve]:
+        assert algorithm.replay is not None
+        state, info = algorithm.replay(state, smashed, cohort)
+        return state, Curve(info.loss, info.top1)
+
+    replay: Any = jax.jit(step, donate_argnums=0)
+    return replay
 
 
 def make_run_steps(

@@ -1,0 +1,88 @@
+"""Communication saving by loss (Li et al. 2023, section 4.5; `loss_threshold` of the official code).
+
+When an epoch has hardly lowered the loss, the next one sends no gradients back to the clients, and the one
+after that sends nothing: the server trains on smashed data that it has kept, in shuffled order.
+"""
+
+import enum
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from mocosfl_jax.clients import SmashedData
+from mocosfl_jax.errors import UserError
+
+
+class Traffic(enum.StrEnum):
+    """What passes the cut in an epoch."""
+
+    BOTH_WAYS = "A"  # smashed data up, gradients down
+    UP_ONLY = "B"  # smashed data up, which the server keeps; clients are not trained
+    NONE = "C"  # the server replays what it has kept
+
+
+def next_traffic(
+    traffic: Traffic, loss: float, last_loss: float, *, epoch: int, threshold: float, warmup_epochs: int
+) -> Traffic:
+    """What the epoch after `epoch` (1, 2, ...) sends.
+
+    One state further along A, B, C if the loss fell by less than `threshold`, and back to A if by more.
+
+    Args:
+      traffic: of the epoch that has ended.
+      loss: its mean loss.
+      last_loss: the mean loss of the epoch before; infinite if there was none.
+      epoch: how many epochs have ended.
+      threshold: 0 never saves.
+      warmup_epochs: epochs after which A follows in any case.
+    """
+    if epoch <= warmup_epochs or max(last_loss - loss, 0.0) >= threshold:
+        return Traffic.BOTH_WAYS
+    return Traffic.UP_ONLY if traffic is Traffic.BOTH_WAYS else Traffic.NONE
+
+
+class Store:
+    """The smashed data of one epoch, in a file: [steps, 2, n, h, w, c] of query and key views.
+
+    The operating system keeps in memory what fits there.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        self.path, self.shape = path, shape
+
+    def require_space(self, limit_gib: float) -> None:
+        """Raise UserError if the file is larger than the limit, or than the disk has room for."""
+        size = 4 * int(np.prod(self.shape)) / 2**30
+        if size > limit_gib:
+            raise UserError(
+                f"config.saving.replay_gib: found {limit_gib:g}, allowed: {size:.3g} or more "
+                f"(smashed data of one epoch, {self.shape[0]} steps)"
+            )
+        there = self.path.stat().st_size / 2**30 if self.path.exists() else 0.0
+        free = shutil.disk_usage(self.path.parent).free / 2**30
+        if size > free + there:
+            raise UserError(f"{self.path}: {size:.3g} GiB are needed, {free:.3g} GiB are free")
+
+    def write(self, step: int, smashed: SmashedData) -> None:
+        """Keep the smashed data of a step of the epoch."""
+        file = self._open("r+" if self.path.exists() else "w+")
+        file[step, 0], file[step, 1] = smashed.query, smashed.key
+
+    def read(self, step: int) -> SmashedData:
+        """The smashed data of a step, as it was kept.
+
+        Raises:
+          UserError: if the file is gone or another one.
+        """
+        if not self.path.exists():
+            raise UserError(f"{self.path}: the run was in an epoch of replay and this file is gone")
+        return SmashedData(*np.array(self._open("r")[step]))
+
+    def _open(self, mode: str) -> np.memmap:
+        if mode == "w+":
+            return np.lib.format.open_memmap(self.path, mode, np.float32, self.shape)
+        file = np.lib.format.open_memmap(self.path, mode)
+        if file.shape != self.shape:
+            raise UserError(f"{self.path}: found {file.shape}, the run's smashed data are {self.shape}")
+        return file
