@@ -72,7 +72,7 @@ def prepare(config: Config) -> Run:
         image_size=height,
         stem_stride=config.model.stem_stride,
         key_dim=moco.key_dim,
-        mlp=moco.mlp,
+        head="mlp" if moco.mlp else "linear",
     )
     schedule = partial(
         optim.schedule, config.optim.schedule, epochs=config.total_epochs, steps_per_epoch=steps
