@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import Algorithm, TrainState, Views, mocosfl, split_model
-from mocosfl_jax.models import resnet
+from mocosfl_jax.models import mobilenetv2, vgg
 
 RTOL, ATOL = 1e-6, 1e-9
 
@@ -24,23 +24,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder = pathlib.Path(metafunc.config.getoption("--golden-dir"))
     names = sorted(p.stem for p in folder.glob("*.json") if "arch" in json.loads(p.read_text()))
     assert names, f"no golden cases in {folder}"
-    cases = []
-    for name in names:
-        missing = not_built_yet(json.loads((folder / f"{name}.json").read_text()))
-        marks = [pytest.mark.xfail(reason=missing, strict=True)] if missing else []
-        cases.append(pytest.param(folder / name, id=name, marks=marks))
-    metafunc.parametrize("case", cases)
-
-
-def not_built_yet(settings: dict[str, Any]) -> str | None:
-    """Why a case cannot pass yet; None: it must."""
-    if settings["arch"].lower() not in resnet.DEPTHS:
-        return f"{settings['arch']} is not built yet"
-    if settings["bottleneck"] != "None":
-        return "bottleneck layers at the cut are not built yet"
-    if not (settings["c_residual"] and settings["WS"]):
-        return "clients without shortcuts and networks without weight standardisation are not built yet"
-    return None
+    metafunc.parametrize("case", [pytest.param(folder / name, id=name) for name in names])
 
 
 class Case:
@@ -48,7 +32,8 @@ class Case:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.settings = json.loads(path.with_suffix(".json").read_text())
-        self.expected = np.load(path.with_suffix(".npz"))
+        with np.load(path.with_suffix(".npz")) as arrays:
+            self.expected = dict(arrays)
 
     def rng(self, name: str) -> np.random.Generator:
         seed = zlib.crc32(name.encode()) + self.settings.get("base", 0)
@@ -80,25 +65,50 @@ class Case:
         return (z / np.linalg.norm(z, axis=0)).T
 
 
-def ours(name: str, mlp: bool) -> list[str]:
-    """Path of an official parameter in our tree; the head has a hidden layer if `mlp`."""
+def ours(name: str, settings: dict[str, Any]) -> list[str]:
+    """Path of an official parameter in our tree."""
     *modules, leaf = name.split(".")
-    path = ".".join(modules)
+    layer, rest = modules[0], ".".join(modules[1:])
+    if settings["arch"].lower() in vgg.ENTRIES and layer != "head" and layer != "bottleneck":
+        # Theirs count convolutions and norms; ours are the entries of the configuration, pools included.
+        entries = vgg.ENTRIES[settings["arch"].lower()]
+        convs = [i for i, entry in enumerate(entries) if entry != "M"]
+        i, is_norm = divmod(int(layer.removeprefix("layer")), 2)
+        layer, rest = f"layer{convs[i]}", "norm" if is_norm else "conv"
+    elif settings["arch"].lower() == mobilenetv2.NAME and layer.startswith("layer"):
+        # Theirs count convolution and norm of the stem, blocks, convolution and norm of the last layer.
+        theirs = ["layer0.conv", "layer0.norm"]
+        for group, (_, _, blocks, _) in enumerate(mobilenetv2.GROUPS, start=1):
+            theirs += [f"layer{group}.block{i}" for i in range(blocks)]
+        last = f"layer{1 + len(mobilenetv2.GROUPS)}"
+        theirs += [f"{last}.conv", f"{last}.norm"]
+        layer = theirs[int(layer.removeprefix("layer"))]
+    path = f"{layer}.{rest}".rstrip(".")
     path = path.replace("shortcut.0", "shortcut_conv").replace("shortcut.1", "shortcut_norm")
-    path = path.replace("head.0", "head.hidden" if mlp else "head.out").replace("head.2", "head.out")
-    path = path.replace("bn", "norm")
+    path = path.replace("head.0", "head.hidden" if settings["mlp"] else "head.out")
+    path = path.replace("head.2", "head.out").replace("bn", "norm")
+    path = path.replace("bottleneck.client", "bottleneck.conv").replace(
+        "bottleneck.server", "bottleneck.conv"
+    )
     return [*path.split("."), "kernel" if leaf == "weight" else leaf]
 
 
-def to_jax(torch_layout: np.ndarray) -> jax.Array:
+def is_transposed(name: str, settings: dict[str, Any]) -> bool:
+    """Whether it is the kernel of a transposed convolution: [in, out, kh, kw] in PyTorch."""
+    return name.startswith("bottleneck.server") and "S1" not in settings["bottleneck"]
+
+
+def to_jax(torch_layout: np.ndarray, *, transposed: bool) -> jax.Array:
     if torch_layout.ndim == 4:
-        return jnp.asarray(torch_layout.transpose(2, 3, 1, 0))
+        return jnp.asarray(torch_layout.transpose((2, 3, 0, 1) if transposed else (2, 3, 1, 0)))
     return jnp.asarray(torch_layout.T)
 
 
-def to_torch(leaf: Any) -> np.ndarray:
+def to_torch(leaf: Any, *, transposed: bool) -> np.ndarray:
     leaf = np.asarray(leaf)
-    return leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
+    if leaf.ndim == 4:
+        return leaf.transpose((2, 3, 0, 1) if transposed else (3, 2, 0, 1))
+    return leaf.T
 
 
 def lookup(tree: Any, path: list[str]) -> Any:
@@ -117,9 +127,15 @@ def summary(x: np.ndarray) -> np.ndarray:
 def build(case: Case) -> tuple[Algorithm, TrainState]:
     """The public algorithm of the case, in the case's initial state."""
     s = case.settings
-    assert s["bottleneck"] == "None" and s["c_residual"] and s["WS"]
     model = split_model(
-        s["arch"].lower(), cut_layer=s["cut"], image_size=s["size"], key_dim=s["K_dim"], mlp=s["mlp"]
+        s["arch"].lower(),
+        cut_layer=s["cut"],
+        image_size=s["size"],
+        key_dim=s["K_dim"],
+        head="mlp" if s["mlp"] else "linear",
+        bottleneck=None if s["bottleneck"] == "None" else s["bottleneck"],
+        client_residual=s["c_residual"],
+        weight_standardisation=s["WS"],
     )
     algorithm = mocosfl(
         model,
@@ -140,8 +156,11 @@ def build(case: Case) -> tuple[Algorithm, TrainState]:
     )
     seen = 0
     for parameter in s["parameters"]:
-        value = to_jax(case.parameter(parameter["name"], parameter["shape"]))
-        *path, leaf = ours(parameter["name"], s["mlp"])
+        value = to_jax(
+            case.parameter(parameter["name"], parameter["shape"]),
+            transposed=is_transposed(parameter["name"], s),
+        )
+        *path, leaf = ours(parameter["name"], s)
         side = state.clients if parameter["side"] == "client" else state.server
         for tree in (side.params, side.key_params):
             holder = lookup(tree, path)
@@ -184,18 +203,19 @@ def test_golden(case: pathlib.Path, x64: None) -> None:
         for name, value in crossed.items():
             check(f"step{t}.{name}", summary(np.asarray(value).transpose(0, 3, 1, 2)))
         for parameter in s["parameters"]:
-            name, path = parameter["name"], ours(parameter["name"], s["mlp"])
+            name, path = parameter["name"], ours(parameter["name"], s)
+
+            def torch_summary(leaf: Any, name: str = name) -> np.ndarray:
+                return summary(to_torch(leaf, transposed=is_transposed(name, s)))
+
             if parameter["side"] == "server":
-                check(f"step{t}.server.online.{name}", summary(to_torch(lookup(state.server.params, path))))
-                check(
-                    f"step{t}.server.momentum.{name}",
-                    summary(to_torch(lookup(state.server.key_params, path))),
-                )
+                check(f"step{t}.server.online.{name}", torch_summary(lookup(state.server.params, path)))
+                check(f"step{t}.server.momentum.{name}", torch_summary(lookup(state.server.key_params, path)))
                 continue
             online, momentum = lookup(state.clients.params, path), lookup(state.clients.key_params, path)
             for i in range(s["num_client"]):
-                check(f"step{t}.client{i}.online.{name}", summary(to_torch(online[i])))
-                check(f"step{t}.client{i}.momentum.{name}", summary(to_torch(momentum[i])))
+                check(f"step{t}.client{i}.online.{name}", torch_summary(online[i]))
+                check(f"step{t}.client{i}.momentum.{name}", torch_summary(momentum[i]))
         keys, cursors = state.server.queue
         if s["feature_sharing"]:
             check(f"step{t}.queue", summary(np.asarray(keys)))
@@ -204,4 +224,4 @@ def test_golden(case: pathlib.Path, x64: None) -> None:
             for i in range(s["num_client"]):
                 check(f"step{t}.queue{i}", summary(np.asarray(keys[i])))
                 check(f"step{t}.queue_ptr{i}", cursors[i])
-    assert compared == set(golden.expected.files)
+    assert compared == set(golden.expected)

@@ -4,19 +4,21 @@ He et al. 2016, with the norm, strides and cut positions of the official MocoSFL
 """
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 from jax import Array
 
-from mocosfl_jax.models.layers import Convolution, GroupNorm, WSConv
+from mocosfl_jax.models.layers import Conv, Layer, Norm, Options
 
 # Blocks in each of the four stages, and whether they are bottleneck blocks.
 DEPTHS = {
     "resnet18": ((2, 2, 2, 2), False),
     "resnet34": ((3, 4, 6, 3), False),
     "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+    "resnet152": ((3, 8, 36, 3), True),
 }
+WIDTH = 64
 BOTTLENECK_EXPANSION = 4
 
 
@@ -26,12 +28,12 @@ class Stem(nn.Module):
     features: int
     kernel_size: int
     stride: int
-    conv: Convolution
+    options: Options
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = WSConv(self.features, self.kernel_size, self.stride, self.conv, name="conv1")(x)
-        return nn.relu(GroupNorm(name="norm1")(x))
+        x = Conv(self.features, self.kernel_size, self.stride, self.options, name="conv1")(x)
+        return nn.relu(Norm(self.options, name="norm1")(x))
 
 
 class BasicBlock(nn.Module):
@@ -39,15 +41,17 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int
-    conv: Convolution
+    options: Options
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = WSConv(self.features, 3, self.stride, self.conv, name="conv1")(x)
-        y = nn.relu(GroupNorm(name="norm1")(y))
-        y = WSConv(self.features, 3, 1, self.conv, name="conv2")(y)
-        y = GroupNorm(name="norm2")(y)
-        return nn.relu(y + _shortcut(x, self.features, self.stride, self.conv))
+        y = Conv(self.features, 3, self.stride, self.options, name="conv1")(x)
+        y = nn.relu(Norm(self.options, name="norm1")(y))
+        y = Conv(self.features, 3, 1, self.options, name="conv2")(y)
+        y = Norm(self.options, name="norm2")(y)
+        if self.options.residual:
+            y = y + _shortcut(x, y.shape[-1], self.stride, self.options)
+        return nn.relu(y)
 
 
 class BottleneckBlock(nn.Module):
@@ -55,48 +59,47 @@ class BottleneckBlock(nn.Module):
 
     features: int
     stride: int
-    conv: Convolution
+    options: Options
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = WSConv(self.features, 1, 1, self.conv, name="conv1")(x)
-        y = nn.relu(GroupNorm(name="norm1")(y))
-        y = WSConv(self.features, 3, self.stride, self.conv, name="conv2")(y)
-        y = nn.relu(GroupNorm(name="norm2")(y))
-        y = WSConv(BOTTLENECK_EXPANSION * self.features, 1, 1, self.conv, name="conv3")(y)
-        y = GroupNorm(name="norm3")(y)
-        return nn.relu(y + _shortcut(x, BOTTLENECK_EXPANSION * self.features, self.stride, self.conv))
+        y = Conv(self.features, 1, 1, self.options, name="conv1")(x)
+        y = nn.relu(Norm(self.options, name="norm1")(y))
+        y = Conv(self.features, 3, self.stride, self.options, name="conv2")(y)
+        y = nn.relu(Norm(self.options, name="norm2")(y))
+        y = Conv(BOTTLENECK_EXPANSION * self.features, 1, 1, self.options, name="conv3")(y)
+        y = Norm(self.options, name="norm3")(y)
+        if self.options.residual:
+            y = y + _shortcut(x, y.shape[-1], self.stride, self.options)
+        return nn.relu(y)
 
 
-def _shortcut(x: Array, features: int, stride: int, conv: Convolution) -> Array:
+def _shortcut(x: Array, features: int, stride: int, options: Options) -> Array:
     """The identity, or a 1x1 convolution and norm where the shape changes."""
     if stride == 1 and x.shape[-1] == features:
         return x
-    x = WSConv(features, 1, stride, conv, name="shortcut_conv")(x)
-    return GroupNorm(name="shortcut_norm")(x)
+    x = Conv(features, 1, stride, options, name="shortcut_conv")(x)
+    return Norm(options, name="shortcut_norm")(x)
 
 
-def resnet_layers(
-    name: str, *, width: int, stem_kernel: int, stem_stride: int
-) -> list[Callable[..., nn.Module]]:
+def resnet_layers(name: str, *, width: int, image_size: int, stem_stride: int) -> list[Layer]:
     """The layers between images and global average pool, in order: stem, block 1, block 2, ...
 
     Args:
       name: a key of `DEPTHS`.
-      width: channels of the stem; 64 in the paper.
-      stem_kernel: 3, or 7 for images of 224 px.
+      width: channels of the stem; `WIDTH` in the paper.
+      image_size: pixels a side; the stem is 7x7 from 224 px on.
       stem_stride: stride of the stem.
-
-    Returns:
-      One constructor a layer, that waits for `conv`, the way convolutions are computed.
     """
     stages, is_bottleneck = DEPTHS[name]
     block = BottleneckBlock if is_bottleneck else BasicBlock
-    layers: list[Callable[..., nn.Module]] = [
-        functools.partial(Stem, width, stem_kernel, stem_stride, name="layer0")
-    ]
+    expansion = BOTTLENECK_EXPANSION if is_bottleneck else 1
+    kernel_size = 7 if image_size >= 224 else 3
+    layers = [Layer(functools.partial(Stem, width, kernel_size, stem_stride, name="layer0"), width)]
     for stage, blocks in enumerate(stages):
+        features = width * 2**stage
         for i in range(blocks):
             stride = 2 if stage > 0 and i == 0 else 1
-            layers.append(functools.partial(block, width * 2**stage, stride, name=f"layer{len(layers)}"))
+            module = functools.partial(block, features, stride, name=f"layer{len(layers)}")
+            layers.append(Layer(module, expansion * features))
     return layers
