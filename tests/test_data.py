@@ -10,6 +10,7 @@ import pickle
 import struct
 import sys
 import tarfile
+import tracemalloc
 import urllib.error
 import urllib.request
 import warnings
@@ -21,9 +22,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
-from mocosfl_jax.data import NAMES, Dataset, cifar_files, cifar_pickle, images, load
+from mocosfl_jax.data import (
+    NAMES,
+    Dataset,
+    cifar_files,
+    cifar_pickle,
+    decode,
+    images,
+    load,
+    stl10,
+    svhn,
+    tiny_imagenet,
+)
 from mocosfl_jax.errors import UserError
 
 ROWS = {"cifar10": (20, 30), "cifar100": (200, 100)}
@@ -145,7 +158,7 @@ def test_cifar_is_the_same_from_every_layout(name: str, kind: str, tmp_path: Pat
         dataset = load(name, str(directory), None)
         same(dataset, data)
         assert dataset.class_names == tuple(f"class{label}" for label in range(CLASSES[name]))
-        assert ("not the published archive" in dataset.source) == (directory.name == "packed")
+        assert ("not the published file" in dataset.source) == (directory.name == "packed")
     assert dataset.mean == {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4865, 0.4409)}[name]
     assert dataset.std == {"cifar10": (0.2023, 0.1994, 0.2010), "cifar100": (0.2673, 0.2564, 0.2762)}[name]
 
@@ -205,7 +218,7 @@ def test_cifar_with_the_published_checksum_is_not_warned_about(
     path = pack(tmp_path / layout.archive, layout.folder, files("cifar10", "binary", written("cifar10")))
     said: list[str] = []
     monkeypatch.setattr(
-        "mocosfl_jax.data.cifar.logging.warning", lambda text, *args: said.append(text % args)
+        "mocosfl_jax.data.download.logging.warning", lambda text, *args: said.append(text % args)
     )
     load("cifar10", str(tmp_path), None)
     assert len(said) == 1 and str(path) in said[0]
@@ -337,7 +350,7 @@ def test_archives_with_wrong_members_are_refused(
         tar.fileobj.write(info.tobuf())
     refuses("test_batch.bin: truncated or malformed, 1,099,511,627,776 bytes", "cifar10", tmp_path)
 
-    monkeypatch.setattr(cifar_files._Bounded, "left", 1 << 20)
+    monkeypatch.setattr(cifar_files, "_MAX_UNPACKED", 1 << 20)
     pack(path, layout.folder, {"zeros": bytes(1 << 21)} | contents)
     assert path.stat().st_size < 1 << 20
     refuses("unpacks to more than", "cifar10", tmp_path)
@@ -440,6 +453,281 @@ def test_cifar_directory_that_cannot_be(tmp_path: Path) -> None:
     refuses("config.data.dir: .*file is a file", "cifar10", tmp_path / "file")
     refuses("config.data.dir", "cifar10", tmp_path / "file" / "below")
     refuses("config.data.dir", "cifar10", tmp_path / ("x" * 300))
+
+
+# SVHN
+
+
+def mat(path: Path, x: np.ndarray, y: np.ndarray, changes: dict[str, Any] | None = None) -> None:
+    """An official file: X [32, 32, 3, n], y [n, 1] with 10 for the digit 0, compressed."""
+    labels = np.where(y == 0, 10, y).astype(np.uint8)[:, None]
+    scipy.io.savemat(path, {"X": x.transpose(1, 2, 3, 0), "y": labels} | (changes or {}), do_compression=True)
+
+
+def write_svhn(folder: Path) -> dict[str, np.ndarray]:
+    x_train, y_train = pictures(40, 10, 0)
+    x_test, y_test = pictures(20, 10, 1)
+    mat(folder / "train_32x32.mat", x_train, y_train)
+    mat(folder / "test_32x32.mat", x_test, y_test)
+    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+
+
+def test_svhn_round_trip(tmp_path: Path) -> None:
+    data = write_svhn(tmp_path)
+    dataset = load("svhn", str(tmp_path), None)
+    same(dataset, data)
+    assert dataset.class_names == tuple("0123456789")
+    assert (dataset.mean, dataset.std) == ((0.3522, 0.4004, 0.4463), (0.1189, 0.1377, 0.1784))
+    assert dataset.source.count("not the published file") == 2
+    mat(
+        tmp_path / "test_32x32.mat",
+        data["x_test"],
+        data["y_test"],
+        {"y": np.full((20, 1), 3.0), "other": np.ones(3)},
+    )
+    assert load("svhn", str(tmp_path), None).y_test.tolist() == [3] * 20
+
+
+def test_svhn_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    refuses("file is a file", "svhn", tmp_path / "file")
+    data = write_svhn(tmp_path)
+    path = tmp_path / "train_32x32.mat"
+    x, y = data["x_train"], data["y_train"]
+    good = path.read_bytes()
+    for cut in (0, 100, len(good) // 2, len(good) - 9):
+        path.write_bytes(good[:cut])
+        refuses("train_32x32.mat: (truncated or malformed|X is missing|y is missing)", "svhn", tmp_path)
+    path.write_bytes(b"<html>not found</html>" * 100)
+    refuses("train_32x32.mat: truncated or malformed", "svhn", tmp_path)
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"X": x}, r"X is uint8 \[40, 32, 32, 3\], allowed: uint8 \[32, 32, 3, n\]"),
+        ({"X": x.transpose(1, 2, 3, 0) / 255}, "X is double"),
+        ({"X": {"a": 1}}, "X is struct"),
+        ({"y": y}, r"y is int32 \[1, 40\], allowed: numbers \[n, 1\], n 40"),
+        ({"y": np.full((40, 1), 11)}, "label 11, allowed: 1 to 10"),
+        ({"y": np.full((40, 1), 0)}, "label 0, allowed: 1 to 10"),
+        ({"y": np.full((40, 1), 1.5)}, "label 1.5, allowed: 1 to 10"),
+        ({"y": np.full((40, 1), "a", object)}, "malformed"),
+    )
+    for change, match in changes:
+        mat(path, x, y, change)
+        refuses(f"train_32x32.mat: .*{match}", "svhn", tmp_path)
+    scipy.io.savemat(path, {"X": x.transpose(1, 2, 3, 0)})
+    refuses(r"y is missing \[\]", "svhn", tmp_path)
+
+    # Zeros pack well: the claim is refused before it is unpacked.
+    mat(path, np.zeros((1000, 32, 32, 3), np.uint8), np.ones(1000, int))
+    assert path.stat().st_size < 10_000
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1000}.__getitem__)
+        patch.setattr(scipy.io, "loadmat", None)
+        refuses("X: needs 3,072,000 bytes of memory, this machine has 1,000", "svhn", tmp_path)
+
+
+def test_svhn_downloads_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_svhn(tmp_path)
+    contents = {file: (tmp_path / file).read_bytes() for file in svhn._FILES}
+    published = {file: (len(c), hashlib.sha256(c).hexdigest()) for file, c in contents.items()}
+    monkeypatch.setattr(svhn, "_FILES", published)
+    (tmp_path / "test_32x32.mat").unlink()
+    asked = answer_with(monkeypatch, lambda: io.BytesIO(contents["test_32x32.mat"]))
+    dataset = load("svhn", str(tmp_path), None)
+    same(dataset, data)
+    assert asked == ["http://ufldl.stanford.edu/housenumbers/test_32x32.mat"]
+    assert dataset.source == f"{tmp_path / 'train_32x32.mat'} and {tmp_path / 'test_32x32.mat'}"
+
+
+# STL-10
+
+
+@pytest.fixture
+def stl10_files(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, np.ndarray], dict[str, bytes]]:
+    """Images and the files of an official folder with few of them."""
+    monkeypatch.setattr(stl10, "_ROWS", {"train": 20, "test": 10})
+    data: dict[str, np.ndarray] = {}
+    contents = {"class_names.txt": b"airplane\nbird\n", "unlabeled_X.bin": bytes(96 * 96 * 3)}
+    for split, count, seed in (("train", 20, 0), ("test", 10, 1)):
+        x, y = pictures(count, 10, seed, 96)
+        data |= {f"x_{split}": x, f"y_{split}": y}
+        column_major = b"".join(image[:, :, channel].tobytes("F") for image in x for channel in range(3))
+        contents |= {f"{split}_X.bin": column_major, f"{split}_y.bin": (y + 1).astype(np.uint8).tobytes()}
+    return data, contents
+
+
+StlFiles = tuple[dict[str, np.ndarray], dict[str, bytes]]
+
+
+def test_stl10_is_the_same_packed_and_unpacked(
+    stl10_files: StlFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, contents = stl10_files
+    (tmp_path / "packed").mkdir()
+    archive = pack(tmp_path / "packed" / "stl10_binary.tar.gz", "stl10_binary", contents)
+    folder = unpack(tmp_path / "unpacked" / "stl10_binary", contents)
+    for directory in (archive.parent, folder.parent, folder):
+        dataset = load("stl10", str(directory), None)
+        same(dataset, data)
+        assert dataset.class_names[7] == "monkey" and dataset.mean == (0.4914, 0.4822, 0.4465)
+        assert ("not the published file" in dataset.source) == (directory == archive.parent)
+    assert load("stl10", str(folder), 32).x_test.shape == (10, 32, 32, 3)
+
+    good = archive.read_bytes()
+    monkeypatch.setattr(stl10, "_SIZE", len(good))
+    monkeypatch.setattr(stl10, "_SHA256", hashlib.sha256(good).hexdigest())
+    asked = answer_with(monkeypatch, functools.partial(io.BytesIO, good))
+    dataset = load("stl10", str(tmp_path / "new"), None)
+    same(dataset, data)
+    assert dataset.source == str(tmp_path / "new" / "stl10_binary.tar.gz")
+    assert asked == ["http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"]
+
+
+def test_stl10_mistakes(stl10_files: StlFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, contents = stl10_files
+    (tmp_path / "file").write_text("")
+    refuses("file is a file", "stl10", tmp_path / "file")
+    folder = unpack(tmp_path / "stl10_binary", contents)
+    for label in (0, 11):
+        (folder / "test_y.bin").write_bytes(bytes([label]) + contents["test_y.bin"][1:])
+        refuses(f"test_y.bin: label {label}, allowed: 1 to 10", "stl10", tmp_path)
+    (folder / "test_y.bin").unlink()
+    refuses("test_y.bin is missing", "stl10", tmp_path)
+    (folder / "train_X.bin").write_bytes(contents["train_X.bin"][1:])
+    refuses("train_X.bin: truncated or malformed, 552,959 bytes, 552,960 are needed", "stl10", tmp_path)
+
+    archive = pack(tmp_path / "stl10_binary.tar.gz", "stl10_binary", contents | {"test_y.bin": b"1"})
+    refuses("test_y.bin: truncated or malformed, 1 bytes, 10 are needed", "stl10", tmp_path)
+    pack(archive, "stl10_binary", {"train_y.bin": contents["train_y.bin"]})
+    refuses("train_X.bin is missing", "stl10", tmp_path)
+    archive.write_bytes(archive.read_bytes()[:-9])
+    refuses("malformed archive", "stl10", tmp_path)
+    monkeypatch.setattr(stl10, "_MAX_UNPACKED", 1 << 19)
+    pack(archive, "stl10_binary", contents)
+    refuses("unpacks to more than 524,288 bytes", "stl10", tmp_path)
+
+
+# Tiny ImageNet
+
+
+def tiny_files() -> tuple[dict[str, np.ndarray], dict[str, bytes]]:
+    """The official files with four classes; lossless, so that images can be compared."""
+    data = small()
+    wnids = ("n01443537", "n01629819", "n01641577", "n09256479")
+    made = {
+        "wnids.txt": "\n".join(reversed(wnids)).encode(),
+        "words.txt": b"n00001740\tentity\nn01443537\tgoldfish, Carassius auratus\nn09256479\tcoral reef\n",
+        "test/images/test_0.JPEG": b"not read",
+    }
+
+    def encode(image: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        return file.getvalue()
+
+    for n, (x, y) in enumerate(zip(data["x_train"], data["y_train"], strict=True)):
+        made[f"train/{wnids[y]}/images/{wnids[y]}_{n:02}.JPEG"] = encode(x)
+        made[f"train/{wnids[y]}/{wnids[y]}_boxes.txt"] = b"boxes"
+    lines = []
+    for n, (x, y) in enumerate(zip(data["x_test"], data["y_test"], strict=True)):
+        made[f"val/images/val_{n}.JPEG"] = encode(x)
+        lines.append(f"val_{n}.JPEG\t{wnids[y]}\t0\t32\t44\t62\n")
+    made["val/val_annotations.txt"] = "".join(reversed(lines)).encode()
+    order = np.argsort(data["y_train"], kind="stable")
+    return data | {"x_train": data["x_train"][order], "y_train": data["y_train"][order]}, made
+
+
+def write_tree(folder: Path, contents: dict[str, bytes]) -> Path:
+    for file, data in contents.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(data)
+    return folder
+
+
+def zip_tree(path: Path, contents: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.mkdir("tiny-imagenet-200")
+        for file, data in contents.items():
+            archive.writestr(f"tiny-imagenet-200/{file}", data)
+    return path
+
+
+def test_tiny_imagenet_is_the_same_packed_and_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, contents = tiny_files()
+    (tmp_path / "packed").mkdir()
+    archive = zip_tree(tmp_path / "packed" / "tiny-imagenet-200.zip", contents)
+    folder = write_tree(tmp_path / "unpacked" / "tiny-imagenet-200", contents)
+    for directory in (archive.parent, folder.parent, folder):
+        dataset = load("tiny_imagenet", str(directory), None)
+        same(dataset, data)
+        assert dataset.class_names == ("goldfish", "n01629819", "n01641577", "coral reef")
+        assert dataset.mean == (0.5141, 0.5775, 0.3985)
+        assert ("not the published file" in dataset.source) == (directory == archive.parent)
+    (folder / "words.txt").unlink()
+    assert load("tiny_imagenet", str(folder), 4).class_names[0] == "n01443537"
+    assert list(archive.parent.iterdir()) == [archive]  # not unpacked
+
+    good = archive.read_bytes()
+    monkeypatch.setattr(tiny_imagenet, "_SIZE", len(good))
+    monkeypatch.setattr(tiny_imagenet, "_SHA256", hashlib.sha256(good).hexdigest())
+    asked = answer_with(monkeypatch, functools.partial(io.BytesIO, good))
+    dataset = load("tiny_imagenet", str(tmp_path / "new"), None)
+    same(dataset, data)
+    assert dataset.source == str(tmp_path / "new" / "tiny-imagenet-200.zip")
+    assert asked == ["http://cs231n.stanford.edu/tiny-imagenet-200.zip"]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_tiny_imagenet_mistakes(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, contents = tiny_files()
+    image = min(file for file in contents if file.startswith("train/n01443537/images/"))
+    nothing = {file: None for file in contents if file.startswith("train/")}
+    annotations = "val/val_annotations.txt"
+    cases: list[tuple[str, dict[str, bytes | None]]] = [
+        ("val_annotations.txt is missing", {annotations: None}),
+        ("val_annotations.txt names no images", {annotations: b""}),
+        ("val_annotations.txt: not readable, columns of text", {annotations: b"a\n"}),
+        ("val_annotations.txt: not readable, columns of text", {annotations: b"\xff\tn01443537\n"}),
+        ("val/images/a.JPEG is missing", {annotations: b"a.JPEG\tn01443537\n"}),
+        ("n1 is a class that train lacks", {annotations: b"val_0.JPEG\tn1\n"}),
+        ("val/images/val_0.JPEG is missing", {"val/images/val_0.JPEG": None}),
+        (f"train: 1 of 12 images are not readable, .*{image} .not a PNG", {image: b"garbage"}),
+        ("words.txt: not readable, .* 1,000 ", {"words.txt": b"a\tb\n" * 300}),
+        ("no images train/CLASS/images", nothing | {"train/a": b""}),
+    ]
+    monkeypatch.setattr(tiny_imagenet, "_MAX_FILE_BYTES", 1000)
+    for number, (match, changes) in enumerate(cases):
+        changed = {file: data for file, data in (contents | changes).items() if data is not None}
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if packed:
+            zip_tree(folder / "tiny-imagenet-200.zip", changed)
+        else:
+            write_tree(folder / "tiny-imagenet-200", changed)
+        refuses(match, "tiny_imagenet", folder)
+
+
+def test_tiny_imagenet_zip_files_that_are_broken(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refuses("file is a file", "tiny_imagenet", tmp_path / "file")
+    _, contents = tiny_files()
+    path = zip_tree(tmp_path / "tiny-imagenet-200.zip", contents)
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    refuses("truncated or malformed zip file", "tiny_imagenet", tmp_path)
+    path.write_bytes(b"<html>not found</html>")
+    refuses("truncated or malformed zip file", "tiny_imagenet", tmp_path)
+
+    # One image is damaged, and one entry of the directory claims 4 GB.
+    place = good.index(b"tiny-imagenet-200/val/images/val_3.JPEG") + 100
+    path.write_bytes(good[:place] + b"?" + good[place + 1 :])
+    refuses("val: 1 of 8 images .*val_3.JPEG .(BadZipFile|error)", "tiny_imagenet", tmp_path)
+    lying = bytearray(good)
+    entry = lying.rindex(b"tiny-imagenet-200/val/images/val_5.JPEG") - 46
+    struct.pack_into("<I", lying, entry + 24, 4_000_000_000)
+    path.write_bytes(lying)
+    refuses("val_5.JPEG .ValueError: 4,000,000,000 bytes, at most 16,777,216", "tiny_imagenet", tmp_path)
 
 
 # npz
@@ -644,7 +932,7 @@ def test_folder_modes(tmp_path: Path) -> None:
         (x[:2] == [255, 0, 0]).all() and (x[2] == 255).all() and abs(x[3] - np.array([255.0, 0, 0])).max() < 5
     )
     Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(place / "e.png")
-    refuses("e.png: .*8 bits a channel", "image_folder", tmp_path)
+    refuses(r"e.png \(.*8 bits a channel", "image_folder", tmp_path)
 
 
 def test_folder_mistakes(tmp_path: Path) -> None:
@@ -665,13 +953,13 @@ def test_folder_mistakes(tmp_path: Path) -> None:
     good = next(place.iterdir()).read_bytes()
     (place / "y.png").write_bytes(good[: len(good) // 2])
     (place / "z.jpg").write_text("text")
-    message = refuses("y.png: not a readable image", "image_folder", tmp_path)
-    assert "2 of 14" in message
+    message = refuses(r"y.png \(\w+: .*\), .*z.jpg \(not a PNG or JPEG image\)", "image_folder", tmp_path)
+    assert message.startswith(f"{tmp_path / 'train'}: 2 of 14 images are not readable, at most 1% may be: ")
     (place / "z.jpg").unlink()
     Image.new("RGB", (8, 8)).save(place / "y.png", "GIF")
-    refuses("y.png: not a readable image", "image_folder", tmp_path)
+    refuses(r"1 of 13 images .*y.png \(not a PNG", "image_folder", tmp_path)
     Image.new("RGB", (1, 3000)).save(place / "y.png")
-    refuses("y.png: .*too long and thin", "image_folder", tmp_path, 4096)
+    refuses(r"y.png \(.*too long and thin", "image_folder", tmp_path, 4096)
 
     # A header of 20,000 x 20,000 pixels: within what Pillow only warns about or beyond, it is refused.
     for side in (9_000, 12_000, 20_000):
@@ -679,7 +967,69 @@ def test_folder_mistakes(tmp_path: Path) -> None:
         struct.pack_into(">II", bomb, 16, side, side)
         struct.pack_into(">I", bomb, 29, zlib.crc32(bytes(bomb[12:29])))
         (place / "y.png").write_bytes(bomb)
-        refuses("y.png: not a readable image", "image_folder", tmp_path, 8)
+        refuses(r"1 of 13 images .*y.png \(", "image_folder", tmp_path, 8)
+
+
+def test_a_few_broken_images_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = pictures(400, 4, 0, 4)
+    data = {"x_train": x, "y_train": y, "x_test": x[:8], "y_test": y[:8]}
+    write_folder(tmp_path, data)
+    expected = by_class(data)
+    whole = load("image_folder", str(tmp_path), None)
+    files = sorted((tmp_path / "train").glob("*/*.png"))
+    said: list[str] = []
+    monkeypatch.setattr(decode.logging, "warning", lambda text, *args: said.append(text % args))
+    broken = [0, 5, 201, 399]  # 1 %; the first one does not tell the shape
+    for index in broken:
+        files[index].write_bytes(b"")
+    dataset = load("image_folder", str(tmp_path), None)
+    for key in ("x_train", "y_train"):
+        expected[key] = np.delete(expected[key], broken, axis=0)
+    same(dataset, expected)
+    assert dataset.mean != whole.mean  # of the images that are there
+    (line,) = said
+    assert line.startswith(f"{tmp_path / 'train'}: 4 of 400 images are not readable and are left out: ")
+    assert all(f"{files[index]} (not a PNG or JPEG image)" in line for index in broken) and "\n" not in line
+    assert dataset.x_train.base is not None and len(dataset.x_train.base) == 400  # no second copy
+
+    for file in files[10:30]:
+        file.write_bytes(b"")
+    message = refuses("24 of 400 images are not readable, at most 1% may be", "image_folder", tmp_path)
+    assert str(files[0]) in message and str(files[30]) not in message
+    assert message.count(".png") == 10 and message.endswith(", ...")
+    for file in files:
+        file.write_bytes(b"")
+    refuses(f"{files[0]}: not a readable image .*, nor is any other", "image_folder", tmp_path)
+
+
+def test_decoding_holds_one_copy(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 60), ("test", 1)):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for n in range(count):
+            image = rng.integers(0, 256, (8, 8, 3), np.uint8).repeat(32, 0).repeat(32, 1)
+            Image.fromarray(image).save(tmp_path / split / "a" / f"{n:03}.jpg")
+    (tmp_path / "train" / "a" / "007.jpg").write_bytes(b"")
+    tracemalloc.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode, "MAX_BROKEN", 0.02)
+            patch.setattr(os, "cpu_count", lambda: 2)  # each thread holds an image
+            dataset = load("imagenet12", str(tmp_path), None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert dataset.x_train.shape == (59, 224, 224, 3)
+    assert peak < 1.5 * dataset.x_train.nbytes
+
+
+def test_imagenet12_is_a_folder_of_224_pixels(tmp_path: Path) -> None:
+    write_folder(tmp_path, small(), ".png", "val")
+    dataset = load("imagenet12", str(tmp_path), None)
+    assert dataset.x_train.shape == (12, 224, 224, 3) and dataset.x_test.shape == (8, 224, 224, 3)
+    assert dataset.mean == (0.485, 0.456, 0.406) and dataset.std == (0.229, 0.224, 0.225)
+    assert load("imagenet12", str(tmp_path), 16).x_train.shape == (12, 16, 16, 3)
+    refuses("needs a folder train and a folder test", "imagenet12", tmp_path / "none")
 
 
 # The bundled sample, names, sizes
@@ -836,10 +1186,10 @@ def test_tfds_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "did you mean svhn_cropped" in refuses("no such set", "svhn_croped", tmp_path)
     for odd in ("no such name!", "a:b:c", "mnist:9.9.9", "mnist/config"):
         refuses("config.data.name: .*tensorflow-datasets", odd, tmp_path)
-    message = refuses(f"{tmp_path} does not hold stl10 prepared", "stl10", tmp_path)
-    assert f"tfds build stl10 --data_dir={tmp_path} --file_format=array_record" in message
+    message = refuses(f"{tmp_path} does not hold beans prepared", "beans", tmp_path)
+    assert f"tfds build beans --data_dir={tmp_path} --file_format=array_record" in message
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    assert "pip install tensorflow-datasets" in refuses("config.data.name: 'stl10'", "stl10", tmp_path)
+    assert "pip install tensorflow-datasets" in refuses("config.data.name: 'beans'", "beans", tmp_path)
 
 
 def test_tfds_in_a_format_that_needs_tensorflow(tmp_path: Path) -> None:

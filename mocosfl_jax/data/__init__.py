@@ -1,4 +1,4 @@
-"""Data sets as 8-bit arrays: the bundled sample, CIFAR archives, npz files, image folders and TFDS.
+"""Data sets as 8-bit arrays: a bundled sample, official archives, npz files, image folders and TFDS.
 
     dataset = load("cifar10", "data", image_size=None)
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mocosfl_jax.data import arrays, cifar, folder, images, tfds_sets
+from mocosfl_jax.data import arrays, cifar, folder, images, stl10, svhn, tfds_sets, tiny_imagenet
 from mocosfl_jax.errors import UserError
 
 __all__ = ["NAMES", "Dataset", "load"]
@@ -25,23 +25,33 @@ _LOADERS: dict[str, _Loader] = {
     "fashion_mnist_sample": arrays.load_sample,
     "cifar10": cifar.load,
     "cifar100": cifar.load,
+    "svhn": svhn.load,
+    "stl10": stl10.load,
+    "tiny_imagenet": tiny_imagenet.load,
+    "imagenet12": folder.load,
     "npz": arrays.load_npz,
     "image_folder": folder.load,
 }
 NAMES: tuple[str, ...] = tuple(_LOADERS)
 
+# Image folders whose images differ in size, but whose name says which size is meant.
+_DEFAULT_SIZES = {"imagenet12": 224}
+
 _MAX_SIZE = math.isqrt(images.MAX_PIXELS)
 
 # Mean and standard deviation that the paper's experiments normalize with.
+_SVHN = ((0.3522, 0.4004, 0.4463), (0.1189, 0.1377, 0.1784))
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 _TINY_IMAGENET = ((0.5141, 0.5775, 0.3985), (0.2927, 0.2570, 0.1434))
 _PUBLISHED: dict[str, tuple[Channels, Channels]] = {
     "cifar10": (_CIFAR10_MEAN, (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn_cropped": ((0.3522, 0.4004, 0.4463), (0.1189, 0.1377, 0.1784)),
+    "svhn": _SVHN,
+    "svhn_cropped": _SVHN,
     "stl10": (_CIFAR10_MEAN, (0.2471, 0.2435, 0.2616)),
     "tiny_imagenet": _TINY_IMAGENET,
     "tiny_imagenet_200": _TINY_IMAGENET,
+    "imagenet12": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # those of ImageNet
 }
 
 
@@ -61,6 +71,8 @@ class Dataset(NamedTuple):
 def load(name: str, directory: str, image_size: int | None) -> Dataset:
     """The data set `name` from `directory`, resized to `image_size` pixels a side unless that is None.
 
+    imagenet12 is an image folder of the user's with 12 classes of ImageNet; None means 224 pixels there.
+
     Images that are not square are resized to that shorter side and cropped at the centre. Mean and
     standard deviation are the published ones where there are any (an image folder called
     `tiny-imagenet-200` has them too), else those of the training images.
@@ -75,6 +87,8 @@ def load(name: str, directory: str, image_size: int | None) -> Dataset:
         isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= _MAX_SIZE
     ):
         raise UserError(f"config.data.image_size: {image_size!r}, allowed: none or 1 to {_MAX_SIZE}")
+    if image_size is None:
+        image_size = _DEFAULT_SIZES.get(name)
     path = Path(directory)
     try:
         loader = _LOADERS.get(name)

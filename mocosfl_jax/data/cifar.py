@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-from absl import logging
 
 from mocosfl_jax.data import cifar_pickle
 from mocosfl_jax.data.cifar_files import LAYOUTS, PIXELS, Layout, archive_files, folder_files
-from mocosfl_jax.data.download import download, sha256
+from mocosfl_jax.data.download import download, source_line
 from mocosfl_jax.data.images import Loaded
 from mocosfl_jax.errors import UserError
 
@@ -32,10 +31,7 @@ def load(name: str, directory: Path, image_size: int | None) -> Loaded:
         raise UserError(f"config.data.dir: {directory} is a file, the folder that holds it is needed")
     layout, path = _find(LAYOUTS[name], directory)
     packed = path.name == layout.archive and path.is_file()
-    source = str(path)
-    if packed and (path.stat().st_size != layout.size or sha256(path) != layout.sha256):
-        logging.warning("%s is not the published archive: its images may differ, e.g. be encoded anew", path)
-        source += " (not the published archive)"
+    source = source_line(path, layout.size, layout.sha256) if packed else str(path)
 
     x_train = np.empty((len(layout.train) * layout.rows[0], _SIDE, _SIDE, 3), np.uint8)
     y_train = np.empty(len(x_train), np.int32)

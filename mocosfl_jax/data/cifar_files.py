@@ -1,18 +1,16 @@
 """Where the official CIFAR files are and how large; reads them from a folder or an archive."""
 
-import gzip
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mocosfl_jax.data.tar import tar_files
 from mocosfl_jax.errors import UserError
 
 PIXELS = 3 * 32 * 32
 _MAX_NAMES_BYTES = 1 << 16
 # The official archives unpack to 186 MB; pickles written anew with text for bytes take up to twice that.
 _MAX_UNPACKED = 1 << 29
-_CHUNK_BYTES = 1 << 20
 
 
 class Layout(NamedTuple):
@@ -114,46 +112,11 @@ def folder_files(path: Path, layout: Layout) -> Iterator[tuple[str, bytes]]:
             yield file, (path / file).read_bytes()
 
 
-class _Bounded(gzip.GzipFile):
-    """Refuses to go beyond a number of bytes: a small gzip file can unpack to anything."""
-
-    left = _MAX_UNPACKED
-
-    def read(self, size: int | None = -1) -> bytes:
-        data = super().read(size)
-        self.left -= len(data)
-        if self.left < 0:
-            raise ValueError(f"it unpacks to more than {_MAX_UNPACKED:,} bytes")
-        return data
-
-
 def archive_files(path: Path, layout: Layout) -> Iterator[tuple[str, bytes]]:
-    """The files of the layout, read in memory in the order of the archive; nothing is extracted.
+    """The files of the layout that an archive holds, in its order. Raises UserError like `tar_files`."""
 
-    Raises UserError for an archive that does not parse and for a file of a wrong size.
-    """
-    wanted = {f"{layout.folder}/{file}": file for file in (layout.names, *layout.train, layout.test)}
-    try:
-        with _Bounded(path) as stream:
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK_BYTES) as archive:
-                for member in archive:
-                    file = wanted.pop(member.name.removeprefix("./"), None)
-                    if file is None:
-                        continue
-                    where = f"{path}: {file}"
-                    if not member.isreg() or member.issparse():
-                        raise UserError(f"{where}: not a regular file in the archive")
-                    _check_size(file, member.size, layout, where)
-                    contents = archive.extractfile(member)
-                    data = contents.read() if contents else b""
-                    if len(data) != member.size:
-                        raise UserError(f"{where}: truncated, {len(data):,} of {member.size:,} bytes")
-                    yield file, data
-            # gzip compares its checksum only at the end of the stream.
-            while stream.read(_CHUNK_BYTES):
-                pass
-    except UserError:
-        raise
-    except Exception as error:  # tarfile and gzip raise many kinds for a broken file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path}: truncated or malformed archive ({reason})") from error
+    def check_size(file: str, size: int) -> None:
+        _check_size(file, size, layout, f"{path}: {file}")
+
+    files = (layout.names, *layout.train, layout.test)
+    return tar_files(path, layout.folder, files, check_size, _MAX_UNPACKED)

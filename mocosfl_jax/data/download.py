@@ -16,10 +16,17 @@ _CHUNK_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 60
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_line(path: Path, size: int, expected: str) -> str:
+    """`path`; where that file has not this size and SHA-256, a remark is added and a warning logged."""
+    if path.stat().st_size == size and _sha256(path) == expected:
+        return str(path)
+    logging.warning("%s is not the published file: its images may differ, e.g. be encoded anew", path)
+    return f"{path} (not the published file)"
 
 
 def download(url: str, target: Path, size: int, expected: str) -> None:
