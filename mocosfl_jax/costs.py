@@ -4,7 +4,7 @@
                                 [--images=NUMBER] [--image_size=PIXELS] [--json]
 
 No data is read: --images (training images of the data set) and --image_size are for data sets whose size is
-not known here. --json prints the same numbers, in bytes and FLOPs.
+not known here (imagenet12's is known approximately). --json prints the same numbers, in bytes and FLOPs.
 """
 
 import json
@@ -161,32 +161,38 @@ def _multiply_adds(jaxpr: core.Jaxpr) -> int:
     for eqn in jaxpr.eqns:
         match eqn.primitive.name:
             case "dot_general":
-                (contracted, _), _ = eqn.params["dimension_numbers"]
-                lhs = eqn.invars[0].aval.shape
-                total += eqn.outvars[0].aval.size * math.prod(lhs[axis] for axis in contracted)
+                total += _of_product(eqn)
             case "conv_general_dilated":
-                total += _multiply_adds_of_convolution(eqn)
+                total += _of_convolution(eqn)
             case "scan":
                 total += eqn.params["length"] * _multiply_adds(eqn.params["jaxpr"].jaxpr)
             case "cond":
                 total += max(_multiply_adds(branch.jaxpr) for branch in eqn.params["branches"])
             case "while":
-                raise ValueError("a while loop: its length is not known before it runs")
+                raise ValueError("found a while loop, whose length is not known before it runs")
             case _:
                 total += sum(map(_multiply_adds, core.jaxprs_in_params(eqn.params)))
     return total
 
 
-def _multiply_adds_of_convolution(eqn: core.JaxprEqn) -> int:
-    lhs, rhs = (var.aval for var in eqn.invars)
-    out = eqn.outvars[0].aval
-    out_features, _, *window = eqn.params["dimension_numbers"].rhs_spec
-    if math.prod(eqn.params["lhs_dilation"]) == 1:
-        # Each output is a sum over the window and the input channels of its group.
-        return out.size * rhs.size // rhs.shape[out_features]
-    # Transposed: each input goes, through the window, to the output channels of its group.
-    groups = eqn.params["feature_group_count"]
-    return lhs.size * math.prod(rhs.shape[axis] for axis in window) * rhs.shape[out_features] // groups
+def _of_product(eqn: core.JaxprEqn) -> int:
+    """Each output is a sum over the contracted axes."""
+    lhs: Any = eqn.invars[0].aval
+    out: Any = eqn.outvars[0].aval
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return out.size * math.prod(lhs.shape[axis] for axis in contracted)
+
+
+def _of_convolution(eqn: core.JaxprEqn) -> int:
+    """Each output is a sum over the window and the input channels of its group.
+
+    Dilation of the input (in gradients of strides, and in transposed convolutions) leaves one in
+    prod(lhs_dilation) of these inputs that is not a zero in between.
+    """
+    rhs: Any = eqn.invars[1].aval
+    out: Any = eqn.outvars[0].aval
+    channels_out = rhs.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return out.size * (rhs.size // channels_out) // math.prod(eqn.params["lhs_dilation"])
 
 
 def backward_flops(model: Callable[[Any, Any], Any], params: Any, x: Any, *, of_input: bool) -> int:
@@ -444,8 +450,8 @@ def table(result: Costs) -> str:
     lines = [
         f"{plan.images:,} images of {plan.image_size} px; {plan.num_clients:,} clients, {in_epoch} in an "
         f"epoch, batch {plan.batch_size}; a client-side model has {result.parameters:,} parameters",
-        f"{plan.epochs:,} epochs of {plan.steps:,} steps, synchronized {plan.syncs:,} times each; a client takes part "
-        f"in {plan.epochs * plan.cohort / plan.num_clients:,.4g} of them",
+        f"{plan.epochs:,} epochs of {plan.steps:,} steps; synchronizations an epoch: {plan.syncs:,}; "
+        f"epochs of a client: {plan.epochs * plan.cohort / plan.num_clients:,.4g}",
         "",
         f"{'':<16}{'a client':>12}{'':<27}{'the server':>12}",
         f"{'':<16}" + "   ".join(2 * ["".join(f"{name:>12}" for name in Span._fields)]),
