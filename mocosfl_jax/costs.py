@@ -474,8 +474,8 @@ def table(result: Costs) -> str:
         "a client's run as Li et al. 2023, table 1, account for it (a FLOP is a multiply-add, MB are 2^20 B)",
         f"FLOPs an image  {_flops(paper.flops_per_image):>12}",
         f"FLOPs           {_flops(paper.flops):>12}",
-        f"weights         {paper.weights / 2**20:>9,.2f} MB",
-        f"smashed data    {paper.smashed / 2**20:>9,.2f} MB",
+        f"weights         {paper.weights / 2**20:>12,.2f} MB",
+        f"smashed data    {paper.smashed / 2**20:>12,.2f} MB",
     ]
     return "\n".join(lines)
 
