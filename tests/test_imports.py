@@ -32,7 +32,7 @@ ORDER = [
     {"errors", "compiler"},
     {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim"},
     {"clients", "server", "probes", "workdir", "plots", "commandline"},
-    {"mocosfl"},
+    {"mocosfl", "costs"},
     {"rounds", "checkpoint"},
     {"experiment"},
     {"report", "monitor"},
