@@ -16,7 +16,7 @@ def get_config() -> Config:
     return Config(
         epochs=200,
         data=Data(name="cifar10"),
-        clients=Clients(num=1000, cohort=100, batch_size=1, noniid_ratio=0.2, sync_frequency=1),
+        clients=Clients(num=1000, noniid_ratio=0.2),
         model=Model(name="resnet18", cut_layer=2),
         moco=Moco(preset="v2", queue_size=6000),
         optim=Optim(server_lr=0.06, client_lr=0.06),

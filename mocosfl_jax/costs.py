@@ -21,7 +21,8 @@ from mocosfl_jax import commandline
 from mocosfl_jax.commandline import fail, say
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.models import SplitModel, split_model
+from mocosfl_jax.experiment import build_model
+from mocosfl_jax.models import SplitModel
 
 USAGE = "--config=FILE, --config.FIELD=VALUE, --images=NUMBER, --image_size=PIXELS, --json, --help"
 
@@ -392,8 +393,14 @@ def from_config(config: Config, images: int | None = None, image_size: int | Non
       UserError: if the size of the data is not known, or the clients or the model do not fit it.
     """
     clients, moco = config.clients, config.moco
-    assert clients.cohort is not None and moco.key_dim is not None
-    assert moco.mlp is not None and moco.symmetric is not None
+    assert clients.cohort is not None and clients.batch_size is not None
+    assert config.sync.frequency is not None and moco.symmetric is not None
+    for field, value, allowed in (
+        ("algorithm", config.algorithm, "mocosfl"),
+        ("clients.rich", clients.rich, 0),
+    ):
+        if value != allowed:
+            raise UserError(f"config.{field}: found {value}, allowed: {allowed} (clients that are all alike)")
     known_images, known_size = DATA_SETS.get(config.data.name, (None, None))
     images = images or known_images
     image_size = config.data.image_size or image_size or known_size
@@ -409,15 +416,7 @@ def from_config(config: Config, images: int | None = None, image_size: int | Non
             f"config.clients.num: found {clients.num}, allowed: 1 to {most} "
             f"(a batch of {clients.batch_size} each of {images} images)"
         )
-    model = split_model(
-        config.model.name,
-        cut_layer=config.model.cut_layer,
-        width=config.model.width,
-        image_size=image_size,
-        stem_stride=config.model.stem_stride,
-        key_dim=moco.key_dim,
-        mlp=moco.mlp,
-    )
+    model = build_model(config, image_size)
     steps = math.ceil(images / (clients.num * clients.batch_size))
     plan = Plan(
         image_size=image_size,
@@ -427,10 +426,12 @@ def from_config(config: Config, images: int | None = None, image_size: int | Non
         batch_size=clients.batch_size,
         epochs=config.total_epochs,
         steps=steps,
-        syncs=math.ceil(steps / max(1, steps // clients.sync_frequency)),
+        syncs=math.ceil(steps / max(1, steps // config.sync.frequency)),
         queue_size=moco.queue_size,
         symmetric=moco.symmetric,
         frozen=config.optim.client_lr == 0,
+        momentum_models=config.sync.momentum_models,
+        full_symmetric=moco.full_symmetric,
     )
     return costs(model, plan)
 

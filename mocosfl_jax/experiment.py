@@ -85,7 +85,7 @@ def prepare(config: Config) -> Run:
     )
     steps = pool.local_epochs * partition.steps_per_epoch(parts, batch_sizes)
     first_cohort = partition.sample_cohort(pool.num, pool.cohort, seed=config.seed, epoch=0, rich=rich)
-    model = _model(config, height)
+    model = build_model(config, height)
     make_views = partial(
         augment.two_views,
         size=height,
@@ -111,7 +111,8 @@ def prepare(config: Config) -> Run:
     )
 
 
-def _model(config: Config, image_size: int) -> SplitModel:
+def build_model(config: Config, image_size: int) -> SplitModel:
+    """The network of a resolved configuration, for images of `image_size` pixels a side."""
     moco = config.moco
     assert moco.key_dim is not None and moco.head is not None
     return split_model(

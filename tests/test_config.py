@@ -28,10 +28,20 @@ def test_there_are_the_four_promised_files() -> None:
 
 def test_presets_fill_in_what_is_left_open_and_nothing_else() -> None:
     v1 = Config(moco=Moco(preset="v1", key_dim=64)).resolved()
-    assert (v1.moco.key_dim, v1.moco.mlp, v1.moco.symmetric, v1.moco.augmentation) == (64, False, False, "v1")
+    assert (v1.moco.key_dim, v1.moco.head, v1.moco.symmetric, v1.moco.augmentation) == (
+        64,
+        "linear",
+        False,
+        "v1",
+    )
     assert v1.optim.schedule == "multistep"
     v2 = Config().resolved()
-    assert (v2.moco.key_dim, v2.moco.mlp, v2.moco.symmetric, v2.moco.augmentation) == (1024, True, True, "v2")
+    assert (v2.moco.key_dim, v2.moco.head, v2.moco.symmetric, v2.moco.augmentation) == (
+        1024,
+        "mlp",
+        True,
+        "v2",
+    )
     assert (v2.optim.schedule, v2.clients.cohort) == ("cosine", 100)
     assert Config().moco.key_dim is None  # the original is left as it was
 
@@ -76,8 +86,8 @@ def setter(path: str, value: object) -> Callable[[Config], None]:
         ),
         ("clients.noniid_ratio", 1.2, "config.clients.noniid_ratio: found 1.2"),
         ("clients.dirichlet_alpha", float("nan"), "config.clients.dirichlet_alpha: found nan"),
-        ("clients.sync_frequency", 0, "config.clients.sync_frequency: found 0"),
-        ("moco.preset", "v3", "config.moco.preset: found 'v3', allowed: v1, v2"),
+        ("sync.frequency", 0, "config.sync.frequency: found 0"),
+        ("moco.preset", "v3", "config.moco.preset: found 'v3', allowed: v1, small_v2, v2, large_v2"),
         ("moco.augmentation", "none", "config.moco.augmentation: found 'none', allowed: v1, v2"),
         (
             "moco.queue_size",

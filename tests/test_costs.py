@@ -126,7 +126,7 @@ def test_client_of_resnet18_by_hand(cut_layer: int, forward: int, backward: int)
 
 def test_server_of_resnet18_by_hand() -> None:
     """Strides and shortcuts in; the first block's input is smashed data, whose gradient the clients want."""
-    model = split_model("resnet18", cut_layer=1, key_dim=128, mlp=False)
+    model = split_model("resnet18", cut_layer=1, key_dim=128, head="linear")
     maps = {64: 32 * 32, 128: 16 * 16, 256: 8 * 8, 512: 4 * 4}
     forward = 2 * 512 * 128 + 2 * maps[64] * 4 * 9 * 64 * 64
     for width in (128, 256, 512):
@@ -308,7 +308,7 @@ def test_table_1_of_the_paper_with_a_bottleneck_and_frozen_clients() -> None:
 def test_a_configuration_gives_the_plan_of_its_run() -> None:
     """Also the size of the data set, which is not read here."""
     config = quickstart()
-    config.clients.sync_frequency = 7
+    config.sync.frequency = 7
     run = experiment.prepare(config)
     result = costs.from_config(config.resolved())
     assert result.plan.images == len(run.dataset.x_train)

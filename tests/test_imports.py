@@ -29,13 +29,13 @@ def imports(room: str) -> set[str]:
 
 # Each room may use those in earlier lines, and rooms in the same line do not know each other.
 ORDER = [
-    {"errors", "compiler"},
+    {"errors", "compiler", "concatenation"},
     {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim"},
     {"clients", "server", "probes", "workdir", "plots", "commandline"},
-    {"mocosfl", "costs"},
-    {"rounds", "checkpoint"},
+    {"mocosfl", "saving"},
+    {"flmoco", "rounds", "checkpoint"},
     {"experiment"},
-    {"report", "monitor"},
+    {"report", "monitor", "costs"},
     {"loop"},
     {"train"},
 ]

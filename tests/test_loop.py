@@ -11,7 +11,7 @@ import pytest
 from conftest import IMAGE, make_toy_model
 
 from mocosfl_jax import experiment, loop, mocosfl, workdir
-from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model
+from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Sync
 from mocosfl_jax.experiment import Run
 
 Metrics = Mapping[str, float]
@@ -32,7 +32,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         Config(
             epochs=4,
             data=Data(name="npz", dir=str(path)),
-            clients=Clients(num=6, cohort=5, batch_size=2, noniid_ratio=1.0, sync_frequency=2),
+            clients=Clients(num=6, cohort=5, batch_size=2, noniid_ratio=1.0),
+            sync=Sync(frequency=2),
             model=Model(width=4),
             moco=Moco(key_dim=8, queue_size=20),
             eval=Eval(every=2, knn_k=3, probe_epochs=2),

@@ -130,7 +130,9 @@ def test_loss_does_not_depend_on_the_order_of_clients(toy_model: SplitModel) -> 
     _, info = algorithm.step(state, views)
     _, permuted = algorithm.step(shuffled, Views(*(x[order] for x in views)))
     np.testing.assert_allclose(permuted.loss, info.loss, rtol=1e-6)
+    assert info.smashed_grad is not None
     pieces = info.smashed_grad.reshape(N, B, 4, 4, 5)[order]
+    assert permuted.smashed_grad is not None
     np.testing.assert_allclose(permuted.smashed_grad, merge(pieces), rtol=1e-4, atol=1e-7)
 
 

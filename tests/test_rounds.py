@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import IMAGE
 
-from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, mocosfl, rounds
+from mocosfl_jax import SplitModel, TrainState, Views, mocosfl, rounds
 
 N, M, B, R = 4, 2, 3, 4
 
@@ -31,7 +31,7 @@ def build(
     images = jax.random.randint(jax.random.key(1), (40, *IMAGE), 0, 256).astype(jnp.uint8)
     state = jax.jit(algorithm.init)(jax.random.key(0))
     run = rounds.make_run_steps(
-        Algorithm(algorithm.init, counted, algorithm.sync, algorithm.encode),
+        algorithm._replace(step=counted),
         make_views,
         jax.random.key(2),
         images,

@@ -61,7 +61,7 @@ def arguments(images: str, workdir: pathlib.Path, *more: str) -> list[str]:
         "clients.num": 4,
         "clients.batch_size": 2,
         "clients.noniid_ratio": 0.5,
-        "clients.sync_frequency": 3,
+        "sync.frequency": 3,
         "model.width": 4,
         "moco.key_dim": 8,
         "moco.queue_size": 20,
