@@ -1,13 +1,19 @@
 """Each kernel against the plain form of what it computes."""
 
+import dataclasses
 import itertools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mocosfl_jax.models import layers
+from mocosfl_jax.models.layers import Options, direct_conv, patches_conv
+
+OPTIONS = Options(patches_conv, weight_standardisation=True, norm="group", residual=True)
 
 
 def plain_conv(x: np.ndarray, kernel: np.ndarray, stride: int, padding: int) -> np.ndarray:
@@ -24,7 +30,7 @@ def plain_conv(x: np.ndarray, kernel: np.ndarray, stride: int, padding: int) -> 
 @pytest.mark.parametrize(
     "size, k, stride", [(8, 3, 1), (8, 3, 2), (7, 3, 2), (8, 1, 2), (2, 3, 1), (9, 7, 2)]
 )
-@pytest.mark.parametrize("conv", [layers.direct_conv, layers.patches_conv])
+@pytest.mark.parametrize("conv", [direct_conv, patches_conv])
 def test_convolution_equals_loops(
     x64: None, conv: layers.Convolution, size: int, k: int, stride: int
 ) -> None:
@@ -44,7 +50,7 @@ def test_patches_have_the_gradients_of_the_convolution(x64: None, k: int, stride
             x, kernel
         )
 
-    for direct, patches in zip(gradients(layers.direct_conv), gradients(layers.patches_conv), strict=True):
+    for direct, patches in zip(gradients(direct_conv), gradients(patches_conv), strict=True):
         np.testing.assert_allclose(patches, direct, rtol=1e-10, atol=1e-12)
 
 
@@ -57,17 +63,123 @@ def test_standardise_equals_numpy(x64: None) -> None:
     )
 
 
-def plain_group_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    groups = x.astype(np.float64).reshape(*x.shape[:3], -1, 4)
+@pytest.mark.parametrize("size, stride", [(8, 1), (8, 2), (7, 2), (1, 1)])
+def test_depthwise_has_values_and_gradients_of_a_grouped_convolution(
+    x64: None, size: int, stride: int
+) -> None:
+    rng = np.random.default_rng(4)
+    x, kernel = jnp.asarray(rng.normal(size=(2, size, size, 6))), jnp.asarray(rng.normal(size=(3, 3, 1, 6)))
+
+    def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(stride, stride),
+            padding=((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=6,
+        )
+
+    def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return layers.depthwise_conv(x, kernel, stride=stride, padding=1)
+
+    np.testing.assert_allclose(shifted(x, kernel), grouped(x, kernel), rtol=1e-12, atol=1e-12)
+    gradients = [
+        jax.jit(jax.grad(lambda x, w, conv=conv: jnp.sum(jnp.sin(conv(x, w))), (0, 1)))(x, kernel)
+        for conv in (shifted, grouped)
+    ]
+    for got, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("conv", [direct_conv, patches_conv])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_transposed_convolution_equals_loops(x64: None, conv: layers.Convolution, size: int) -> None:
+    rng = np.random.default_rng(5)
+    x, kernel = rng.normal(size=(2, size, size, 3)), rng.normal(size=(3, 3, 3, 4))
+    canvas = np.zeros((2, 2 * size + 2, 2 * size + 2, 4))
+    for y, z, i, j in itertools.product(range(size), range(size), range(3), range(3)):
+        canvas[:, 2 * y + i, 2 * z + j] += x[:, y, z] @ kernel[i, j]
+    expected = canvas[:, 1:-1, 1:-1]  # padding 1 takes a row off each end, output padding 1 adds the last
+    got = layers.transposed_conv(jnp.asarray(x), jnp.asarray(kernel), conv)
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_max_pool_equals_numpy_and_the_first_of_equals_takes_the_gradient(size: int) -> None:
+    x = np.random.default_rng(6).integers(0, 3, size=(2, size, size, 3)).astype(np.float32)
+    expected, taken = np.zeros((2, 3, 3, 3)), np.zeros_like(x)
+    for n, i, j, c in np.ndindex(*expected.shape):
+        window = x[n, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, c]
+        expected[n, i, j, c] = window.max()
+        row, column = np.unravel_index(window.argmax(), (2, 2))
+        taken[n, 2 * i + row, 2 * j + column, c] = 1
+    np.testing.assert_array_equal(layers.max_pool(jnp.asarray(x)), expected)
+    gradient = jax.grad(lambda x: jnp.sum(layers.max_pool(x)))(jnp.asarray(x))
+    np.testing.assert_array_equal(gradient, taken)
+
+
+def plain_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, group: int) -> np.ndarray:
+    groups = x.astype(np.float64).reshape(*x.shape[:3], -1, group)
     mean = groups.mean(axis=(1, 2, 4), keepdims=True)
     variance = groups.var(axis=(1, 2, 4), keepdims=True)
     return ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape) * scale + bias
 
 
+@pytest.mark.parametrize("norm, group", [("group", 4), ("layer", 12), ("instance", 1)])
 @pytest.mark.parametrize("offset, rtol", [(0.0, 1e-5), (1000.0, 1e-3)])
-def test_group_norm_equals_numpy_also_far_from_zero(offset: float, rtol: float) -> None:
+def test_norms_equal_numpy_also_far_from_zero(norm: str, group: int, offset: float, rtol: float) -> None:
     rng = np.random.default_rng(3)
     x = (rng.normal(size=(2, 6, 6, 12)) + offset).astype(np.float32)
     scale, bias = rng.normal(size=12).astype(np.float32), rng.normal(size=12).astype(np.float32)
-    got = layers.group_norm(jnp.asarray(x), jnp.asarray(scale), jnp.asarray(bias))
-    np.testing.assert_allclose(got, plain_group_norm(x, scale, bias), rtol=rtol, atol=rtol)
+    module = layers.Norm(dataclasses.replace(OPTIONS, norm=norm))
+    got: Any = module.apply({"params": {"scale": scale, "bias": bias}}, jnp.asarray(x))
+    np.testing.assert_allclose(got, plain_norm(x, scale, bias, group), rtol=rtol, atol=rtol)
+
+
+def test_head_with_batch_norm_equals_numpy(x64: None) -> None:
+    rng = np.random.default_rng(7)
+    hidden = {"kernel": rng.normal(size=(5, 6)), "bias": rng.normal(size=6)}
+    norm = {"scale": rng.normal(size=6), "bias": rng.normal(size=6)}
+    out = {"kernel": rng.normal(size=(6, 3)), "bias": rng.normal(size=3)}
+    x = rng.normal(size=(4, 5))
+    h = x @ hidden["kernel"] + hidden["bias"]
+    h = (h - h.mean(axis=0)) / np.sqrt(h.var(axis=0) + 1e-5) * norm["scale"] + norm["bias"]
+    head = layers.ProjectionHead(key_dim=3, hidden_dim=6, batch_norm=True)
+    got: Any = head.apply({"params": {"hidden": hidden, "norm": norm, "out": out}}, jnp.asarray(x))
+    np.testing.assert_allclose(got, np.maximum(h, 0) @ out["kernel"] + out["bias"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("weight_standardisation", [True, False])
+def test_convolution_adds_its_bias_and_standardises_on_request(weight_standardisation: bool) -> None:
+    rng = np.random.default_rng(8)
+    x, kernel, bias = rng.normal(size=(1, 4, 4, 3)), rng.normal(size=(3, 3, 3, 2)), rng.normal(size=2)
+    flat = kernel.reshape(-1, 2)
+    if weight_standardisation:
+        flat = (flat - flat.mean(axis=0)) / (flat.std(axis=0, ddof=1) + 1e-5)
+    expected = plain_conv(x, flat.reshape(kernel.shape), 1, 1) + bias
+    options = dataclasses.replace(OPTIONS, weight_standardisation=weight_standardisation)
+    got: Any = layers.Conv(2, 3, 1, options, bias=True).apply(
+        {"params": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}, jnp.asarray(x)
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module, fan_in, fan_out",
+    [
+        (layers.Conv(64, 3, 1, OPTIONS, bias=True), 9 * 32, 9 * 64),
+        (layers.TransposedConv(64, OPTIONS), 9 * 32, 9 * 64),
+        # PyTorch takes both from a weight of shape [32, 1, 3, 3].
+        (layers.DepthwiseConv(1, OPTIONS), 9, 9 * 32),
+    ],
+)
+def test_kernels_start_xavier_uniform_and_biases_at_zero(
+    module: nn.Module, fan_in: int, fan_out: int
+) -> None:
+    params = module.init(jax.random.key(0), jnp.zeros((1, 2, 2, 32)))["params"]
+    bound = np.sqrt(6 / (fan_in + fan_out))
+    largest, std = np.abs(params["kernel"]).max(), np.std(params["kernel"])
+    assert 0.9 * bound < largest <= bound
+    assert abs(std / (bound / np.sqrt(3)) - 1) < 0.1
+    assert not np.any(params.get("bias", 0))

@@ -2,7 +2,9 @@
 
 import re
 import zlib
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,10 @@ import pytest
 
 from mocosfl_jax import Features, split_model
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.models import mobilenetv2
+from mocosfl_jax.models.bottleneck import Bottleneck, read_bottleneck
+from mocosfl_jax.models.layers import Options, direct_conv
+from mocosfl_jax.models.resnet import BasicBlock
 
 
 def parameters(tree: object) -> int:
@@ -17,62 +23,215 @@ def parameters(tree: object) -> int:
 
 
 @pytest.mark.parametrize(
-    "name, cut_layer, client, server",
+    "settings, client, server",
     [
         # From the official code: tests/golden, and the paper's table 1 for the client of cut 2.
-        ("resnet18", 1, 1_856, 12_741_888),
-        ("resnet18", 2, 75_840, None),
-        ("resnet50", 2, 76_864, 36_011_520),
+        ({"name": "resnet18", "cut_layer": 1}, 1_856, 12_741_888),
+        ({"name": "resnet18", "cut_layer": 2}, 75_840, None),
+        ({"name": "resnet18", "cut_layer": 2, "bottleneck": "C4S2"}, 78_148, 12_670_272),
+        ({"name": "resnet50", "cut_layer": 2}, 76_864, 36_011_520),
+        ({"name": "vgg13", "cut_layer": 2}, 38_976, 10_946_816),
+        ({"name": "mobilenetv2", "cut_layer": 2}, 3_456, 4_642_000),
     ],
+    ids=str,
 )
-def test_parameters_on_each_side_of_the_cut(
-    name: str, cut_layer: int, client: int, server: int | None
-) -> None:
-    sides = jax.eval_shape(split_model(name, cut_layer=cut_layer).init, jax.random.key(0))
+def test_parameters_on_each_side_of_the_cut(settings: Any, client: int, server: int | None) -> None:
+    sides = jax.eval_shape(split_model(**settings).init, jax.random.key(0))
     assert parameters(sides[0]) == client
     assert server is None or parameters(sides[1]) == server
 
 
-def test_two_cuts_of_a_network_compute_the_same() -> None:
-    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+@pytest.mark.parametrize(
+    "name, total",
+    [
+        # torchvision's networks for ImageNet.
+        ("resnet34", 21_797_672),
+        ("resnet101", 44_549_160),
+        ("resnet152", 60_192_808),
+        # torchvision's vggN_bn without its three fully connected layers, and one of 512 x 1000.
+        ("vgg11", 132_868_840 - 123_642_856 + 513_000),
+        ("vgg16", 138_365_992 - 123_642_856 + 513_000),
+        ("vgg19", 143_678_248 - 123_642_856 + 513_000),
+    ],
+)
+def test_parameters_of_the_networks_for_imagenet(name: str, total: int) -> None:
+    model = split_model(name, cut_layer=1, image_size=224, head="linear", key_dim=1000)
+    assert parameters(jax.eval_shape(model.init, jax.random.key(0))) == total
+
+
+def named_values(shapes: object) -> Any:
+    """One value a parameter whichever side it is on: layers have names of their own."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            np.random.default_rng(zlib.crc32(str(path[1:]).encode()))
+            .normal(size=leaf.shape)
+            .astype(np.float32)
+        ),
+        shapes,
+    )
+
+
+@pytest.mark.parametrize(
+    "name, width, image_size, cuts",
+    [("resnet18", 4, 8, (1, 7)), ("vgg11", 4, 32, (0, 6)), ("mobilenetv2", 16, 8, (2, 7))],
+)
+def test_two_cuts_of_a_network_compute_the_same(
+    name: str, width: int, image_size: int, cuts: tuple[int, int]
+) -> None:
+    images = jax.random.normal(jax.random.key(1), (2, image_size, image_size, 3))
 
     def run(cut_layer: int) -> Features:
-        model = split_model("resnet18", cut_layer=cut_layer, width=4, image_size=8, key_dim=8)
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
-        # One value a parameter whichever side it is on: layers have names of their own.
-        named = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: (
-                np.random.default_rng(zlib.crc32(str(path[1:]).encode()))
-                .normal(size=leaf.shape)
-                .astype(np.float32)
-            ),
-            shapes,
-        )
-        return jax.jit(lambda client, server: model.server(server, model.client(client, images)))(*named)
+        model = split_model(name, cut_layer=cut_layer, width=width, image_size=image_size, key_dim=8)
+        sides = named_values(jax.eval_shape(model.init, jax.random.key(0)))
+        return jax.jit(lambda client, server: model.server(server, model.client(client, images)))(*sides)
 
-    for one, other in zip(run(1), run(7), strict=True):
+    for one, other in zip(*map(run, cuts), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("image_size, side", [(32, 32), (64, 32), (224, 112)])
-def test_stem_follows_the_image_size(image_size: int, side: int) -> None:
-    model = split_model("resnet34", cut_layer=1, image_size=image_size)
+def test_a_stacked_server_computes_the_same() -> None:
+    smashed = jax.random.normal(jax.random.key(1), (3, 4, 4, 4))
+    features = []
+    for stacked_server in (False, True):
+        model = split_model(
+            "resnet18", cut_layer=6, width=4, key_dim=8, bottleneck="C4S2", stacked_server=stacked_server
+        )
+        params = named_values(jax.eval_shape(model.init, jax.random.key(0)))[1]
+        features.append(jax.jit(model.server)(params, smashed))
+    for direct, patches in zip(*features, strict=True):
+        np.testing.assert_allclose(direct, patches, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, image_size, smashed",
+    [
+        ({"name": "resnet18", "cut_layer": 0}, 32, (32, 32, 3)),
+        ({"name": "resnet18", "cut_layer": 8}, 96, (6, 6, 512)),
+        ({"name": "resnet34", "cut_layer": 1}, 32, (32, 32, 64)),
+        ({"name": "resnet34", "cut_layer": 1}, 64, (32, 32, 64)),
+        ({"name": "resnet34", "cut_layer": 1}, 224, (112, 112, 64)),
+        ({"name": "resnet50", "cut_layer": 5}, 64, (16, 16, 512)),
+        ({"name": "resnet18", "cut_layer": 2, "bottleneck": "C8S1"}, 32, (32, 32, 8)),
+        ({"name": "resnet18", "cut_layer": 2, "bottleneck": "C4S4noReLU"}, 32, (8, 8, 4)),
+        ({"name": "vgg11", "cut_layer": 7}, 32, (4, 4, 256)),
+        ({"name": "vgg13", "cut_layer": 3}, 64, (32, 32, 64)),
+        ({"name": "vgg16", "cut_layer": 0}, 96, (96, 96, 3)),
+        ({"name": "vgg19", "cut_layer": 20}, 224, (14, 14, 512)),
+        ({"name": "mobilenetv2", "cut_layer": 1}, 32, (32, 32, 32)),
+        ({"name": "mobilenetv2", "cut_layer": 3}, 64, (32, 32, 24)),
+        ({"name": "mobilenetv2", "cut_layer": 4}, 96, (24, 24, 32)),
+        ({"name": "mobilenetv2", "cut_layer": 8, "stem_stride": 1}, 224, (28, 28, 320)),
+    ],
+    ids=str,
+)
+def test_shapes_follow_cut_and_image_size(
+    settings: Any, image_size: int, smashed: tuple[int, int, int]
+) -> None:
+    model = split_model(**settings, image_size=image_size, key_dim=16)
+    client, server = jax.eval_shape(model.init, jax.random.key(0))
+    got = jax.eval_shape(model.client, client, jnp.zeros((3, image_size, image_size, 3)))
+    assert got.shape == (3, *smashed)
+    width = {"resnet50": 2048, "mobilenetv2": 1280}.get(settings["name"], 512)
+    features = jax.eval_shape(model.server, server, got)
+    assert (features.backbone.shape, features.projection.shape) == ((3, width), (3, 16))
+
+
+@pytest.mark.parametrize("image_size, kernel_size", [(32, 3), (224, 7)])
+def test_stem_kernel_of_a_resnet_follows_the_image_size(image_size: int, kernel_size: int) -> None:
+    model = split_model("resnet18", cut_layer=1, image_size=image_size)
     params = jax.eval_shape(model.init, jax.random.key(0))[0]
-    smashed = jax.eval_shape(model.client, params, jnp.zeros((3, image_size, image_size, 3)))
-    assert smashed.shape == (3, side, side, 64)
-    assert params["layer0"]["conv1"]["kernel"].shape[:2] == ((7, 7) if image_size == 224 else (3, 3))
+    assert params["layer0"]["conv1"]["kernel"].shape[:2] == (kernel_size, kernel_size)
 
 
-def test_stacked_clients_run_no_grouped_convolution() -> None:
-    model = split_model("resnet18", cut_layer=2, width=4, image_size=8)
+@pytest.mark.parametrize(
+    "name, head, hidden",
+    [
+        ("vgg11", "linear", None),
+        ("vgg11", "mlp", 16),
+        ("resnet50", "mlp", 64),
+        ("vgg11", "mlp_bn", 32),
+        ("resnet50", "mlp_bn", 32),
+    ],
+)
+def test_heads(name: str, head: str, hidden: int | None) -> None:
+    model = split_model(name, cut_layer=1, width=4, key_dim=16, head=head)
+    params = jax.eval_shape(model.init, jax.random.key(0))[1]["head"]
+    assert set(params) == {"out"} | ({"hidden"} if hidden else set()) | ({"norm"} if "bn" in head else set())
+    assert params["out"]["kernel"].shape[-1] == 16
+    assert hidden is None or params["hidden"]["kernel"].shape[-1] == hidden
+
+
+def test_cut_zero_leaves_the_client_the_identity() -> None:
+    model = split_model("mobilenetv2", cut_layer=0, width=16, image_size=8, key_dim=8)
+    client, server = jax.eval_shape(model.init, jax.random.key(0))
+    assert client == {}
+    assert set(server) == {"head"} | {f"layer{i}" for i in range(9)}
+    images = jax.random.normal(jax.random.key(1), (5, 2, 8, 8, 3))
+    np.testing.assert_array_equal(jax.vmap(model.client)(client, images), images)
+
+
+def test_only_the_blocks_of_clients_lose_their_shortcuts() -> None:
+    whole = split_model("resnet18", cut_layer=4, width=4)
+    cut = split_model("resnet18", cut_layer=4, width=4, client_residual=False)
+    sides = [jax.eval_shape(model.init, jax.random.key(0)) for model in (whole, cut)]
+    assert set(sides[0][0]["layer3"]) - set(sides[1][0]["layer3"]) == {"shortcut_conv", "shortcut_norm"}
+    chex.assert_trees_all_equal_shapes(sides[0][1], sides[1][1])
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_what_a_block_adds_to_its_input(residual: bool) -> None:
+    options = Options(direct_conv, weight_standardisation=True, norm="group", residual=residual)
+    x = jax.random.normal(jax.random.key(0), (1, 3, 3, 4))
+    blocks = {"norm2": BasicBlock(4, 1, options), "norm3": mobilenetv2.Block(1, 4, 1, options)}
+    for last_norm, block in blocks.items():
+        params = block.init(jax.random.key(1), x)["params"]
+        params[last_norm] = jax.tree.map(
+            jnp.zeros_like, params[last_norm]
+        )  # nothing but the shortcut is left
+        expected = jnp.zeros_like(x)
+        if residual:
+            expected = jax.nn.relu(x) if last_norm == "norm2" else x
+        np.testing.assert_array_equal(block.apply({"params": params}, x), expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "resnet18", "cut_layer": 2},
+        {"name": "resnet18", "cut_layer": 4, "client_residual": False},
+        {"name": "resnet18", "cut_layer": 1, "bottleneck": "C4S4"},
+        {"name": "vgg11", "cut_layer": 3, "image_size": 32},
+        {"name": "mobilenetv2", "cut_layer": 4, "width": 16},
+    ],
+    ids=str,
+)
+def test_stacked_clients_run_no_convolution(settings: Any) -> None:
+    model = split_model(**({"width": 4, "image_size": 8} | settings))
     shapes = jax.eval_shape(model.init, jax.random.key(0))[0]
-    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((5, *leaf.shape), leaf.dtype), shapes)
-    images = jnp.zeros((5, 2, 8, 8, 3))
+    images = jnp.zeros((5, 2, *2 * (settings.get("image_size", 8),), 3))
 
     def loss(params: object) -> jax.Array:
         return jnp.sum(jnp.square(jax.vmap(model.client)(params, images)))
 
-    compiled = jax.jit(jax.grad(loss)).lower(stacked).compile().as_text()
+    assert_batched_matmuls(jax.jit(jax.grad(loss)).lower(stack(shapes)).compile().as_text())
+
+
+def test_stacked_servers_run_no_convolution() -> None:
+    model = split_model("resnet18", cut_layer=6, width=4, key_dim=8, bottleneck="C4S2", stacked_server=True)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))[1]
+    smashed = jnp.zeros((5, 2, 4, 4, 4))
+
+    def loss(params: object) -> jax.Array:
+        return jnp.sum(jnp.square(jax.vmap(model.server)(params, smashed).projection))
+
+    assert_batched_matmuls(jax.jit(jax.grad(loss)).lower(stack(shapes)).compile().as_text())
+
+
+def stack(shapes: object) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((5, *leaf.shape), leaf.dtype), shapes)
+
+
+def assert_batched_matmuls(compiled: str | None) -> None:
     assert compiled is not None
     assert "dot" in compiled or "ynn" in compiled
     assert not re.findall(r"(?:feature|batch)_group_count=\d+", compiled)
@@ -80,14 +239,44 @@ def test_stacked_clients_run_no_grouped_convolution() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "text, expected",
     [
-        ({"cut_layer": 9}, r"config.model.cut_layer: found 9, allowed: 1 to 8 for resnet18"),
-        ({"cut_layer": 0}, r"config.model.cut_layer: found 0"),
-        ({"name": "resnet19"}, r"config.model.name: found 'resnet19', allowed: resnet18, resnet34, resnet50"),
-        ({"width": 6}, r"config.model.width: found 6, allowed: multiples of 4"),
+        ("C8S1", Bottleneck(channels=8, halvings=0, kernel_size=3, relu=True)),
+        ("K1C8S1", Bottleneck(channels=8, halvings=0, kernel_size=1, relu=True)),
+        ("C4S2noReLU", Bottleneck(channels=4, halvings=1, kernel_size=3, relu=False)),
+        ("noReLUC16S4", Bottleneck(channels=16, halvings=2, kernel_size=3, relu=False)),
     ],
 )
-def test_impossible_networks_are_refused(change: dict, message: str) -> None:
+def test_bottlenecks_are_read(text: str, expected: Bottleneck) -> None:
+    assert read_bottleneck(text) == expected
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"cut_layer": 9},
+            r"config.model.cut_layer: found 9, allowed: 0 to 8 for resnet18 .*stem and 8 blocks",
+        ),
+        ({"cut_layer": -1}, r"config.model.cut_layer: found -1"),
+        ({"name": "vgg11", "cut_layer": 13}, r"found 13, allowed: 0 to 12 .*13 convolutions and max-pools"),
+        ({"name": "mobilenetv2", "cut_layer": 9}, r"found 9, allowed: 0 to 8 .*7 groups of blocks"),
+        ({"name": "resnet19"}, r"config.model.name: found 'resnet19', allowed: resnet18, .*mobilenetv2"),
+        ({"width": 6}, r"config.model.width: found 6, allowed: multiples of 4 for resnet18, .*paper's 64"),
+        ({"name": "mobilenetv2", "width": 24}, r"found 24, allowed: multiples of 16 for .*paper's 32"),
+        ({"stem_stride": 3}, r"config.model.stem_stride: found 3, allowed: None, 1, 2 or 4"),
+        ({"name": "vgg13", "stem_stride": 2}, r"config.model.stem_stride: found 2, allowed: None for vgg13"),
+        ({"name": "vgg13", "image_size": 16}, r"config.data.image_size: found 16, allowed: 32 or more"),
+        ({"norm": "batch"}, r"config.model.norm: found 'batch', allowed: group, layer, instance"),
+        ({"head": "mlp3"}, r"config.moco.head: found 'mlp3', allowed: linear, mlp, mlp_bn"),
+        ({"bottleneck": "C4S3"}, r"config.model.bottleneck: found 'C4S3', allowed: CxS1, CxS2 or CxS4"),
+        ({"bottleneck": "K2C4S1"}, r"config.model.bottleneck: found 'K2C4S1'"),
+        ({"bottleneck": "K1C4S2"}, r"config.model.bottleneck: found 'K1C4S2'"),
+        ({"bottleneck": "C0S1"}, r"config.model.bottleneck: found 'C0S1'"),
+        ({"bottleneck": "C4S2", "cut_layer": 0}, r"found 'C4S2', allowed: None where cut_layer is 0"),
+    ],
+    ids=str,
+)
+def test_impossible_networks_are_refused(change: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         split_model(**({"name": "resnet18", "cut_layer": 1} | change))
