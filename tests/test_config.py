@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from mocosfl_jax.commandline import load_config
-from mocosfl_jax.config import Clients, Config, Moco, differences, quickstart
+from mocosfl_jax.config import Clients, Config, Moco, differences, paper_settings, quickstart
 from mocosfl_jax.errors import UserError
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -99,7 +99,14 @@ def setter(path: str, value: object) -> Callable[[Config], None]:
         ("moco.min_crop_scale", 0.0, "config.moco.min_crop_scale: found 0.0"),
         ("optim.server_lr", float("inf"), "config.optim.server_lr: found inf"),
         ("optim.schedule", "linear", "config.optim.schedule: found 'linear', allowed: cosine, multistep"),
-        ("model.cut_layer", 0, "config.model.cut_layer: found 0"),
+        ("model.cut_layer", -1, "config.model.cut_layer: found -1"),
+        ("algorithm", "fedavg", "config.algorithm: found 'fedavg', allowed: mocosfl, flmoco"),
+        ("moco.head", "deep", "config.moco.head: found 'deep', allowed: linear, mlp, mlp_bn"),
+        ("sync.buffers", "drop", "config.sync.buffers: found 'drop', allowed: keep, reset, average"),
+        ("sync.divergence_lambda", 0.0, "config.sync.divergence_lambda: found 0.0, allowed: more than 0"),
+        ("clients.rich", 1.5, "config.clients.rich: found 1.5, allowed: 0.0 to 1.0"),
+        ("clients.local_epochs", 2, "config.clients.local_epochs: found 2, allowed: 1 (not flmoco)"),
+        ("saving.loss_threshold", -0.1, "config.saving.loss_threshold: found -0.1, allowed: 0.0 or more"),
         ("eval.every", -1, "config.eval.every: found -1"),
         ("checkpoint.keep", 0, "config.checkpoint.keep: found 0"),
         ("clients", None, "config.clients: found None, allowed: a Clients"),
@@ -130,5 +137,65 @@ def test_differences_name_field_and_values() -> None:
         "config.epochs: 200 there, 3 now",
         "config.clients.num: 100 there, 7 now",
     ]
-    del one["model"]["width"]
-    assert "config.model.width: None there, 64 now" in differences(one, other)
+    del one["model"]["norm"]
+    assert "config.model.norm: None there, 'group' now" in differences(one, other)
+
+
+@pytest.mark.parametrize(
+    "num_clients, expected",
+    [
+        # B = 100 // N up to 50 clients; a cohort of about 100 from 200 clients on; 1000 images between syncs.
+        (1, (100, 1, 10)),
+        (5, (20, 5, 10)),
+        (20, (5, 20, 10)),
+        (50, (2, 50, 10)),
+        (51, (1, 51, 19)),
+        (100, (1, 100, 10)),
+        (200, (1, 100, 5)),
+        (250, (1, 125, 4)),
+        (1000, (1, 100, 1)),
+        (3000, (1, 100, 1)),
+    ],
+)
+def test_settings_of_the_paper(num_clients: int, expected: tuple[int, int, int]) -> None:
+    assert paper_settings(num_clients) == expected
+    resolved = Config(clients=Clients(num=num_clients)).resolved()
+    found = (resolved.clients.batch_size, resolved.clients.cohort, resolved.sync.frequency)
+    assert found == expected
+    assert resolved.total_epochs == 200 * (num_clients // expected[1])
+
+
+@pytest.mark.parametrize(
+    "preset, expected",
+    [
+        ("v1", (128, "linear", False, "v1", "multistep")),
+        ("small_v2", (512, "mlp", True, "v2", "cosine")),
+        ("v2", (1024, "mlp", True, "v2", "cosine")),
+        ("large_v2", (2048, "mlp_bn", True, "v2", "cosine")),
+    ],
+)
+def test_presets_of_the_paper(preset: str, expected: tuple[object, ...]) -> None:
+    config = Config(moco=Moco(preset=preset)).resolved()
+    moco = config.moco
+    found = (moco.key_dim, moco.head, moco.symmetric, moco.augmentation, config.optim.schedule)
+    assert found == expected
+    assert config.optim.client_schedule == config.optim.schedule
+    assert config.optim.client_lr == config.optim.server_lr
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("clients.rich", 0.2),
+        ("moco.feature_sharing", False),
+        ("moco.full_symmetric", True),
+        ("saving.loss_threshold", 0.1),
+        ("model.bottleneck", "C4S2"),
+    ],
+)
+def test_flmoco_has_no_server_to_choose_for(path: str, value: object) -> None:
+    config = Config(algorithm="flmoco")
+    config.resolved()
+    setter(path, value)(config)
+    with pytest.raises(UserError, match=f"config.{path}: found {value}, allowed: .* for flmoco"):
+        config.resolved()
