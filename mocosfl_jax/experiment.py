@@ -48,9 +48,7 @@ def prepare(config: Config) -> Run:
     """
     config = config.resolved()
     clients, moco = config.clients, config.moco
-    assert clients.cohort is not None and moco.key_dim is not None
-    assert moco.mlp is not None and moco.symmetric is not None and moco.augmentation is not None
-    assert config.optim.schedule is not None
+    assert clients.cohort is not None and moco.augmentation is not None
     check_model(config.model.name, cut_layer=config.model.cut_layer, width=config.model.width)
     dataset = data.load(config.data.name, config.data.dir, config.data.image_size)
     height, width = dataset.x_train.shape[1:3]
@@ -65,30 +63,7 @@ def prepare(config: Config) -> Run:
         seed=config.seed,
     )
     steps = partition.steps_per_epoch(parts, clients.batch_size)
-    model = split_model(
-        config.model.name,
-        cut_layer=config.model.cut_layer,
-        width=config.model.width,
-        image_size=height,
-        stem_stride=config.model.stem_stride,
-        key_dim=moco.key_dim,
-        mlp=moco.mlp,
-    )
-    schedule = partial(
-        optim.schedule, config.optim.schedule, epochs=config.total_epochs, steps_per_epoch=steps
-    )
-    algorithm = mocosfl(
-        model,
-        num_clients=clients.num,
-        server_lr=schedule(config.optim.server_lr, decay=0.1),
-        client_lr=schedule(config.optim.client_lr, decay=0.2),
-        sgd_momentum=config.optim.momentum,
-        weight_decay=config.optim.weight_decay,
-        queue_size=moco.queue_size,
-        temperature=moco.temperature,
-        momentum=moco.momentum,
-        symmetric=moco.symmetric,
-    )
+    model, algorithm = build(config, image_size=height, steps_per_epoch=steps)
     make_views = partial(
         augment.two_views,
         size=height,
@@ -108,3 +83,35 @@ def prepare(config: Config) -> Run:
         steps_per_epoch=steps,
         steps_per_round=max(1, steps // clients.sync_frequency),
     )
+
+
+def build(config: Config, *, image_size: int, steps_per_epoch: int) -> tuple[SplitModel, Algorithm]:
+    """The network and the algorithm of a resolved configuration, without its data."""
+    clients, moco = config.clients, config.moco
+    assert moco.key_dim is not None and moco.mlp is not None and moco.symmetric is not None
+    assert config.optim.schedule is not None
+    model = split_model(
+        config.model.name,
+        cut_layer=config.model.cut_layer,
+        width=config.model.width,
+        image_size=image_size,
+        stem_stride=config.model.stem_stride,
+        key_dim=moco.key_dim,
+        mlp=moco.mlp,
+    )
+    schedule = partial(
+        optim.schedule, config.optim.schedule, epochs=config.total_epochs, steps_per_epoch=steps_per_epoch
+    )
+    algorithm = mocosfl(
+        model,
+        num_clients=clients.num,
+        server_lr=schedule(config.optim.server_lr, decay=0.1),
+        client_lr=schedule(config.optim.client_lr, decay=0.2),
+        sgd_momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        queue_size=moco.queue_size,
+        temperature=moco.temperature,
+        momentum=moco.momentum,
+        symmetric=moco.symmetric,
+    )
+    return model, algorithm

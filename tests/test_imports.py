@@ -37,7 +37,7 @@ ORDER = [
     {"experiment"},
     {"report", "monitor"},
     {"loop"},
-    {"train"},
+    {"train", "evaluate", "encode"},
 ]
 
 

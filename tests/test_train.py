@@ -260,7 +260,7 @@ def test_nothing_readable_is_not_silently_started_anew(
             file.write_bytes(b"")
     kept = (tmp_path / "metrics.jsonl").read_bytes()
     assert main(argv) == 2
-    assert "none of the 3 checkpoints can be read" in capsys.readouterr().err
+    assert "no checkpoint can be read, of 18, 12, 6" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == kept
 
 

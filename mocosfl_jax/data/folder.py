@@ -42,6 +42,25 @@ def load(name: str, directory: Path, image_size: int | None) -> Loaded:
     return Loaded(x_train, y_train, x_test, y_test, class_names, f"image folder {directory}")
 
 
+def files_below(directory: Path) -> list[Path]:
+    """Every image file in `directory` and the folders below it, sorted; hidden ones are skipped."""
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if path.suffix.lower() in _SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+        and path.is_file()
+    )
+
+
+def read(path: Path, image_size: int) -> np.ndarray | str:
+    """The image as [image_size, image_size, 3] uint8, or why it cannot be read."""
+    try:
+        return np.asarray(_decode(path, image_size))
+    except Exception as error:  # see _decode_all
+        return _reason(error)
+
+
 def _classes(split: Path) -> tuple[str, ...]:
     names = sorted(
         entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith(".")
