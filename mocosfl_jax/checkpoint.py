@@ -100,7 +100,8 @@ def restore(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         jax.eval_shape(init, jax.random.key(0)),
     )
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    # Without Orbax's read_only, which comes with warnings: a manager that does not save writes nothing.
+    options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         state, progress, _ = _first_readable(manager, steps if step is None else [step], like)
     return state, progress
