@@ -55,8 +55,10 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
     rng_init, rng_views, rng_probe = jax.random.split(jax.random.key(run.config.seed), 3)
     state = jax.jit(run.algorithm.init)(rng_init)
     output.say(report.header(run, state))
-    encode = monitor.make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
-    folder = output.folder
+    dataset, folder = run.dataset, output.folder
+    encode = monitor.make_encode(run.algorithm, dataset.mean, dataset.std)
+    preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
+    workdir.write_preprocessing(folder, preprocessing)
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
         restored = checkpoint.restore_newest(manager, state)
         state, progress = restored or (state, Progress())
@@ -83,11 +85,9 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
 
 
 def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progress:
-    """What comes before the first step: how the deal looks, what encoding needs, how good no training is."""
-    dataset = run.dataset
-    plots.plot_partition(output.folder / "partition.png", dataset.y_train, run.parts, dataset.class_names)
-    preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
-    workdir.write_preprocessing(output.folder, preprocessing)
+    """What comes before the first step: how the deal looks, and how good no training is."""
+    names = run.dataset.class_names
+    plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
     metrics = {"step": 0, "epoch": 0, **monitor.knn(run, monitor.features(run, state, encode))}
     metrics |= monitor.knn_raw_pixels(run)
     record(metrics, output)

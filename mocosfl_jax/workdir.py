@@ -140,7 +140,7 @@ def _metrics_path(workdir: Path) -> Path:
 
 def _read_json(path: Path) -> Any:
     if not path.exists():
-        raise UserError(f"{path.parent}: holds no {path.name}")
+        raise UserError(f"{path.parent}: holds no {path.name}, which mocosfl_jax.train writes")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
