@@ -5,6 +5,7 @@ A checkpoint appears under its step number when it is complete, never before.
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.mocosfl import TrainState
@@ -65,8 +67,54 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
     Raises:
       UserError: if there are checkpoints but none can be read.
     """
-    folder = Path(manager.directory)
     steps = sorted(manager.all_steps(), reverse=True)
+    if not steps:
+        return None
+    state, progress, damaged = _first_readable(manager, steps, like)
+    folder = Path(manager.directory)
+    for step in damaged:
+        (folder / str(step)).rename(folder.parent / f"damaged_checkpoint_{step}")
+    manager.reload()
+    return state, progress
+
+
+def restore(
+    folder: Path, step: int | None, init: Callable[[Array], TrainState]
+) -> tuple[TrainState, Progress]:
+    """One checkpoint, to look at: nothing in `folder` changes, and a training there may go on.
+
+    Args:
+      folder: of the checkpoints.
+      step: whose checkpoint; None: the newest that can be read, with a warning of damaged newer ones.
+      init: of the algorithm; it is not run, its state has the shapes and dtypes.
+
+    Returns:
+      State, on the first device, and progress.
+
+    Raises:
+      UserError: if there is no such checkpoint, or it cannot be read.
+    """
+    steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
+    if not steps:
+        raise UserError(f"{folder}: found no checkpoint")
+    if step is not None and step not in steps:
+        raise UserError(f"--checkpoint: found {step}, allowed: {', '.join(map(str, steps))}")
+    device = SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        jax.eval_shape(init, jax.random.key(0)),
+    )
+    # Without Orbax's read_only, which comes with warnings: a manager that does not save writes nothing.
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+        state, progress, _ = _first_readable(manager, steps if step is None else [step], like)
+    return state, progress
+
+
+def _first_readable(
+    manager: ocp.CheckpointManager, steps: Sequence[int], like: TrainState
+) -> tuple[TrainState, Progress, list[int]]:
+    """The first of these checkpoints that can be read, and the damaged ones before it."""
     damaged = []
     for step in steps:
         try:
@@ -78,13 +126,8 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
             logging.warning("checkpoint %d is damaged and skipped (%s)", step, reason)
             damaged.append(step)
             continue
-        for bad in damaged:
-            (folder / str(bad)).rename(folder.parent / f"damaged_checkpoint_{bad}")
-        manager.reload()
-        return state, progress
-    if steps:
-        raise UserError(f"{manager.directory}: none of the {len(steps)} checkpoints can be read")
-    return None
+        return state, progress, damaged
+    raise UserError(f"{manager.directory}: no checkpoint can be read, of {', '.join(map(str, steps))}")
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, Progress]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
@@ -72,20 +73,25 @@ def parse(
     return Arguments(values.config, names[-1], values)
 
 
-def parse_flags(argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None]) -> Any:
+def parse_flags(
+    argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None], required: Sequence[str] = ()
+) -> Any:
     """Read a command line that takes no configuration, only the flags that `define` adds.
 
     Raises:
-      UserError: naming the first argument that is not understood.
+      UserError: naming the first argument that is not understood, or a required flag without a value.
     """
     values = flags.FlagValues()
     define(values)
     try:
         rest = values(list(argv))[1:]
     except flags.Error as error:
-        raise UserError(f"{explain(error)}, allowed: {usage}") from error
+        raise UserError(f"{explain(error).rstrip(' .?')}; allowed: {usage}") from error
     if rest:
         raise UserError(f"found {rest[0]!r}, allowed: {usage}")
+    for name in required:
+        if not values[name].value:
+            raise UserError(f"--{name} is missing; allowed: {usage}")
     return values
 
 
@@ -180,6 +186,27 @@ def help_text(words: str | None) -> str:
 
     fields = "\n".join(lines(quickstart(), "config"))
     return f"{words}\nFields and their values in the quickstart (see mocosfl_jax/config.py):\n{fields}"
+
+
+def answer(work: Callable[[], None]) -> int:
+    """Do the work of a command that writes nothing before its end.
+
+    Returns:
+      Its exit status: 0, 1 where the machine fails it, 2 after a user's mistake, 130 after SIGINT.
+    """
+    try:
+        work()
+    except UserError as error:
+        return fail(2, error)
+    except KeyboardInterrupt:
+        return fail(130, "interrupted")
+    except (OSError, MemoryError) as error:
+        return fail(1, str(error) or type(error).__name__)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return fail(1, f"out of memory: {error}")
+    return 0
 
 
 def fail(status: int, error: object) -> int:

@@ -337,6 +337,34 @@ def _in_range(
     raise UserError(f"config.{field}: found {value}, allowed: {bounds}" + (f" ({why})" if why else ""))
 
 
+def from_dict(values: Any) -> Config:
+    """The resolved configuration of which `Config.as_dict` made these values.
+
+    Raises:
+      UserError: naming the first field that is missing, unknown or impossible.
+    """
+    return _from_dict(Config, values, "config").resolved()
+
+
+def _from_dict(kind: Any, values: Any, path: str) -> Any:
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: found {values!r}, allowed: fields {', '.join(fields)}")
+    for name in [*values, *fields]:
+        if name not in fields:
+            raise UserError(f"{path}: found field {name!r}, allowed: {', '.join(fields)}")
+        if name not in values:
+            raise UserError(f"{path}.{name}: found no such field, as in a run of another version")
+    return kind(
+        **{
+            name: _from_dict(type_, values[name], f"{path}.{name}")
+            if dataclasses.is_dataclass(type_)
+            else values[name]
+            for name, type_ in fields.items()
+        }
+    )
+
+
 def differences(found: dict[str, Any], wanted: dict[str, Any], path: str = "config") -> list[str]:
     """The fields in which two configurations differ, as `path: found, now wanted`."""
     lines = []

@@ -84,8 +84,15 @@ def prepare(config: Config) -> Run:
         rich=rich,
     )
     steps = pool.local_epochs * partition.steps_per_epoch(parts, batch_sizes)
-    first_cohort = partition.sample_cohort(pool.num, pool.cohort, seed=config.seed, epoch=0, rich=rich)
-    model = build_model(config, height)
+    # The batch sizes of every cohort: the rich come first, and there are always as many of them.
+    places = batch_sizes[partition.sample_cohort(pool.num, pool.cohort, seed=config.seed, epoch=0, rich=rich)]
+    model, algorithm = build(
+        config,
+        image_size=height,
+        steps_per_epoch=steps,
+        batch_sizes=places.tolist() if rich else None,
+        images=[len(part) for part in parts],
+    )
     make_views = partial(
         augment.two_views,
         size=height,
@@ -101,13 +108,77 @@ def prepare(config: Config) -> Run:
         rich=rich,
         batch_sizes=batch_sizes,
         model=model,
-        # Of every cohort: the rich come first, and there are always as many of them.
-        algorithm=_algorithm(config, model, parts, batch_sizes[first_cohort], steps),
+        algorithm=algorithm,
         make_views=make_views,
         cohort=pool.cohort,
-        images_per_step=int(batch_sizes[first_cohort].sum()),
+        images_per_step=int(places.sum()),
         steps_per_epoch=steps,
         steps_per_round=max(1, steps // config.sync.frequency),
+    )
+
+
+def build(
+    config: Config,
+    *,
+    image_size: int,
+    steps_per_epoch: int = 1,
+    batch_sizes: list[int] | None = None,
+    images: list[int] | None = None,
+) -> tuple[SplitModel, Algorithm]:
+    """The network and the algorithm of a resolved configuration, without its data.
+
+    Args:
+      config: resolved.
+      image_size: pixels a side.
+      steps_per_epoch: for the schedules; does not matter where nothing is trained.
+      batch_sizes: [M], of each place in the cohort; None: all are alike, or nothing is trained.
+      images: [N], of each client, for weighted averages; None: nothing is trained.
+    """
+    model = build_model(config, image_size)
+    moco, optimizer, sync = config.moco, config.optim, config.sync
+    assert moco.symmetric is not None and optimizer.schedule is not None
+    assert optimizer.client_lr is not None and optimizer.client_schedule is not None
+    epochs = config.total_epochs
+    client_schedule, steps_per_decay = optimizer.client_schedule, steps_per_epoch
+    if client_schedule == "official_per_step":
+        client_schedule, steps_per_decay = optimizer.schedule, 1
+    client_lr: optim.Schedule | float = optim.schedule(
+        client_schedule, optimizer.client_lr, epochs=epochs, steps_per_epoch=steps_per_decay, decay=0.2
+    )
+    if optimizer.client_lr == 0:
+        client_lr = 0.0  # frozen, which no schedule can say
+    weights = np.array(images, np.float32) if sync.weighted else None
+    how = Sync(weights, sync.momentum_models, sync.buffers, sync.divergence_lambda)
+    if config.algorithm == "flmoco":
+        return model, flmoco(
+            model,
+            num_clients=config.clients.num,
+            lr=client_lr,
+            sgd_momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+            queue_size=moco.queue_size,
+            temperature=moco.temperature,
+            momentum=moco.momentum,
+            symmetric=moco.symmetric,
+            sync=how,
+        )
+    return model, mocosfl(
+        model,
+        num_clients=config.clients.num,
+        batch_sizes=batch_sizes,
+        server_lr=optim.schedule(
+            optimizer.schedule, optimizer.server_lr, epochs=epochs, steps_per_epoch=steps_per_epoch
+        ),
+        client_lr=client_lr,
+        sgd_momentum=optimizer.momentum,
+        weight_decay=optimizer.weight_decay,
+        queue_size=moco.queue_size,
+        temperature=moco.temperature,
+        momentum=moco.momentum,
+        symmetric=moco.symmetric,
+        full_symmetric=moco.full_symmetric,
+        feature_sharing=moco.feature_sharing,
+        sync=how,
     )
 
 
@@ -128,55 +199,4 @@ def build_model(config: Config, image_size: int) -> SplitModel:
         weight_standardisation=config.model.weight_standardisation,
         norm=config.model.norm,
         stacked_server=config.algorithm == "flmoco",
-    )
-
-
-def _algorithm(
-    config: Config, model: SplitModel, parts: list[np.ndarray], places: np.ndarray, steps_per_epoch: int
-) -> Algorithm:
-    """`places` [M] are the batch sizes of a cohort's clients."""
-    moco, optimizer, sync = config.moco, config.optim, config.sync
-    assert moco.symmetric is not None and optimizer.schedule is not None
-    assert optimizer.client_lr is not None and optimizer.client_schedule is not None
-    epochs = config.total_epochs
-    client_schedule, steps_per_decay = optimizer.client_schedule, steps_per_epoch
-    if client_schedule == "official_per_step":
-        client_schedule, steps_per_decay = optimizer.schedule, 1
-    client_lr: optim.Schedule | float = optim.schedule(
-        client_schedule, optimizer.client_lr, epochs=epochs, steps_per_epoch=steps_per_decay, decay=0.2
-    )
-    if optimizer.client_lr == 0:
-        client_lr = 0.0  # frozen, which no schedule can say
-    weights = np.array([len(part) for part in parts], np.float32) if sync.weighted else None
-    how = Sync(weights, sync.momentum_models, sync.buffers, sync.divergence_lambda)
-    if config.algorithm == "flmoco":
-        return flmoco(
-            model,
-            num_clients=len(parts),
-            lr=client_lr,
-            sgd_momentum=optimizer.momentum,
-            weight_decay=optimizer.weight_decay,
-            queue_size=moco.queue_size,
-            temperature=moco.temperature,
-            momentum=moco.momentum,
-            symmetric=moco.symmetric,
-            sync=how,
-        )
-    return mocosfl(
-        model,
-        num_clients=len(parts),
-        batch_sizes=places.tolist() if len(set(places)) > 1 else None,
-        server_lr=optim.schedule(
-            optimizer.schedule, optimizer.server_lr, epochs=epochs, steps_per_epoch=steps_per_epoch
-        ),
-        client_lr=client_lr,
-        sgd_momentum=optimizer.momentum,
-        weight_decay=optimizer.weight_decay,
-        queue_size=moco.queue_size,
-        temperature=moco.temperature,
-        momentum=moco.momentum,
-        symmetric=moco.symmetric,
-        full_symmetric=moco.full_symmetric,
-        feature_sharing=moco.feature_sharing,
-        sync=how,
     )

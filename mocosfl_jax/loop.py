@@ -58,8 +58,10 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
     rng_init, rng_views, rng_probe = jax.random.split(jax.random.key(run.config.seed), 3)
     state = jax.jit(run.algorithm.init)(rng_init)
     output.say(report.header(run, state))
-    encode = monitor.make_encode(run)
-    folder = output.folder
+    dataset, folder = run.dataset, output.folder
+    encode = monitor.make_encode(run.algorithm, dataset.mean, dataset.std)
+    preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
+    workdir.write_preprocessing(folder, preprocessing)
     store = saving.Store(folder / "replay.npy", (run.steps_per_epoch, 2, *report.smashed_shape(run)))
     if run.config.saving.loss_threshold:
         store.require_space(run.config.saving.replay_gib)

@@ -1,6 +1,6 @@
-"""How good the features of a run are: kNN and linear probe of its TrainState."""
+"""How good the features of a run are: kNN and probes of its TrainState."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -9,7 +9,7 @@ from jax import Array
 
 from mocosfl_jax import augment, probes
 from mocosfl_jax.experiment import Run
-from mocosfl_jax.mocosfl import TrainState
+from mocosfl_jax.mocosfl import Algorithm, TrainState
 from mocosfl_jax.models import Features
 
 Encode = Callable[[TrainState, np.ndarray], Features]  # images [n, H, W, 3] uint8
@@ -17,14 +17,9 @@ Evaluated = tuple[Features, Features]  # of the training and of the test images
 RAW_PIXELS_LIMIT = 2**30  # bytes of float images up to which raw pixels are evaluated
 
 
-def make_encode(run: Run) -> Encode:
+def make_encode(algorithm: Algorithm, mean: Sequence[float], std: Sequence[float]) -> Encode:
     """The compiled encoder of un-augmented images."""
-    dataset = run.dataset
-    return jax.jit(
-        lambda state, images: run.algorithm.encode(
-            state, augment.normalise(images, dataset.mean, dataset.std)
-        )
-    )
+    return jax.jit(lambda state, images: algorithm.encode(state, augment.normalise(images, mean, std)))
 
 
 def features(run: Run, state: TrainState, encode: Encode) -> Evaluated:
@@ -82,3 +77,23 @@ def linear_probe(run: Run, evaluated: Evaluated, rng: Array) -> dict[str, float]
         epochs=run.config.eval.probe_epochs,
     )
     return {"linear_probe": probe.last_epoch, "linear_probe_best_on_test": probe.best_on_test}
+
+
+def semi_supervised(run: Run, evaluated: Evaluated, rng: Array) -> dict[str, float]:
+    """Accuracies of a small network on backbone features, from 10 % and from 1 % of the labels."""
+    train, test = evaluated
+    numbers = {}
+    for percent in (10, 1):
+        probe = probes.semi_supervised(
+            rng,
+            train.backbone,
+            run.dataset.y_train,
+            test.backbone,
+            run.dataset.y_test,
+            num_classes=len(run.dataset.class_names),
+            fraction=percent / 100,
+            epochs=run.config.eval.probe_epochs,
+        )
+        numbers[f"semi_supervised_{percent}_percent"] = probe.last_epoch
+        numbers[f"semi_supervised_{percent}_percent_best_on_test"] = probe.best_on_test
+    return numbers

@@ -107,28 +107,42 @@ def metrics_line(metrics: Mapping[str, float]) -> str:
 
 def summary(metrics: Sequence[Mapping[str, float]], workdir: Path) -> str:
     """What came out of a finished run, from the lines of its metrics.jsonl."""
-    untrained = metrics[0]
     trained = [m for m in metrics if "knn_backbone" in m][-1]
-    rows = [
-        f"{'':<24}{'backbone':>10}{'projection':>12}",
-        f"{'kNN, untrained':<24}{untrained['knn_backbone']:>10.3f}{untrained['knn_projection']:>12.3f}",
-        f"{'kNN, trained':<24}{trained['knn_backbone']:>10.3f}{trained['knn_projection']:>12.3f}",
-    ]
-    if "knn_raw_pixels" in untrained:
-        rows.append(f"{'kNN, raw pixels':<24}{untrained['knn_raw_pixels']:>10.3f}")
+    rows = [accuracies({**metrics[0], **trained, **metrics[-1]}, metrics[0])]
     epochs = [m for m in metrics if "smashed_up_bytes" in m]
     if epochs:
         sent = sum(m["smashed_up_bytes"] + m["smashed_down_bytes"] for m in epochs)
         whole = len(epochs) * max(m["smashed_up_bytes"] + m["smashed_down_bytes"] for m in epochs)
-        rows.append(
-            f"smashed data and gradients: {_bytes(sent)} sent, {_bytes(whole - sent)} saved "
-            f"of {_bytes(whole)}"
-        )
-    probe = metrics[-1]
-    if "linear_probe" in probe:
-        rows.append(
-            f"{'linear probe':<24}{probe['linear_probe']:>10.3f}"
-            f"   (last epoch; best epoch on the test images {probe['linear_probe_best_on_test']:.3f})"
-        )
+        saved = f"{_bytes(whole - sent)} of {_bytes(whole)} saved"
+        rows.append(f"smashed data and gradients: {_bytes(sent)} sent, {saved}")
     rows.append(f"{workdir}: config.json, metrics.jsonl, checkpoints, curves.png, partition.png")
+    return "\n".join(rows)
+
+
+_PROBES = {
+    "linear_probe": "linear probe",
+    "semi_supervised_10_percent": "10 % of the labels",
+    "semi_supervised_1_percent": "1 % of the labels",
+}
+
+
+def accuracies(trained: Mapping[str, float], untrained: Mapping[str, float]) -> str:
+    """A table of what was evaluated.
+
+    Args:
+      trained: accuracies by their names in metrics.jsonl and evaluation.json.
+      untrained: those of the untrained network; may be empty.
+    """
+    rows = [f"{'':<24}{'backbone':>10}{'projection':>12}"]
+    for name, numbers in (("kNN, untrained", untrained), ("kNN, trained", trained)):
+        if numbers:
+            rows.append(f"{name:<24}{numbers['knn_backbone']:>10.3f}{numbers['knn_projection']:>12.3f}")
+    if "knn_raw_pixels" in trained:
+        rows.append(f"{'kNN, raw pixels':<24}{trained['knn_raw_pixels']:>10.3f}")
+    for field, name in _PROBES.items():
+        if field in trained:
+            rows.append(
+                f"{name:<24}{trained[field]:>10.3f}"
+                f"   (last epoch; best epoch on the test images {trained[f'{field}_best_on_test']:.3f})"
+            )
     return "\n".join(rows)

@@ -1,11 +1,12 @@
-"""The files of a run: config.json and metrics.jsonl."""
+"""The files of a run: config.json, preprocessing.json, metrics.jsonl and evaluation.json."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from mocosfl_jax.config import Config, differences
+from mocosfl_jax.config import Config, differences, from_dict
 from mocosfl_jax.errors import UserError
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
@@ -24,7 +25,7 @@ def claim(workdir: Path, config: Config) -> None:
             for other in ("metrics.jsonl", "checkpoints"):
                 if (workdir / other).exists():
                     raise UserError(f"--workdir: {workdir} holds {other} but no config.json; give another")
-            _write(path, json.dumps(config.as_dict(), indent=2) + "\n")
+            _write_json(path, config.as_dict())
             return
         found = json.loads(path.read_text())
     except OSError as error:
@@ -39,6 +40,54 @@ def claim(workdir: Path, config: Config) -> None:
             f"--workdir: {workdir} holds a run of another configuration ({'; '.join(changed)}); "
             "give another --workdir"
         )
+
+
+def read_config(workdir: Path) -> Config:
+    """The configuration of the run in `workdir`, resolved.
+
+    Raises:
+      UserError: if there is no run, or one whose configuration does not fit.
+    """
+    if not workdir.is_dir():
+        raise UserError(f"--workdir: found no folder {workdir}, allowed: the folder of a run")
+    path = workdir / "config.json"
+    values = _read_json(path)
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+class Preprocessing(NamedTuple):
+    """What a run does to images before it encodes them."""
+
+    image_size: int  # pixels a side
+    mean: tuple[float, ...]  # of each channel, on [0, 1]
+    std: tuple[float, ...]
+
+
+def write_preprocessing(workdir: Path, preprocessing: Preprocessing) -> None:
+    """preprocessing.json, so that other images can be encoded where the data set is not."""
+    _write_json(workdir / "preprocessing.json", preprocessing._asdict())
+
+
+def read_preprocessing(workdir: Path) -> Preprocessing:
+    """What preprocessing.json says.
+
+    Raises:
+      UserError: if it is not there, or something else.
+    """
+    path = workdir / "preprocessing.json"
+    try:
+        return Preprocessing(**_read_json(path))
+    except TypeError as error:
+        allowed = ", ".join(Preprocessing._fields)
+        raise UserError(f"{path}: found something else, allowed: {allowed}") from error
+
+
+def write_evaluation(workdir: Path, evaluation: Mapping[str, Any]) -> None:
+    """evaluation.json, in place of an earlier one."""
+    _write_json(workdir / "evaluation.json", evaluation)
 
 
 def append_metrics(workdir: Path, metrics: Metrics) -> None:
@@ -87,6 +136,19 @@ def rewind_metrics(workdir: Path, lines: int, optional: int = 0) -> None:
 
 def _metrics_path(workdir: Path) -> Path:
     return workdir / "metrics.jsonl"
+
+
+def _read_json(path: Path) -> Any:
+    if not path.exists():
+        raise UserError(f"{path.parent}: holds no {path.name}, which mocosfl_jax.train writes")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    _write(path, json.dumps(values, indent=2) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -37,7 +37,7 @@ ORDER = [
     {"experiment"},
     {"report", "monitor", "costs"},
     {"loop"},
-    {"train"},
+    {"train", "evaluate", "encode"},
 ]
 
 

@@ -3,7 +3,6 @@
 import gc
 import json
 import logging
-import os
 import pathlib
 import re
 import signal
@@ -16,61 +15,13 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import pytest
+from conftest import CLASSES, PER_CLASS, arguments
 from PIL import Image
 
 from mocosfl_jax import checkpoint, experiment
 from mocosfl_jax.train import main, parse, tensorboard_writer
 
-CLASSES, PER_CLASS = 4, 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The runs here compile the same programs: once is enough, also over processes."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    del os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An npz of small pictures, each class with a colour of its own."""
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    rng = np.random.default_rng(0)
-    colours = rng.integers(40, 216, (CLASSES, 1, 1, 3))
-
-    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
-        labels = np.repeat(np.arange(CLASSES), count)
-        pictures = colours[labels] + rng.integers(-40, 40, (len(labels), 16, 16, 3))
-        return pictures.astype(np.uint8), labels
-
-    (x_train, y_train), (x_test, y_test) = draw(PER_CLASS), draw(3)
-    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
-    return str(path)
-
-
-def arguments(images: str, workdir: pathlib.Path, *more: str) -> list[str]:
-    fields = {
-        "epochs": 3,
-        "data.name": "npz",
-        "data.dir": images,
-        "clients.num": 4,
-        "clients.batch_size": 2,
-        "clients.noniid_ratio": 0.5,
-        "sync.frequency": 3,
-        "model.width": 4,
-        "moco.key_dim": 8,
-        "moco.queue_size": 20,
-        "eval.every": 1,
-        "eval.knn_k": 5,
-        "eval.probe_epochs": 3,
-    }
-    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    return ["train", *overrides, f"--workdir={workdir}", *more]
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
@@ -95,14 +46,6 @@ def assert_same_run(argv: list[str], workdir: pathlib.Path, reference: pathlib.P
     swap = [f"--workdir={reference}" if a.startswith("--workdir") else a for a in argv]
     for ours, theirs in zip(final_state(argv), final_state(swap), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-
-
-@pytest.fixture(scope="module")
-def finished(images: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The workdir of a run that nobody disturbed."""
-    workdir = tmp_path_factory.mktemp("finished")
-    assert main(arguments(images, workdir)) == 0
-    return workdir
 
 
 def test_a_run_leaves_what_is_promised(finished: pathlib.Path) -> None:
@@ -260,7 +203,7 @@ def test_nothing_readable_is_not_silently_started_anew(
             file.write_bytes(b"")
     kept = (tmp_path / "metrics.jsonl").read_bytes()
     assert main(argv) == 2
-    assert "none of the 3 checkpoints can be read" in capsys.readouterr().err
+    assert "no checkpoint can be read, of 18, 12, 6" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == kept
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -93,6 +94,15 @@ def decode(
         if place != index:
             pixels[place] = pixels[index]
     return pixels[: len(good)], labels[good]
+
+
+def read(path: Path, image_size: int) -> np.ndarray | str:
+    """The image as [image_size, image_size, 3] uint8, or why it cannot be read."""
+    picture = Picture(str(path), partial(open_file, path), 0)
+    try:
+        return np.asarray(_decode(picture, image_size))
+    except Exception as error:  # see decode
+        return _reason(error)
 
 
 def _check(image: Image.Image) -> None:

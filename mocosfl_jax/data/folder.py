@@ -36,6 +36,17 @@ def load(name: str, directory: Path, image_size: int | None) -> Loaded:
     return Loaded(x_train, y_train, x_test, y_test, class_names, f"image folder {directory}")
 
 
+def files_below(directory: Path) -> list[Path]:
+    """Every image file in `directory` and the folders below it, sorted; hidden ones are skipped."""
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if path.suffix.lower() in _SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+        and path.is_file()
+    )
+
+
 def _classes(split: Path) -> tuple[str, ...]:
     names = sorted(
         entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith(".")

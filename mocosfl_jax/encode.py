@@ -1,0 +1,122 @@
+"""Encode a folder of images with the encoder of a run.
+
+    python -m mocosfl_jax.encode --workdir=FOLDER --images=FOLDER --out=FILE.npz [--checkpoint=STEP]
+
+  --workdir=FOLDER     of a run of mocosfl_jax.train, finished or not; its data set need not be there
+  --images=FOLDER      with .png, .jpg or .jpeg files in it and in the folders below
+  --out=FILE.npz       gets backbone [n, D], projection [n, key_dim], both float32, and files [n], the paths
+                       below the folder, in sorted order
+  --checkpoint=STEP    a number in the run's checkpoints; the newest by default
+
+The shorter side of an image is resized to the run's image size and the centre cut out. Files that cannot be
+read are left out and named.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from mocosfl_jax import commandline, compiler, workdir
+from mocosfl_jax.commandline import say
+from mocosfl_jax.data import decode
+from mocosfl_jax.data import folder as image_folder
+from mocosfl_jax.errors import UserError
+
+USAGE = "--workdir=FOLDER, --images=FOLDER, --out=FILE.npz, --checkpoint=STEP, --help"
+BATCH = 250  # images in memory
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit status, as `commandline.answer` has it."""
+    if commandline.HELP & set(argv):
+        say(__doc__ or "")
+        return 0
+    return commandline.answer(lambda: encode(argv))
+
+
+def encode(argv: Sequence[str]) -> None:
+    """Encode as the command line says.
+
+    Raises:
+      UserError: for a mistake in it, and for folders that hold no run or no images.
+    """
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        flags.DEFINE_string("images", None, "Folder of images.", flag_values=values)
+        flags.DEFINE_string("out", None, "File of the features.", flag_values=values)
+        flags.DEFINE_integer("checkpoint", None, "Its training step.", flag_values=values)
+
+    values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "images", "out"])
+    folder, images, out = Path(values.workdir), Path(values.images), Path(values.out)
+    config = workdir.read_config(folder)
+    preprocessing = workdir.read_preprocessing(folder)
+    if not images.is_dir():
+        raise UserError(f"--images: found no folder {images}, allowed: a folder of images")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out: found {out}, allowed: a file in a folder that is there")
+    files = image_folder.files_below(images)
+    if not files:
+        raise UserError(f"--images: {images} holds no .png, .jpg or .jpeg file")
+
+    compiler.set_flags()
+    # Imported only here, so that a slip of the pen is answered at once.
+    from mocosfl_jax import checkpoint, experiment, monitor, probes
+
+    # No step is trained, so that the schedule, which counts steps, does not matter.
+    _, algorithm = experiment.build(config, image_size=preprocessing.image_size, steps_per_epoch=1)
+    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init)
+    encode_batch = partial(monitor.make_encode(algorithm, preprocessing.mean, preprocessing.std), state)
+    read: list[Path] = []
+    features: list[tuple[np.ndarray, ...]] = []
+    for paths, pictures in batches(files, preprocessing.image_size):
+        read += paths
+        features.append(tuple(np.asarray(x) for x in probes.extract(encode_batch, pictures, BATCH)))
+    if not read:
+        raise UserError(f"--images: none of the {len(files):,} files in {images} can be read")
+    backbone, projection = (np.concatenate(parts) for parts in zip(*features, strict=True))
+    names = np.array([path.relative_to(images).as_posix() for path in read])
+    temporary = out.with_name(f"{out.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, backbone=backbone, projection=projection, files=names)
+    temporary.replace(out)
+    say(
+        f"{out}: {len(read):,} images, backbone {backbone.shape[1]}, projection {projection.shape[1]}, "
+        f"by checkpoint {progress.step:,} of {folder}"
+    )
+
+
+def batches(files: Sequence[Path], image_size: int) -> Iterator[tuple[list[Path], np.ndarray]]:
+    """Read `BATCH` files at a time; those that cannot be read are said and left out.
+
+    Yields:
+      Files and their images [n, image_size, image_size, 3] uint8, 1 <= n <= BATCH.
+    """
+    broken = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in tqdm(range(0, len(files), BATCH), unit="batch", disable=None, dynamic_ncols=True):
+            paths, pictures = [], []
+            batch = files[start : start + BATCH]
+            found = pool.map(lambda path: decode.read(path, image_size), batch)
+            for path, picture in zip(batch, found, strict=True):
+                if isinstance(picture, str):
+                    broken += 1
+                    say(f"left out: {path} ({picture})")
+                else:
+                    paths.append(path)
+                    pictures.append(picture)
+            if paths:
+                yield paths, np.stack(pictures)
+    if broken:
+        say(f"left out: {broken:,} of {len(files):,} files")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,283 @@
+"""The commands that use a trained run: evaluate and encode."""
+
+import gc
+import json
+import logging
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from conftest import CLASSES, PER_CLASS
+from PIL import Image
+
+from mocosfl_jax import checkpoint, encode, evaluate, experiment, monitor, workdir
+from mocosfl_jax.data import images as fitting
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+KNN = ("knn_backbone", "knn_projection")
+
+
+@pytest.fixture
+def run(finished: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of the finished run's workdir."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def run_evaluate(folder: pathlib.Path, *more: str) -> dict[str, float]:
+    assert evaluate.main(["evaluate", f"--workdir={folder}", *more]) == 0
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def files(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
+    """Time of change and content of everything below."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.name != "evaluation.json"]
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in paths
+        if path != folder
+    }
+
+
+def test_the_newest_checkpoint_has_the_numbers_of_the_run(
+    run: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    (run / "checkpoints" / "24.orbax-checkpoint-tmp").mkdir()  # as of a training that is saving
+    before = files(run)
+    found = run_evaluate(run)
+    first, *_, last, probe = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert (found["step"], found["epoch"], found["probe_epochs"]) == (18, 3, 3)
+    for name in KNN:
+        assert found[name] == last[name]
+    for name in ("linear_probe", "linear_probe_best_on_test"):
+        assert found[name] == probe[name]
+    assert found["knn_raw_pixels"] == first["knn_raw_pixels"]
+    captured = capsys.readouterr()
+    for line in (
+        "checkpoint 18, epoch 3 of 3",
+        f"kNN, untrained {first['knn_backbone']:>19.3f}{first['knn_projection']:>12.3f}",
+        f"kNN, trained {last['knn_backbone']:>21.3f}{last['knn_projection']:>12.3f}",
+        f"linear probe {probe['linear_probe']:>21.3f}",
+    ):
+        assert line in captured.out
+    assert captured.err == ""
+    assert files(run) == before
+
+
+def test_an_earlier_checkpoint_without_probes(run: pathlib.Path) -> None:
+    found = run_evaluate(run, "--checkpoint=6", "--probe_epochs=0")
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
+    assert found["step"] == line["step"] == 6
+    for name in KNN:
+        assert found[name] == line[name]
+    assert "linear_probe" not in found
+
+
+def test_few_labels(run: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    (run / "metrics.jsonl").unlink()
+    found = run_evaluate(run, "--semi_supervised", "--probe_epochs=40")
+    ten, one = (f"semi_supervised_{percent}_percent" for percent in (10, 1))
+    assert 0 <= found[ten] <= found[f"{ten}_best_on_test"] <= 1
+    assert found[ten] == found[one]  # of 12 images a class, both are one image
+    out = capsys.readouterr().out
+    assert "10 % of the labels" in out and "\n1 % of the labels" in out and "untrained" not in out
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_left_where_it_is(
+    run: pathlib.Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    for file in (run / "checkpoints" / "18").rglob("*"):
+        if file.is_file() and file.stat().st_size > 2000:
+            file.write_bytes(b"")
+    before = files(run)
+    with caplog.at_level(logging.WARNING):
+        assert run_evaluate(run, "--probe_epochs=0")["step"] == 12
+    assert "checkpoint 18 is damaged and skipped" in caplog.text
+    assert evaluate.main(["evaluate", f"--workdir={run}", "--checkpoint=18"]) == 2
+    assert "no checkpoint can be read, of 18" in capsys.readouterr().err
+    assert files(run) == before
+    gc.collect()  # Orbax leaves coroutines behind where a restore fails
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--workdir is missing; allowed: --workdir=FOLDER, --checkpoint=STEP"),
+        (["--workdir=/nowhere"], "--workdir: found no folder /nowhere"),
+        (["--workdir={tmp}"], "holds no config.json"),
+        (["--workdir={run}", "--checkpoint=7"], "--checkpoint: found 7, allowed: 18, 12, 6"),
+        (["--workdir={run}", "--checkpoint=last"], "--checkpoint=last"),
+        (["--workdir={run}", "--probe_epochs=-1"], "--probe_epochs=-1"),
+        (["--workdir={run}", "--probe_epochs=0", "--semi_supervised"], "--probe_epochs: found 0, allowed: 1"),
+        (["--workdir={run}", "--chekpoint=6"], "Did you mean: checkpoint; allowed: --workdir"),
+        (["{run}"], "allowed: --workdir=FOLDER"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    finished: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    arguments: list[str],
+    message: str,
+) -> None:
+    argv = [argument.format(run=finished, tmp=tmp_path) for argument in arguments]
+    assert evaluate.main(["evaluate", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert error.count("\n") == 1
+    assert not (finished / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"epochs"', '"epoch"', "config.json: config: found field 'epoch', allowed: seed, epochs"),
+        ('"queue_size": 20,', "", "config.moco.queue_size: found no such field"),
+        ('"epochs": 3', '"epochs": "3"', "config.epochs: found '3', allowed: int"),
+        ('"epochs": 3', '"epochs": 0', "config.epochs: found 0, allowed: 1 or more"),
+        ('"epochs": 3', '"epochs" 3', "config.json: not JSON"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(
+    run: pathlib.Path, capsys: pytest.CaptureFixture, old: str, new: str, message: str
+) -> None:
+    path = run / "config.json"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    assert evaluate.main(["evaluate", f"--workdir={run}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_run_that_has_not_saved_yet(run: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.rmtree(run / "checkpoints")
+    assert evaluate.main(["evaluate", f"--workdir={run}"]) == 2
+    assert "found no checkpoint" in capsys.readouterr().err
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("command", [evaluate, encode])
+def test_help_names_every_flag(command: object, capsys: pytest.CaptureFixture) -> None:
+    assert command.main(["command", "--help"]) == 0  # type: ignore[attr-defined]
+    out = capsys.readouterr().out
+    for flag in command.USAGE.split(", ")[:-1]:  # type: ignore[attr-defined]
+        assert out.count(flag) >= 2, flag  # in the call and by itself
+
+
+@pytest.fixture
+def pictures(images: str, run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The training images as PNG files in folders, and no data set where the run found it."""
+    folder = tmp_path / "pictures"
+    with np.load(images) as arrays:
+        for i, (picture, label) in enumerate(zip(arrays["x_train"], arrays["y_train"], strict=True)):
+            (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(folder / f"class{label}" / f"{i:03}.png")
+    path = run / "config.json"
+    path.write_text(path.read_text().replace(images, "/nowhere.npz"))
+    return folder
+
+
+def run_encode(run: pathlib.Path, folder: pathlib.Path, *more: str) -> dict[str, np.ndarray]:
+    out = run.parent / "features.npz"
+    argv = [f"--workdir={run}", f"--images={folder}", f"--out={out}", *more]
+    assert encode.main(["encode", *argv]) == 0
+    assert not list(run.parent.glob("*.tmp"))
+    with np.load(out) as arrays:
+        return dict(arrays)
+
+
+def test_encoded_files_have_the_features_of_the_run(
+    finished: pathlib.Path, run: pathlib.Path, pictures: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "BATCH", 20)
+    got = run_encode(run, pictures, "--checkpoint=12")
+    labels = np.repeat(np.arange(CLASSES), PER_CLASS)
+    assert got["files"].tolist() == [f"class{label}/{i:03}.png" for i, label in enumerate(labels)]
+    prepared = experiment.prepare(workdir.read_config(finished))
+    state, _ = checkpoint.restore(finished / "checkpoints", 12, prepared.algorithm.init)
+    dataset = prepared.dataset
+    features, _ = monitor.features(
+        prepared, state, monitor.make_encode(prepared.algorithm, dataset.mean, dataset.std)
+    )
+    for name, expected in features._asdict().items():
+        assert got[name].dtype == np.float32
+        np.testing.assert_allclose(got[name], expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(run_encode(run, pictures)["backbone"], got["backbone"], rtol=1e-3)
+
+
+def test_files_are_fitted_or_left_out(
+    run: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "wild"
+    (folder / "deep" / "er").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    wide = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    wide.save(folder / "b.png")
+    fitting.fit(wide, 16).save(folder / "deep" / "er" / "c.PNG")
+    Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(folder / "gray.jpeg")
+    (folder / "a.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("not one either")
+    (folder / ".hidden.png").write_bytes(b"")
+    got = run_encode(run, folder)
+    assert got["files"].tolist() == ["b.png", "deep/er/c.PNG", "gray.jpeg"]
+    np.testing.assert_allclose(got["backbone"][0], got["backbone"][1], rtol=1e-6)
+    assert got["projection"].shape == (3, 8)
+    out = capsys.readouterr().out
+    assert f"left out: {folder / 'a.jpg'} (UnidentifiedImageError" in out
+    assert "left out: 1 of 4 files" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--images={good}", "--out={tmp}/f.npz"], "--workdir is missing"),
+        (["--workdir={run}", "--out={tmp}/f.npz"], "--images is missing"),
+        (["--workdir={run}", "--images={good}"], "--out is missing"),
+        (["--workdir={run}", "--images=/nowhere", "--out={tmp}/f.npz"], "--images: found no folder /nowhere"),
+        (["--workdir={run}", "--images={empty}", "--out={tmp}/f.npz"], "holds no .png, .jpg or .jpeg file"),
+        (["--workdir={run}", "--images={bad}", "--out={tmp}/f.npz"], "none of the 1 files"),
+        (["--workdir={run}", "--images={good}", "--out={tmp}/no/f.npz"], "--out: found"),
+        (["--workdir={run}", "--images={good}", "--out={tmp}"], "--out: found"),
+    ],
+)
+def test_a_mistake_of_encode_is_one_line(
+    finished: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    arguments: list[str],
+    message: str,
+) -> None:
+    folders = {name: tmp_path / name for name in ("good", "bad", "empty")}
+    for folder in folders.values():
+        folder.mkdir()
+    Image.new("RGB", (16, 16)).save(folders["good"] / "x.png")
+    (folders["bad"] / "x.png").write_bytes(b"")
+    argv = [argument.format(run=finished, tmp=tmp_path, **folders) for argument in arguments]
+    assert encode.main(["encode", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("*.npz*"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "holds no preprocessing.json"), ("[]", "found something else"), ("{}", "found something else")],
+)
+def test_a_run_without_preprocessing(
+    run: pathlib.Path,
+    pictures: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    content: str | None,
+    message: str,
+) -> None:
+    path = run / "preprocessing.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    argv = [f"--workdir={run}", f"--images={pictures}", f"--out={run.parent / 'x.npz'}"]
+    assert encode.main(["encode", *argv]) == 2
+    assert message in capsys.readouterr().err
