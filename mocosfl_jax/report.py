@@ -47,9 +47,10 @@ def header(run: Run, state: TrainState) -> str:
             "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "
             "down a step",
         }
+    interval = "step" if run.steps_per_round == 1 else f"{run.steps_per_round:,} steps"
     rows["plan"] = (
         f"{config.total_epochs:,} epochs of {run.steps_per_epoch:,} steps of {run.images_per_step:,} images, "
-        f"synchronized every {run.steps_per_round:,} steps{', MonAcoSFL' if sync.momentum_models else ''}; "
+        f"synchronized every {interval}{', MonAcoSFL' if sync.momentum_models else ''}; "
         f"seed {config.seed}"
     )
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
