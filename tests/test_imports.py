@@ -30,7 +30,7 @@ def imports(room: str) -> set[str]:
 # Each room may use those in earlier lines, and rooms in the same line do not know each other.
 ORDER = [
     {"errors", "compiler", "concatenation"},
-    {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim"},
+    {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim", "torch_file"},
     {"clients", "server", "probes", "workdir", "plots", "commandline"},
     {"mocosfl", "saving"},
     {"flmoco", "rounds", "checkpoint"},
