@@ -43,7 +43,7 @@ def test_a_real_state_dict_is_read_bit_for_bit(side: str, count: int) -> None:
 def test_every_kind_of_tensor_is_read_bit_for_bit() -> None:
     state = read_state_dict(FOLDER / "odd.pt")
     base = drawn("base", (6, 5))
-    expected = {
+    expected: dict[str, np.ndarray] = {
         "half": drawn("half", (3, 2)).astype(np.float16),
         "double": drawn("double", (2,)).astype(np.float64),
         "long": np.arange(-2, 3),
