@@ -31,13 +31,13 @@ def imports(room: str) -> set[str]:
 ORDER = [
     {"errors", "compiler", "concatenation"},
     {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim", "torch_file"},
-    {"clients", "server", "probes", "workdir", "plots", "commandline"},
+    {"clients", "server", "probes", "workdir", "plots", "commandline", "official", "encoder_file"},
     {"mocosfl", "saving"},
     {"flmoco", "rounds", "checkpoint"},
     {"experiment"},
     {"report", "monitor", "costs"},
     {"loop"},
-    {"train", "evaluate", "encode"},
+    {"train", "evaluate", "encode", "export", "import_official"},
 ]
 
 
