@@ -36,11 +36,12 @@ def header(run: Run, state: TrainState) -> str:
         smashed_bytes = 4 * int(np.prod(smashed_shape(run)))
         frozen = optim.client_lr == 0
         extras = [config.model.bottleneck and f"bottleneck {config.model.bottleneck}", frozen and "frozen"]
+        network = config.model.name + (f" width {config.model.width}" if config.model.width else "")
         keys = f"queue of {config.moco.queue_size:,} keys"
         if not config.moco.feature_sharing:
             keys = f"{pool.num:,} queues of {config.moco.queue_size // pool.num:,} keys"
         rows |= {
-            "client side": f"{config.model.name} up to cut layer {config.model.cut_layer}"
+            "client side": f"{network} up to cut layer {config.model.cut_layer}"
             f"{''.join(f', {extra}' for extra in extras if extra)}: {_params(client_params)} a client",
             "server side": f"{_params(state.server.params)}; {keys}",
             "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "

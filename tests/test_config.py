@@ -1,47 +1,19 @@
-"""Configurations: presets, checks with their messages, and every file in configs/."""
+"""Configurations: presets, settings of the paper, and checks with their messages."""
 
-import pathlib
 from collections.abc import Callable
 
 import pytest
 
-from mocosfl_jax.commandline import load_config
-from mocosfl_jax.config import Clients, Config, Moco, differences, paper_settings, quickstart
+from mocosfl_jax.config import Clients, Config, Moco, differences, paper_settings
 from mocosfl_jax.errors import UserError
-
-CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_file_is_possible(path: pathlib.Path) -> None:
-    config = load_config(str(path)).resolved()
-    assert config.clients.cohort is not None
-    assert f"--config=configs/{path.name}" in (path.read_text()) or path.stem == "quickstart"
-
-
-def test_there_are_the_four_promised_files() -> None:
-    promised = {"quickstart", "cifar10_noniid_100", "cifar10_noniid_1000", "cifar10_smoke"}
-    assert promised <= {path.stem for path in CONFIGS}
-    (default,) = (path for path in CONFIGS if path.stem == "quickstart")
-    assert load_config(str(default)) == quickstart()
 
 
 def test_presets_fill_in_what_is_left_open_and_nothing_else() -> None:
     v1 = Config(moco=Moco(preset="v1", key_dim=64)).resolved()
-    assert (v1.moco.key_dim, v1.moco.head, v1.moco.symmetric, v1.moco.augmentation) == (
-        64,
-        "linear",
-        False,
-        "v1",
-    )
+    assert (v1.moco.key_dim, v1.moco.head, v1.moco.augmentation) == (64, "linear", "v1")
     assert v1.optim.schedule == "multistep"
     v2 = Config().resolved()
-    assert (v2.moco.key_dim, v2.moco.head, v2.moco.symmetric, v2.moco.augmentation) == (
-        1024,
-        "mlp",
-        True,
-        "v2",
-    )
+    assert (v2.moco.key_dim, v2.moco.head, v2.moco.augmentation) == (1024, "mlp", "v2")
     assert (v2.optim.schedule, v2.clients.cohort) == ("cosine", 100)
     assert Config().moco.key_dim is None  # the original is left as it was
 

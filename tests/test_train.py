@@ -253,8 +253,8 @@ def test_a_mistake_is_one_line(
 
 
 def test_an_optional_field_can_be_unset() -> None:
-    path = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_noniid_1000.py"
-    assert parse(["train", f"--config={path}"])[0].clients.cohort == 100
+    path = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_cross_silo.py:20"
+    assert parse(["train", f"--config={path}"])[0].clients.cohort == 5
     assert parse(["train", f"--config={path}", "--config.clients.cohort=None"])[0].clients.cohort is None
 
 
@@ -350,3 +350,39 @@ def test_workdir_is_named_after_the_config_file() -> None:
     path = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_smoke.py"
     config, workdir, _ = parse(["train", f"--config={path}", "--config.epochs=1"])
     assert (workdir, config.epochs, config.data.name) == (pathlib.Path("runs/cifar10_smoke"), 1, "cifar10")
+
+
+@pytest.mark.parametrize(
+    "options, shown",
+    [
+        (
+            # Rich clients, each with a queue of its own, all shortcuts and averages at once.
+            [
+                *("clients.rich=0.25", "clients.rich_data=0.5", "clients.rich_batch=2"),
+                *("clients.noniid_ratio=1.0", "moco.feature_sharing=False", "moco.queue_size=64"),
+                *("model.name=resnet18", "model.bottleneck=C4S2", "model.client_residual=False"),
+                *("sync.weighted=True", "sync.momentum_models=True", "sync.divergence_lambda=1.0"),
+                *("optim.client_lr=0.01", "optim.client_schedule=official_per_step"),
+            ],
+            ["1 rich", "batch 2 to 4", "bottleneck C4S2", "4 queues of 16 keys", "MonAcoSFL"],
+        ),
+        (["optim.client_lr=0", "moco.preset=v1"], ["frozen", "0 B down"]),
+        (["algorithm=flmoco", "clients.local_epochs=2"], ["FL-MoCo", "whole resnet18"]),
+        (
+            ["clients.num=1", "clients.batch_size=6", "clients.noniid_ratio=1.0", "model.cut_layer=0"],
+            ["up to cut layer 0: 0 parameters"],
+        ),
+    ],
+    ids=["heterogeneous", "frozen", "flmoco", "centralised"],
+)
+def test_kinds_of_run(
+    images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, options: list[str], shown: list[str]
+) -> None:
+    """Each trains to its end, resumes from nothing but its files, and says what it is."""
+    argv = arguments(images, tmp_path, *(f"--config.{option}" for option in options), "--config.epochs=1")
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    for words in shown:
+        assert words in out
+    assert all(np.isfinite(value) for line in metrics(tmp_path) for value in line.values())
+    assert main(argv) == 0

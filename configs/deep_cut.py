@@ -1,0 +1,18 @@
+"""A deep cut with a synchronization every step: MocoSFL, or MonAcoSFL (Przewięźlikowski et al. 2024).
+
+    python -m mocosfl_jax.train --config=configs/deep_cut.py:mocosfl
+    python -m mocosfl_jax.train --config=configs/deep_cut.py:monacosfl
+
+The quickstart's data and network with six of its nine layers on the clients; MonAcoSFL also averages the
+momentum models. The numbers are in docs/deep_cut.md.
+"""
+
+from mocosfl_jax.config import Config, quickstart
+
+
+def get_config(method: str = "mocosfl") -> Config:
+    config = quickstart()
+    config.model.cut_layer = 6
+    config.sync.frequency = 60
+    config.sync.momentum_models = {"mocosfl": False, "monacosfl": True}[method]
+    return config

@@ -1,0 +1,85 @@
+"""Every file in configs/ is an experiment that runs."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from mocosfl_jax import experiment
+from mocosfl_jax.commandline import load_config
+from mocosfl_jax.config import Config, Data, Model, quickstart
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+PARAMETERS = {
+    "cifar10_cross_silo": ["5", "20"],
+    "cifar100_cross_silo": ["5", "20"],
+    "cifar10_noniid": ["100", "200", "1000"],
+    "cifar100_noniid": ["100", "200", "1000"],
+    "imagenet12_noniid": ["100", "200", "1000"],
+    "deep_cut": ["mocosfl", "monacosfl"],
+}
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """2,000 images of 16 pixels and 20 classes."""
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    x = np.random.default_rng(0).integers(0, 256, (2000, 16, 16, 3)).astype(np.uint8)
+    y = np.arange(2000) % 20
+    np.savez(path, x_train=x, y_train=y, x_test=x[:50], y_test=y[:50])
+    return str(path)
+
+
+def load(name: str, *parameter: str) -> Config:
+    return load_config(str(FOLDER / f"{name}.py"), parameter)
+
+
+def test_every_parameter_belongs_to_a_file() -> None:
+    assert set(PARAMETERS) <= set(NAMES)
+
+
+def test_the_default_run_has_a_file() -> None:
+    assert load("quickstart") == quickstart()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_of_every_config(name: str, generated: str) -> None:
+    """As it stands, but for generated images and a network narrow enough for a test."""
+    config = load(name)
+    width = 16 if config.model.name == "mobilenetv2" else 4
+    config.data = Data(name="npz", dir=generated, image_size=32 if "vgg" in config.model.name else None)
+    config.model = Model(name=config.model.name, cut_layer=config.model.cut_layer, width=width)
+    config.moco.key_dim = 8
+    run = experiment.prepare(config)
+
+    @jax.jit
+    def one_step(rng: jax.Array, images: jax.Array) -> jax.Array:
+        state, info = run.algorithm.step(run.algorithm.init(rng), run.make_views(rng, images), members)
+        state, _ = run.algorithm.sync(state, members)
+        return info.loss + 0 * sum(jax.numpy.sum(leaf) for leaf in jax.tree.leaves(state.clients.params))
+
+    members = None if run.whole_pool else run.members(0)
+    batch = np.stack([np.resize(run.parts[i], run.batch_sizes.max()) for i in run.members(0)])
+    assert np.isfinite(one_step(jax.random.key(0), run.dataset.x_train[batch]))
+
+
+@pytest.mark.parametrize("name, parameter", [(n, p) for n, ps in PARAMETERS.items() for p in ps])
+def test_every_parameter_resolves(name: str, parameter: str) -> None:
+    config = load(name, parameter).resolved()
+    if parameter.isdigit():
+        assert config.clients.num == int(parameter)
+    # The paper trains on 100 images a step and 200 passes over the data.
+    assert config.clients.cohort is not None and config.clients.batch_size is not None
+    if "deep_cut" not in name:
+        assert config.clients.cohort * config.clients.batch_size == 100
+        assert config.total_epochs * config.clients.cohort == 200 * config.clients.num
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_header_says_how_to_run_it(name: str) -> None:
+    header = (FOLDER / f"{name}.py").read_text().split('"""')[1]
+    assert "python -m mocosfl_jax.train" in header
+    if name != "quickstart":
+        assert f"--config=configs/{name}.py" in header

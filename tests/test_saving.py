@@ -1,0 +1,148 @@
+"""Communication saving by loss: when it saves, what it keeps, and that a run with it can stop anywhere."""
+
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_loop import IMAGE, comparable, train
+
+from mocosfl_jax import checkpoint, experiment, mocosfl, saving, workdir
+from mocosfl_jax.clients import SmashedData
+from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Saving, Sync
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.experiment import Run
+from mocosfl_jax.saving import Traffic
+
+EPOCHS = 7
+
+
+@pytest.mark.parametrize(
+    "losses, states",
+    [
+        # Threshold 1, warm-up of two epochs: falls of 1 and more keep clients busy.
+        ([9, 9, 9, 9, 9, 9], "AAABCC"),
+        ([9, 8, 7, 6, 5, 4], "AAAAAA"),
+        ([9, 9, 8.5, 8.2, 7.0, 7.0], "AAABCA"),
+        ([9, 9, 10, 11, 9.5, 9.4], "AAABCA"),
+    ],
+)
+def test_states_follow_the_loss(losses: list[float], states: str) -> None:
+    """The state of epoch 1, 2, ..., each decided by the epoch before it."""
+    traffic, last, seen = Traffic.BOTH_WAYS, math.inf, []
+    for epoch, loss in enumerate(losses, start=1):
+        seen.append(str(traffic))
+        traffic = saving.next_traffic(traffic, loss, last, epoch=epoch, threshold=1.0, warmup_epochs=2)
+        last = loss
+    assert "".join(seen) == states
+
+
+def test_without_a_threshold_everything_is_always_sent() -> None:
+    for loss in (1.0, 2.0, math.inf):
+        after = saving.next_traffic(Traffic.BOTH_WAYS, loss, 1.0, epoch=50, threshold=0.0, warmup_epochs=0)
+        assert after is Traffic.BOTH_WAYS
+
+
+def test_store_gives_back_what_was_kept(tmp_path: pathlib.Path) -> None:
+    store = saving.Store(tmp_path / "replay.npy", (3, 2, 4, 2, 2, 1))
+    rng = np.random.default_rng(0)
+    kept = [SmashedData(*jnp.asarray(rng.normal(size=(2, 4, 2, 2, 1)), jnp.float32)) for _ in range(3)]
+    for step in (2, 0, 1):
+        store.write(step, kept[step])
+    for step in range(3):
+        for a, b in zip(store.read(step), kept[step], strict=True):
+            np.testing.assert_array_equal(a, b)
+    other = saving.Store(tmp_path / "replay.npy", (4, 2, 4, 2, 2, 1))
+    with pytest.raises(UserError, match=r"replay.npy: found \(3, 2, 4, 2, 2, 1\), the run's"):
+        other.read(0)
+
+
+def test_a_store_beyond_its_budget_is_refused(tmp_path: pathlib.Path) -> None:
+    store = saving.Store(tmp_path / "replay.npy", (1024, 2, 1024, 16, 16, 1))
+    with pytest.raises(UserError, match=r"config\.saving\.replay_gib: found 1.5, allowed: 2 or more"):
+        store.require_space(1.5)
+    store.require_space(2)
+    with pytest.raises(UserError, match=r"replay.npy: 1e\+09 GiB are needed, .* GiB are free"):
+        saving.Store(tmp_path / "replay.npy", (2**29, 2, 2**29)).require_space(math.inf)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Cohorts of two with queues of their own; no loss ever falls enough, so: A, A, B, C, C, ..."""
+    from conftest import make_toy_model
+
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    rng = np.random.default_rng(0)
+    pictures, labels = rng.integers(0, 256, (24, *IMAGE)).astype(np.uint8), np.arange(24) % 3
+    np.savez(path, x_train=pictures, y_train=labels, x_test=pictures[:9], y_test=labels[:9])
+    prepared = experiment.prepare(
+        Config(
+            epochs=EPOCHS,
+            data=Data(name="npz", dir=str(path)),
+            clients=Clients(num=3, cohort=2, batch_size=2, noniid_ratio=1.0),
+            sync=Sync(frequency=2),
+            saving=Saving(loss_threshold=1e6, warmup_epochs=1),
+            model=Model(width=4),
+            moco=Moco(key_dim=8, queue_size=24, feature_sharing=False),
+            eval=Eval(every=2, knn_k=3, probe_epochs=2),
+        )
+    )
+    model = make_toy_model()
+    algorithm = mocosfl(model, num_clients=3, queue_size=24, feature_sharing=False)
+    return prepared._replace(model=model, algorithm=algorithm)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert train(run, folder)
+    return folder
+
+
+def test_what_is_sent_goes_both_ways_then_up_then_not_at_all(run: Run, undisturbed: pathlib.Path) -> None:
+    lines = [m for m in workdir.read_metrics(undisturbed) if "smashed_up_bytes" in m]
+    # 4 images of 4 x 4 x 5 floats a step.
+    one_way = 4 * 4 * 4 * 5 * 4 * run.steps_per_epoch
+    sent = [(m["smashed_up_bytes"], m["smashed_down_bytes"]) for m in lines]
+    assert sent == [(2 * one_way, one_way)] * 2 + [(2 * one_way, 0)] + [(0, 0)] * (EPOCHS - 3)
+    assert [("divergence" in m) for m in lines] == [True, True] + [False] * (EPOCHS - 2)
+
+
+def test_clients_rest_and_the_server_goes_on(run: Run, tmp_path: pathlib.Path) -> None:
+    """From the end of epoch 2 on, no client-side model changes; the server's does."""
+    assert not train(run, tmp_path, lambda m: m["epoch"] == 2)
+    like = jax.jit(run.algorithm.init)(jax.random.key(0))
+    states = []
+    for _ in range(2):
+        with checkpoint.open_manager(tmp_path / "checkpoints", keep=3) as manager:
+            restored = checkpoint.restore_newest(manager, like)
+        assert restored is not None
+        states.append(restored[0])
+        if len(states) == 1:
+            assert train(run, tmp_path)
+    before, after = states
+    for a, b in zip(
+        jax.tree.leaves(before.clients.params), jax.tree.leaves(after.clients.params), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert np.any(before.server.params["kernel"] != after.server.params["kernel"])
+    assert np.any(before.server.queue.keys != after.server.queue.keys)
+
+
+@pytest.mark.parametrize("epoch", [2, 3, 5])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(
+    run: Run, undisturbed: pathlib.Path, tmp_path: pathlib.Path, epoch: int
+) -> None:
+    """Stopped before the epoch that keeps, before the first replay, and between two of them."""
+    assert not train(run, tmp_path, lambda m: m["epoch"] == epoch)
+    assert train(run, tmp_path)
+    assert comparable(tmp_path) == comparable(undisturbed)
+
+
+def test_a_lost_file_is_told(run: Run, tmp_path: pathlib.Path) -> None:
+    assert not train(run, tmp_path, lambda m: m["epoch"] == 4)
+    (tmp_path / "replay.npy").unlink()
+    with pytest.raises(UserError, match=r"replay\.npy: the run was in an epoch of replay"):
+        train(run, tmp_path)
