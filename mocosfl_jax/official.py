@@ -38,7 +38,8 @@ def from_official(client_state: State, server_state: State, **network: Any) -> t
     Raises:
       UserError: if these are not the tensors of this network: every tensor has one place.
     """
-    described = ", ".join(f"{field} {value}" for field, value in network.items() if value is not None)
+    fields = [f"{field} {value}" for field, value in network.items() if value is not None and field != "name"]
+    described = f"{network['name']} ({', '.join(fields)})"
     if network.get("norm", "group") != "group":
         raise UserError(
             f"config.model.norm: found {network['norm']!r}, allowed: group for official checkpoints"

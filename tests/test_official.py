@@ -120,16 +120,16 @@ def edit(key: str, value: np.ndarray | None) -> Callable[[State], State]:
 @pytest.mark.parametrize(
     ("change", "network", "expected"),
     [
-        (edit("3.bn1.bias", None), {}, "server side: found no 3.bn1.bias, which name resnet18, cut_layer 1"),
+        (edit("3.bn1.bias", None), {}, "server side: found no 3.bn1.bias, which resnet18 (cut_layer 1"),
         (
             edit("10.weight", np.ones(2)),
             {},
-            "server side: found 10.weight of shape (2,), which name resnet18",
+            "server side: found 10.weight of shape (2,), which resnet18 (cut_layer 1",
         ),
         (
             edit("9.2.weight", np.ones((7, 6))),
             {},
-            "9.2.weight: found float64 of shape (7, 6), expected floats of shape (6, 6) for name resnet18",
+            "9.2.weight: found float64 of shape (7, 6), expected floats of shape (6, 6) for resnet18 (",
         ),
         (edit("9.2.bias", np.ones(6, np.int64)), {}, "9.2.bias: found int64 of shape (6,), expected floats"),
         (edit("0.bn1.running_mean", np.ones(4)), {}, "found 0.bn1.running_mean, of a batch norm"),
