@@ -12,9 +12,8 @@ import pytest
 from conftest import make_toy_model, random_views
 from jax import Array, lax
 
-from mocosfl_jax import SplitModel, costs, experiment, mocosfl, split_model
-from mocosfl_jax.commandline import load_config
-from mocosfl_jax.config import Config, Data, quickstart
+from mocosfl_jax import SplitModel, commandline, costs, experiment, mocosfl, split_model
+from mocosfl_jax.config import Data, quickstart
 from mocosfl_jax.costs import Plan, forward_flops
 from mocosfl_jax.errors import UserError
 
@@ -357,7 +356,7 @@ def test_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> N
     [
         ("--images=0", "flag --images=0"),
         ("--config.data.name=food", "--images: found None"),
-        ("--config.model.cut_layer=9", "config.model.cut_layer: found 9, allowed: 1 to 8"),
+        ("--config.model.cut_layer=9", "config.model.cut_layer: found 9, allowed: 0 to 8"),
         ("--workdir=x", "workdir"),
     ],
 )
@@ -374,15 +373,16 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--image_size=PIXELS" in capsys.readouterr().out
 
 
-def test_readme_shows_what_the_command_prints() -> None:
+def test_readme_shows_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the arrays that are kept for the backward pass, which are JAX's choice."""
-    (command, shown) = re.findall(
-        r"```console\n\$ python -m mocosfl_jax.costs --config=(\S+)\n(.*?)```",
+    monkeypatch.chdir(ROOT)
+    (arguments, shown) = re.findall(
+        r"```console\n\$ python -m mocosfl_jax.costs (.+?)\n(.*?)```",
         (ROOT / "README.md").read_text(),
         re.DOTALL,
     )[0]
-    config: Config = load_config(str(ROOT / command))
-    printed = costs.table(costs.from_config(config.resolved())).splitlines()
+    config = commandline.parse(["costs", *arguments.split()], "").config.resolved()
+    printed = costs.table(costs.from_config(config)).splitlines()
     for line, real in zip(shown.splitlines(), printed, strict=True):
         if not line.startswith(("memory", "  activations")):
             assert line.rstrip() == real.rstrip()

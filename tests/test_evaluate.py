@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line(
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ('"epochs"', '"epoch"', "config.json: config: found field 'epoch', allowed: seed, epochs"),
+        ('"epochs"', '"epoch"', "config.json: config: found field 'epoch', allowed: algorithm, seed"),
         ('"queue_size": 20,', "", "config.moco.queue_size: found no such field"),
         ('"epochs": 3', '"epochs": "3"', "config.epochs: found '3', allowed: int"),
         ('"epochs": 3', '"epochs": 0', "config.epochs: found 0, allowed: 1 or more"),
@@ -226,7 +226,7 @@ def test_files_are_fitted_or_left_out(
     np.testing.assert_allclose(got["backbone"][0], got["backbone"][1], rtol=1e-6)
     assert got["projection"].shape == (3, 8)
     out = capsys.readouterr().out
-    assert f"left out: {folder / 'a.jpg'} (UnidentifiedImageError" in out
+    assert f"left out: {folder / 'a.jpg'} (not a PNG or JPEG image)" in out
     assert "left out: 1 of 4 files" in out
 
 

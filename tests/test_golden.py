@@ -151,8 +151,8 @@ def build(case: Case) -> tuple[Algorithm, TrainState]:
         feature_sharing=s["feature_sharing"],
     )
     state = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
-        jax.jit(algorithm.init)(jax.random.PRNGKey(0)),
+        lambda leaf: jnp.zeros(leaf.shape, float if leaf.dtype == jnp.float32 else leaf.dtype),
+        jax.eval_shape(algorithm.init, jax.random.key(0)),
     )
     seen = 0
     for parameter in s["parameters"]:

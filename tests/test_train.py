@@ -221,7 +221,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ("--config.epoch=3", "config: found field 'epoch' (did you mean epochs?), allowed: seed, epochs"),
+        ("--config.epoch=3", "config: found field 'epoch' (did you mean epochs?), allowed: algorithm, seed"),
         ("--config.clients.size=3", "config.clients: found field 'size', allowed: num, cohort"),
         ("--config.epochs.x=3", "config.epochs: found field 'x', allowed: no field below it"),
         ("--config.epochs=many", "config.epochs: found 'many', allowed: int"),
@@ -230,7 +230,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
         ("--config=nowhere.py", "--config: found no file nowhere.py"),
         ("--epochs=3", "Unknown command line flag 'epochs'"),
         ("loose", "found 'loose', allowed: --config=FILE"),
-        ("--config.model.cut_layer=9", "config.model.cut_layer: found 9, allowed: 1 to 8 for resnet18"),
+        ("--config.model.cut_layer=9", "config.model.cut_layer: found 9, allowed: 0 to 8 for resnet18"),
         ("--config.model.name=vgg", "config.model.name: found 'vgg', allowed: resnet18"),
         ("--config.moco.queue_size=3", "config.moco.queue_size: found 3, allowed: 16 or more"),
         ("--config.clients.cohort=5", "config.clients.cohort: found 5, allowed: 1 to 4"),
