@@ -95,6 +95,18 @@ def parse_flags(
     return values
 
 
+def output_file(text: str) -> Path:
+    """The path that --out gives.
+
+    Raises:
+      UserError: if no file can be there.
+    """
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--out: found {path}, allowed: a file in a folder that is there")
+    return path
+
+
 def split_parameter(path: str) -> tuple[str, list[str]]:
     """FILE:PARAMETER as the file and the list of its one parameter, or of none."""
     file, colon, parameter = path.rpartition(":")

@@ -55,13 +55,12 @@ def encode(argv: Sequence[str]) -> None:
         flags.DEFINE_integer("checkpoint", None, "Its training step.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "images", "out"])
-    folder, images, out = Path(values.workdir), Path(values.images), Path(values.out)
+    folder, images = Path(values.workdir), Path(values.images)
     config = workdir.read_config(folder)
     preprocessing = workdir.read_preprocessing(folder)
     if not images.is_dir():
         raise UserError(f"--images: found no folder {images}, allowed: a folder of images")
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out: found {out}, allowed: a file in a folder that is there")
+    out = commandline.output_file(values.out)
     files = image_folder.files_below(images)
     if not files:
         raise UserError(f"--images: {images} holds no .png, .jpg or .jpeg file")

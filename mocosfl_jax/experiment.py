@@ -1,7 +1,7 @@
 """An experiment made ready: data read, dealt to the clients, algorithm built."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -182,21 +182,25 @@ def build(
     )
 
 
+def network(config: Config, image_size: int) -> dict[str, Any]:
+    """The arguments of `split_model` that describe the network of a resolved configuration."""
+    model, moco = config.model, config.moco
+    assert moco.key_dim is not None and moco.head is not None
+    return {
+        "name": model.name,
+        "cut_layer": model.cut_layer,
+        "width": model.width,
+        "image_size": image_size,
+        "stem_stride": model.stem_stride,
+        "key_dim": moco.key_dim,
+        "head": moco.head,
+        "bottleneck": model.bottleneck,
+        "client_residual": model.client_residual,
+        "weight_standardisation": model.weight_standardisation,
+        "norm": model.norm,
+    }
+
+
 def build_model(config: Config, image_size: int) -> SplitModel:
     """The network of a resolved configuration, for images of `image_size` pixels a side."""
-    moco = config.moco
-    assert moco.key_dim is not None and moco.head is not None
-    return split_model(
-        config.model.name,
-        cut_layer=config.model.cut_layer,
-        width=config.model.width,
-        image_size=image_size,
-        stem_stride=config.model.stem_stride,
-        key_dim=moco.key_dim,
-        head=moco.head,
-        bottleneck=config.model.bottleneck,
-        client_residual=config.model.client_residual,
-        weight_standardisation=config.model.weight_standardisation,
-        norm=config.model.norm,
-        stacked_server=config.algorithm == "flmoco",
-    )
+    return split_model(**network(config, image_size), stacked_server=config.algorithm == "flmoco")

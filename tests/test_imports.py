@@ -30,14 +30,14 @@ def imports(room: str) -> set[str]:
 # Each room may use those in earlier lines, and rooms in the same line do not know each other.
 ORDER = [
     {"errors", "compiler", "concatenation"},
-    {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim"},
-    {"clients", "server", "probes", "workdir", "plots", "commandline"},
+    {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim", "torch_file"},
+    {"clients", "server", "probes", "workdir", "plots", "commandline", "official", "encoder_file"},
     {"mocosfl", "saving"},
     {"flmoco", "rounds", "checkpoint"},
     {"experiment"},
     {"report", "monitor", "costs"},
     {"loop"},
-    {"train", "evaluate", "encode"},
+    {"train", "evaluate", "encode", "export", "import_official"},
 ]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from mocosfl_jax.data import arrays, cifar, folder, images, stl10, svhn, tfds_sets, tiny_imagenet
 from mocosfl_jax.errors import UserError
 
-__all__ = ["NAMES", "Dataset", "load"]
+__all__ = ["NAMES", "PUBLISHED", "Dataset", "load"]
 
 Channels = tuple[float, float, float]
 _Loader = Callable[[str, Path, int | None], images.Loaded]
@@ -43,7 +43,7 @@ _MAX_SIZE = math.isqrt(images.MAX_PIXELS)
 _SVHN = ((0.3522, 0.4004, 0.4463), (0.1189, 0.1377, 0.1784))
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 _TINY_IMAGENET = ((0.5141, 0.5775, 0.3985), (0.2927, 0.2570, 0.1434))
-_PUBLISHED: dict[str, tuple[Channels, Channels]] = {
+PUBLISHED: dict[str, tuple[Channels, Channels]] = {
     "cifar10": (_CIFAR10_MEAN, (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "svhn": _SVHN,
@@ -131,7 +131,7 @@ def _dataset(loaded: images.Loaded, key: str, image_size: int | None) -> Dataset
     what = f"{source}: config.data.image_size {image_size}"
     x_train = images.resize(loaded.x_train, image_size, what)
     x_test = images.resize(loaded.x_test, image_size, what)
-    mean, std = _PUBLISHED.get(key) or images.channel_stats(x_train)
+    mean, std = PUBLISHED.get(key) or images.channel_stats(x_train)
     return Dataset(
         x_train,
         loaded.y_train.astype(np.int32),

@@ -1,0 +1,66 @@
+"""Write the encoder of a run to one safetensors file.
+
+  python -m mocosfl_jax.export --workdir=FOLDER --out=FILE.safetensors [--checkpoint=STEP]
+
+--workdir=FOLDER     of a run of mocosfl_jax.train, finished or not; its data set need not be there
+--out=FILE           gets client 0's and the server's parameters, with the network and the preprocessing in
+                     its header; `mocosfl_jax.load_encoder` reads it
+--checkpoint=STEP    a number in the run's checkpoints; the newest by default
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from mocosfl_jax import commandline, compiler, workdir
+from mocosfl_jax.commandline import say
+
+USAGE = "--workdir=FOLDER, --out=FILE.safetensors, --checkpoint=STEP, --help"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit status, as `commandline.answer` has it."""
+    if commandline.HELP & set(argv):
+        say(__doc__ or "")
+        return 0
+    return commandline.answer(lambda: export(argv))
+
+
+def export(argv: Sequence[str]) -> None:
+    """Export as the command line says.
+
+    Raises:
+      UserError: for a mistake in it, and for a folder that holds no run.
+    """
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        flags.DEFINE_string("out", None, "File of the encoder.", flag_values=values)
+        flags.DEFINE_integer("checkpoint", None, "Its training step.", flag_values=values)
+
+    values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "out"])
+    folder, out = Path(values.workdir), commandline.output_file(values.out)
+    config = workdir.read_config(folder)
+    preprocessing = workdir.read_preprocessing(folder)
+
+    compiler.set_flags()
+    # Imported only here, so that a slip of the pen is answered at once.
+    from mocosfl_jax import checkpoint, encoder_file, experiment
+
+    _, algorithm = experiment.build(config, image_size=preprocessing.image_size)
+    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init)
+    client = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
+    # FL-MoCo's clients have the whole network.
+    client, server = client if config.algorithm == "flmoco" else (client, state.server.params)
+    source = f"checkpoint {progress.step:,} of {folder}"
+    network = experiment.network(config, preprocessing.image_size)
+    metadata = encoder_file.Metadata(network, preprocessing.mean, preprocessing.std, source)
+    encoder_file.export_encoder(out, client, server, metadata)
+    say(f"{out}: {encoder_file.describe(client, server, metadata)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,100 @@
+"""Turn a checkpoint of the official PyTorch code into one safetensors file. PyTorch is not needed.
+
+  python -m mocosfl_jax.import_official --client=checkpoint_c_best.tar --server=checkpoint_s_best.tar
+      --config=FILE[:PARAMETER] [--config.FIELD=VALUE ...] --out=FILE.safetensors [--mean=R,G,B --std=R,G,B]
+
+--client, --server   the two files that the official code saved
+--config             the network (config.model, config.moco) and the data (name, image_size) that it was
+                     trained with
+--out=FILE           gets the encoder; `mocosfl_jax.load_encoder` reads it
+--mean, --std        of each channel, on [0, 1]; by default the official code's for config.data.name
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from mocosfl_jax import commandline, data
+from mocosfl_jax.commandline import say
+from mocosfl_jax.config import Config
+from mocosfl_jax.costs import DATA_SETS
+from mocosfl_jax.errors import UserError
+
+USAGE = "--client=FILE, --server=FILE, --config=FILE, --config.FIELD=VALUE, --out=FILE, --mean, --std, --help"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit status, as `commandline.answer` has it."""
+    if commandline.HELP & set(argv):
+        say(commandline.help_text(__doc__))
+        return 0
+    return commandline.answer(lambda: import_official(argv))
+
+
+def import_official(argv: Sequence[str]) -> None:
+    """Import as the command line says.
+
+    Raises:
+      UserError: for a mistake in it, and for files that hold another network.
+    """
+
+    def define(values: flags.FlagValues) -> None:
+        for name in ("client", "server", "out"):
+            flags.DEFINE_string(name, None, "File.", flag_values=values)
+        for name in ("mean", "std"):
+            flags.DEFINE_list(name, None, "Of each channel.", flag_values=values)
+
+    arguments = commandline.parse(argv, USAGE, define)
+    values = arguments.flags
+    # The quickstart's network is nobody's official one.
+    given = {"config"} if any(re.match(r"--?config(=|$)", argument) for argument in argv) else set()
+    given |= {name for name in ("client", "server", "out") if values[name].value}
+    for name in ("client", "server", "config", "out"):
+        if name not in given:
+            raise UserError(f"--{name} is missing; allowed: {USAGE}")
+    out = commandline.output_file(values.out)
+    config = arguments.config.resolved()
+    mean, std = (_channels(name, values[name].value, config) for name in ("mean", "std"))
+    image_size = config.data.image_size or DATA_SETS.get(config.data.name, (None, None))[1]
+    if image_size is None:
+        raise UserError(
+            f"config.data.image_size: found None, allowed: the pixels a side of {config.data.name}"
+        )
+
+    # Imported only here, so that a slip of the pen is answered at once.
+    from mocosfl_jax import encoder_file, experiment, official, torch_file
+
+    network = experiment.network(config, image_size)
+    states = [torch_file.read_state_dict(Path(path)) for path in (values.client, values.server)]
+    client, server = official.from_official(*states, **network)
+    metadata = encoder_file.Metadata(network, mean, std, f"{values.client}, {values.server}")
+    encoder_file.export_encoder(out, client, server, metadata)
+    say(f"{out}: {encoder_file.describe(client, server, metadata)}")
+
+
+def _channels(flag: str, given: list[str] | None, config: Config) -> tuple[float, ...]:
+    """What the flag says, or the published numbers of the data set."""
+    if given is None:
+        if config.data.name not in data.PUBLISHED:
+            raise UserError(
+                f"--{flag} is missing, and not known for {config.data.name}; allowed: --{flag}=R,G,B"
+            )
+        return data.PUBLISHED[config.data.name][("mean", "std").index(flag)]
+    try:
+        numbers = tuple(map(float, given))
+    except ValueError:
+        numbers = ()
+    if (
+        len(numbers) != 3
+        or not all(0 <= number <= 1 for number in numbers)
+        or (flag == "std" and 0 in numbers)
+    ):
+        raise UserError(f"--{flag}: found {','.join(given)}, allowed: R,G,B on [0, 1], as 0.49,0.48,0.45")
+    return numbers
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,162 @@
+"""Checkpoints of the official MocoSFL code (checkpoint_c_*.tar, checkpoint_s_*.tar) as parameters of ours.
+
+There each side of the cut is one `nn.Sequential`, which also counts what has no parameters: "9.0.weight" is
+the first layer of the head of a ResNet-18 cut at 1, after eight blocks and the global average pool.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.models import mobilenetv2, resnet, split_model, vgg
+from mocosfl_jax.models.bottleneck import Bottleneck, read_bottleneck
+
+State = Mapping[str, np.ndarray]
+Modules = dict[tuple[str, ...], str]  # path in our tree -> prefix of their names
+Layer = Sequence[tuple[str, ...] | None]  # paths of its modules in their Sequential; None: without parameters
+
+_NAMES = {"shortcut_conv": "shortcut.0", "shortcut_norm": "shortcut.1"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def from_official(client_state: State, server_state: State, **network: Any) -> tuple[Any, Any]:
+    """The parameters of both sides of the cut.
+
+    Args:
+      client_state: tensors by name, as `torch_file.read_state_dict` reads them.
+      server_state: the same of the server.
+      **network: arguments of `split_model`. The official code has group norm; weight standardisation and
+        the clients' shortcuts leave no trace in a checkpoint and have to be known.
+
+    Returns:
+      Client and server parameters, float32.
+
+    Raises:
+      UserError: if these are not the tensors of this network: every tensor has one place.
+    """
+    fields = [f"{field} {value}" for field, value in network.items() if value is not None and field != "name"]
+    described = f"{network['name']} ({', '.join(fields)})"
+    if network.get("norm", "group") != "group":
+        raise UserError(
+            f"config.model.norm: found {network['norm']!r}, allowed: group for official checkpoints"
+        )
+    trees = jax.eval_shape(split_model(**network).init, jax.random.key(0))
+    modules = _modules(server_state=server_state, **network)
+    transposed = network.get("bottleneck") is not None and read_bottleneck(network["bottleneck"]).halvings > 0
+    return (
+        _side("client", client_state, trees[0], modules[0], described, None),
+        _side("server", server_state, trees[1], modules[1], described, "bottleneck" if transposed else None),
+    )
+
+
+def official_key(path: tuple[str, ...], modules: Modules) -> str:
+    """The name there of one of our parameters."""
+    *inner, leaf = path
+    for length in range(len(inner), -1, -1):
+        prefix = modules.get(tuple(inner[:length]))
+        if prefix is not None:
+            names = [_NAMES.get(name, name.replace("norm", "bn")) for name in inner[length:]]
+            return ".".join([prefix, *names, _LEAVES[leaf]])
+    raise AssertionError(path)
+
+
+def _side(side: str, state: State, tree: Any, modules: Modules, network: str, transposed: str | None) -> Any:
+    """One side's tree. `transposed` is the module whose convolutions are transposed, [in, out, kh, kw]."""
+    unused = dict(state)
+    batch_norm = modules.get(("head", "norm"))
+    for statistic in _STATISTICS:  # of the large V2 head, which normalises by the batch at hand here
+        unused.pop(f"{batch_norm}.{statistic}", None)
+    for key in unused:
+        if key.rsplit(".", 1)[-1] in _STATISTICS:
+            raise UserError(
+                f"{side} side: found {key}, of a batch norm with running statistics, where {network} has "
+                "another norm: its features would be others"
+            )
+
+    def take(key_path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        path = tuple(entry.key for entry in key_path)
+        key = official_key(path, modules)
+        # Ours are [kh, kw, in, out] and [in, out].
+        axes = {4: (2, 3, 0, 1) if path[0] == transposed else (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[
+            len(leaf.shape)
+        ]
+        expected = tuple(leaf.shape[axes.index(axis)] for axis in range(len(axes)))
+        if key not in unused:
+            raise UserError(f"{side} side: found no {key}, which {network} has, of shape {expected}")
+        value = unused.pop(key)
+        if value.shape != expected or value.dtype.kind != "f":
+            raise UserError(
+                f"{side} side: {key}: found {value.dtype} of shape {value.shape}, expected floats of shape "
+                f"{expected} for {network}"
+            )
+        return np.ascontiguousarray(value.transpose(axes), np.float32)
+
+    params = jax.tree.map_with_path(take, tree)
+    if unused:
+        key, value = next(iter(unused.items()))
+        raise UserError(f"{side} side: found {key} of shape {value.shape}, which {network} does not have")
+    return params
+
+
+def _modules(
+    *,
+    name: str,
+    cut_layer: int,
+    server_state: State,
+    head: str = "mlp",
+    bottleneck: str | None = None,
+    **_: Any,
+) -> tuple[Modules, Modules]:
+    """Where the modules of either side are in their Sequential."""
+    layers = list(_layers(name))
+    read = read_bottleneck(bottleneck) if bottleneck is not None else None
+    client: Modules = {}
+    place = _append(client, 0, layers[:cut_layer])
+    _append_bottleneck(client, place, read)
+    server: Modules = {}
+    place = _append(server, _append_bottleneck(server, 0, read), layers[cut_layer:])
+    place += 1  # global average pool
+    hidden = {"linear": [], "mlp": [("hidden", 0)], "mlp_bn": [("hidden", 0), ("norm", 1)]}[head]
+    members = [*hidden, ("out", {"linear": 0, "mlp": 2, "mlp_bn": 3}[head])]
+    for member, index in members:
+        if name in vgg.ENTRIES or (head == "linear" and f"{place}.weight" in server_state):
+            server["head", member] = f"{place + index}"
+        else:
+            server["head", member] = f"{place}.{index}"
+    return client, server
+
+
+def _append(modules: Modules, place: int, layers: Sequence[Layer]) -> int:
+    """Count the layers' modules on from `place`."""
+    for path in (path for layer in layers for path in layer):
+        if path is not None:
+            modules[path] = str(place)
+        place += 1
+    return place
+
+
+def _append_bottleneck(modules: Modules, place: int, bottleneck: Bottleneck | None) -> int:
+    if bottleneck is None:
+        return place
+    relu: Layer = [None] if bottleneck.relu else []
+    convolutions = [[("bottleneck", f"conv{i}"), *relu] for i in range(max(1, bottleneck.halvings))]
+    return _append(modules, place, convolutions)
+
+
+def _layers(name: str) -> Iterator[Layer]:
+    """All layers between images and global average pool."""
+    if name in resnet.DEPTHS:
+        yield from ([(f"layer{i}",)] for i in range(1 + sum(resnet.DEPTHS[name][0])))
+    elif name in vgg.ENTRIES:
+        for i, entry in enumerate(vgg.ENTRIES[name]):
+            yield [None] if entry == "M" else [(f"layer{i}", "conv"), (f"layer{i}", "norm"), None]
+    else:
+        yield [("layer0", "conv"), ("layer0", "norm")]
+        for i, (_, _, blocks, _) in enumerate(mobilenetv2.GROUPS, start=1):
+            yield [(f"layer{i}", f"block{j}") for j in range(blocks)]
+        last = f"layer{1 + len(mobilenetv2.GROUPS)}"
+        yield [(last, "conv"), (last, "norm")]
