@@ -4,6 +4,9 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+# Compiling is most of what the tests do, and their arrays are small. Read when JAX starts its backend.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
 import jax
 import jax.numpy as jnp
 import numpy as np

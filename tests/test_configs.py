@@ -10,6 +10,8 @@ from mocosfl_jax import experiment
 from mocosfl_jax.commandline import load_config
 from mocosfl_jax.config import Config, Data, Model, quickstart
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")  # some differ in the data alone
+
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 PARAMETERS = {
     "cifar10_cross_silo": ["5", "20"],

@@ -181,7 +181,9 @@ def test_golden(case: pathlib.Path, x64: None) -> None:
     golden = Case(case)
     s = golden.settings
     algorithm, state = build(golden)
-    step, sync = jax.jit(algorithm.step), jax.jit(algorithm.sync)
+    # These networks are large enough for optimised code to pay; conftest.py asks for the contrary.
+    step = jax.jit(algorithm.step, compiler_options={"xla_backend_optimization_level": 3})
+    sync = jax.jit(algorithm.sync)
     compared = set()
 
     def check(name: str, value: Any) -> None:

@@ -106,7 +106,7 @@ def test_a_stacked_server_computes_the_same() -> None:
     "settings, image_size, smashed",
     [
         ({"name": "resnet18", "cut_layer": 0}, 32, (32, 32, 3)),
-        ({"name": "resnet18", "cut_layer": 8}, 96, (6, 6, 512)),
+        ({"name": "resnet18", "cut_layer": 8}, 96, (12, 12, 512)),
         ({"name": "resnet34", "cut_layer": 1}, 32, (32, 32, 64)),
         ({"name": "resnet34", "cut_layer": 1}, 64, (32, 32, 64)),
         ({"name": "resnet34", "cut_layer": 1}, 224, (112, 112, 64)),
@@ -119,7 +119,7 @@ def test_a_stacked_server_computes_the_same() -> None:
         ({"name": "vgg19", "cut_layer": 20}, 224, (14, 14, 512)),
         ({"name": "mobilenetv2", "cut_layer": 1}, 32, (32, 32, 32)),
         ({"name": "mobilenetv2", "cut_layer": 3}, 64, (32, 32, 24)),
-        ({"name": "mobilenetv2", "cut_layer": 4}, 96, (24, 24, 32)),
+        ({"name": "mobilenetv2", "cut_layer": 4}, 96, (48, 48, 32)),
         ({"name": "mobilenetv2", "cut_layer": 8, "stem_stride": 1}, 224, (28, 28, 320)),
     ],
     ids=str,
@@ -280,3 +280,28 @@ def test_bottlenecks_are_read(text: str, expected: Bottleneck) -> None:
 def test_impossible_networks_are_refused(change: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         split_model(**({"name": "resnet18", "cut_layer": 1} | change))
+
+
+@pytest.mark.parametrize("weight_standardisation", [True, False])
+def test_which_convolutions_are_weight_standardised(weight_standardisation: bool) -> None:
+    """A constant added to a standardised kernel changes nothing. Without the option, the official code
+    standardises the stem of a ResNet and the shortcuts of bottleneck blocks all the same."""
+    model = split_model(
+        "resnet50",
+        cut_layer=2,
+        width=4,
+        image_size=8,
+        key_dim=8,
+        weight_standardisation=weight_standardisation,
+    )
+    params, _ = model.init(jax.random.key(0))
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    smashed = model.client(params, images)
+    unchanged = set()
+    for layer, conv in (("layer0", "conv1"), ("layer1", "conv1"), ("layer1", "shortcut_conv")):
+        kernel = params[layer][conv]["kernel"] + 0.3
+        shifted = params | {layer: params[layer] | {conv: {"kernel": kernel}}}
+        if np.allclose(model.client(shifted, images), smashed, atol=1e-3):
+            unchanged.add((layer, conv))
+    always = {("layer0", "conv1"), ("layer1", "shortcut_conv")}
+    assert unchanged == (always | {("layer1", "conv1")} if weight_standardisation else always)

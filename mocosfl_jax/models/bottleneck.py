@@ -39,7 +39,7 @@ class ClientBottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        b, plain = self.bottleneck, self.options.plain()
+        b, plain = self.bottleneck, self.options.standardised(False)
         stride = 2 if b.halvings else 1
         for i in range(max(1, b.halvings)):
             x = Conv(b.channels, b.kernel_size, stride, plain, bias=True, name=f"conv{i}")(x)
@@ -56,7 +56,7 @@ class ServerBottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        b, plain = self.bottleneck, self.options.plain()
+        b, plain = self.bottleneck, self.options.standardised(False)
         if not b.halvings:
             x = Conv(self.features, b.kernel_size, 1, plain, bias=True, name="conv0")(x)
             return nn.relu(x) if b.relu else x

@@ -148,9 +148,9 @@ class Options:
     norm: str  # one of NORMS
     residual: bool  # whether blocks have shortcuts
 
-    def plain(self) -> "Options":
-        """The same without weight standardisation."""
-        return dataclasses.replace(self, weight_standardisation=False)
+    def standardised(self, yes: bool = True) -> "Options":
+        """The same with weight standardisation, or without."""
+        return dataclasses.replace(self, weight_standardisation=yes)
 
 
 class Layer(NamedTuple):

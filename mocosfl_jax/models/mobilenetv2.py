@@ -65,7 +65,7 @@ def _shortcut(x: Array, features: int, options: Options) -> Array:
     """The identity, or a plain 1x1 convolution and norm where the width changes."""
     if x.shape[-1] == features:
         return x
-    x = Conv(features, 1, 1, options.plain(), name="shortcut_conv")(x)
+    x = Conv(features, 1, 1, options.standardised(False), name="shortcut_conv")(x)
     return Norm(options, name="shortcut_norm")(x)
 
 

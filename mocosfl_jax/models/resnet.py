@@ -23,7 +23,7 @@ BOTTLENECK_EXPANSION = 4
 
 
 class Stem(nn.Module):
-    """First convolution, norm and ReLU; no max-pool."""
+    """First convolution, norm and ReLU; no max-pool. Always weight-standardised, as in the official code."""
 
     features: int
     kernel_size: int
@@ -32,7 +32,8 @@ class Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = Conv(self.features, self.kernel_size, self.stride, self.options, name="conv1")(x)
+        options = self.options.standardised()
+        x = Conv(self.features, self.kernel_size, self.stride, options, name="conv1")(x)
         return nn.relu(Norm(self.options, name="norm1")(x))
 
 
@@ -55,7 +56,10 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut; four times as many channels leave as lie within."""
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut; four times as many channels leave as lie within.
+
+    A shortcut's convolution is always weight-standardised, as in the official code.
+    """
 
     features: int
     stride: int
@@ -70,7 +74,7 @@ class BottleneckBlock(nn.Module):
         y = Conv(BOTTLENECK_EXPANSION * self.features, 1, 1, self.options, name="conv3")(y)
         y = Norm(self.options, name="norm3")(y)
         if self.options.residual:
-            y = y + _shortcut(x, y.shape[-1], self.stride, self.options)
+            y = y + _shortcut(x, y.shape[-1], self.stride, self.options.standardised())
         return nn.relu(y)
 
 

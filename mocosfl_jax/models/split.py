@@ -77,7 +77,7 @@ def _paper_width(name: str) -> int:
 
 def _layers(name: str, *, width: int, image_size: int, stem_stride: int | None) -> list[Layer]:
     """All layers between images and global average pool."""
-    stride = stem_stride or (2 if image_size >= 64 else 1)
+    stride = stem_stride or (2 if image_size == 64 or image_size >= 224 else 1)
     if name in resnet.DEPTHS:
         return resnet.resnet_layers(name, width=width, image_size=image_size, stem_stride=stride)
     if name in vgg.ENTRIES:
@@ -171,14 +171,15 @@ def split_model(
       width: channels of the first convolution, and all others in proportion; a multiple of 4, for
         mobilenetv2 of 16. None takes the paper's: 64, for mobilenetv2 32.
       image_size: pixels a side; at least 32 for a VGG.
-      stem_stride: None takes 1 below 64 px and 2 from there on. A VGG has no stem and refuses a value.
+      stem_stride: None takes 2 for images of 64 px and from 224 px on, else 1. A VGG has no stem and refuses
+        a value.
       key_dim: width of query and key embeddings.
       head: "linear" (MoCo V1), "mlp" with a hidden layer of key_dim, from ResNet-50 on of four times
         key_dim (V2), or "mlp_bn" with a batch-normalised hidden layer of twice key_dim (large V2).
       bottleneck: layers at the cut that shrink the smashed data, such as "C4S2"; see `read_bottleneck`.
       client_residual: whether the client's blocks have their shortcuts.
       weight_standardisation: of the kernels of all convolutions but those of the bottleneck layers and of
-        MobileNetV2's shortcuts.
+        MobileNetV2's shortcuts. A ResNet's stem and the shortcuts of its bottleneck blocks have it anyway.
       norm: "group" of four channels, "layer" (all channels together) or "instance" (each by itself).
       stacked_server: the server too is to be vmapped over stacked parameters, as clients are.
 
