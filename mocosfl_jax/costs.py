@@ -400,7 +400,7 @@ def from_config(config: Config, images: int | None = None, image_size: int | Non
         ("clients.rich", clients.rich, 0),
     ):
         if value != allowed:
-            raise UserError(f"config.{field}: found {value}, allowed: {allowed} (clients that are all alike)")
+            raise UserError(f"config.{field}: found {value}, allowed: {allowed}, whose costs are known here")
     known_images, known_size = DATA_SETS.get(config.data.name, (None, None))
     images = images or known_images
     image_size = config.data.image_size or image_size or known_size

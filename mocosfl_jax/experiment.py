@@ -3,9 +3,10 @@
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from mocosfl_jax import augment, data, optim, partition
+from mocosfl_jax import augment, data, optim, partition, saving
 from mocosfl_jax.clients import Sync
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
@@ -40,6 +41,20 @@ class Run(NamedTuple):
     def whole_pool(self) -> bool:
         """Every client takes part in every step."""
         return self.cohort == self.config.clients.num
+
+    @property
+    def smashed_shape(self) -> tuple[int, ...]:
+        """[n, h, w, c] of the smashed data of one kind of view that a step concatenates."""
+        size, channels = self.dataset.x_train.shape[2:]
+        rows = self.images_per_step * (2 if self.config.moco.full_symmetric else 1)
+        images = jax.ShapeDtypeStruct((rows, size, size, channels), np.float32)
+        client_params, _ = jax.eval_shape(self.model.init, jax.random.key(0))
+        return jax.eval_shape(self.model.client, client_params, images).shape
+
+    @property
+    def replay_shape(self) -> tuple[int, ...]:
+        """[S, 2, n, h, w, c] of the smashed data of an epoch, of query and key views."""
+        return (self.steps_per_epoch, 2, *self.smashed_shape)
 
     def members(self, epoch: int) -> np.ndarray:
         """The cohort of an epoch: [M] int32, sorted, so that rich clients come first."""
@@ -101,7 +116,7 @@ def prepare(config: Config) -> Run:
         mean=dataset.mean,
         std=dataset.std,
     )
-    return Run(
+    run = Run(
         config=config,
         dataset=dataset,
         parts=parts,
@@ -115,6 +130,14 @@ def prepare(config: Config) -> Run:
         steps_per_epoch=steps,
         steps_per_round=max(1, steps // config.sync.frequency),
     )
+    if config.saving.loss_threshold:
+        needed, limit = saving.gibibytes(run.replay_shape), config.saving.replay_gib
+        if needed > limit:
+            raise UserError(
+                f"config.saving.replay_gib: found {limit:g}, allowed: {needed:.3g} or more "
+                "(the smashed data of one epoch)"
+            )
+    return run
 
 
 def build(

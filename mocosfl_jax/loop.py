@@ -1,5 +1,6 @@
 """The training loop: rounds, evaluation, metrics and checkpoints. It can stop and go on anywhere."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -62,9 +63,9 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
     encode = monitor.make_encode(run.algorithm, dataset.mean, dataset.std)
     preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
     workdir.write_preprocessing(folder, preprocessing)
-    store = saving.Store(folder / "replay.npy", (run.steps_per_epoch, 2, *report.smashed_shape(run)))
+    store = saving.Store(folder / "replay.npy", run.replay_shape)
     if run.config.saving.loss_threshold:
-        store.require_space(run.config.saving.replay_gib)
+        store.require_space()
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
         restored = checkpoint.restore_newest(manager, state)
         state, progress = restored or (state, Progress())
@@ -303,7 +304,7 @@ def epoch_metrics(run: Run, progress: Progress, epoch: int, divergence: Array | 
     if divergence is not None:
         metrics["divergence"] = float(np.mean(divergence))
     if run.config.saving.loss_threshold:
-        one_way = 4 * int(np.prod(report.smashed_shape(run))) * len(progress.losses)
+        one_way = 4 * math.prod(run.smashed_shape) * len(progress.losses)
         traffic = Traffic(progress.traffic)
         metrics["smashed_up_bytes"] = 0 if traffic is Traffic.NONE else 2 * one_way
         metrics["smashed_down_bytes"] = one_way if traffic is Traffic.BOTH_WAYS else 0

@@ -1,5 +1,6 @@
 """What a run tells a person: its header, a line per evaluation, its closing summary."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def header(run: Run, state: TrainState) -> str:
             f"{config.moco.queue_size:,} keys a client"
         )
     else:
-        smashed_bytes = 4 * int(np.prod(smashed_shape(run)))
+        smashed_bytes = 4 * math.prod(run.smashed_shape)
         frozen = optim.client_lr == 0
         extras = [config.model.bottleneck and f"bottleneck {config.model.bottleneck}", frozen and "frozen"]
         network = config.model.name + (f" width {config.model.width}" if config.model.width else "")
@@ -54,15 +55,6 @@ def header(run: Run, state: TrainState) -> str:
         f"seed {config.seed}"
     )
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
-
-
-def smashed_shape(run: Run) -> tuple[int, ...]:
-    """[n, h, w, c] of the smashed data of one kind of view that a step concatenates."""
-    size, channels = run.dataset.x_train.shape[2:]
-    rows = run.images_per_step * (2 if run.config.moco.full_symmetric else 1)
-    images = jax.ShapeDtypeStruct((rows, size, size, channels), np.float32)
-    client_params, _ = jax.eval_shape(run.model.init, jax.random.key(0))
-    return jax.eval_shape(run.model.client, client_params, images).shape
 
 
 def _span(values: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ after that sends nothing: the server trains on smashed data that it has kept, in
 """
 
 import enum
+import math
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def next_traffic(
     return Traffic.UP_ONLY if traffic is Traffic.BOTH_WAYS else Traffic.NONE
 
 
+def gibibytes(shape: tuple[int, ...]) -> float:
+    """Size of a store of this shape."""
+    return 4 * math.prod(shape) / 2**30
+
+
 class Store:
     """The smashed data of one epoch, in a file: [steps, 2, n, h, w, c] of query and key views.
 
@@ -51,14 +57,9 @@ class Store:
     def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
         self.path, self.shape = path, shape
 
-    def require_space(self, limit_gib: float) -> None:
-        """Raise UserError if the file is larger than the limit, or than the disk has room for."""
-        size = 4 * int(np.prod(self.shape)) / 2**30
-        if size > limit_gib:
-            raise UserError(
-                f"config.saving.replay_gib: found {limit_gib:g}, allowed: {size:.3g} or more "
-                f"(smashed data of one epoch, {self.shape[0]} steps)"
-            )
+    def require_space(self) -> None:
+        """Raise UserError if the disk has no room for the file."""
+        size = gibibytes(self.shape)
         there = self.path.stat().st_size / 2**30 if self.path.exists() else 0.0
         free = shutil.disk_usage(self.path.parent).free / 2**30
         if size > free + there:

@@ -11,7 +11,7 @@ from test_loop import IMAGE, comparable, train
 
 from mocosfl_jax import checkpoint, experiment, mocosfl, saving, workdir
 from mocosfl_jax.clients import SmashedData
-from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Saving, Sync
+from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Saving, Sync, quickstart
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.experiment import Run
 from mocosfl_jax.saving import Traffic
@@ -60,12 +60,14 @@ def test_store_gives_back_what_was_kept(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_store_beyond_its_budget_is_refused(tmp_path: pathlib.Path) -> None:
-    store = saving.Store(tmp_path / "replay.npy", (1024, 2, 1024, 16, 16, 1))
-    with pytest.raises(UserError, match=r"config\.saving\.replay_gib: found 1.5, allowed: 2 or more"):
-        store.require_space(1.5)
-    store.require_space(2)
+    config = quickstart()
+    config.saving = Saving(loss_threshold=1.0, replay_gib=0.1)
+    # 60 steps of 2 x 100 x 16 x 16 x 16 floats.
+    with pytest.raises(UserError, match=r"config\.saving\.replay_gib: found 0.1, allowed: 0.183 or more"):
+        experiment.prepare(config)
+    saving.Store(tmp_path / "replay.npy", (1024, 2, 1024, 16, 16, 1)).require_space()
     with pytest.raises(UserError, match=r"replay.npy: 2.15e\+09 GiB are needed, .* GiB are free"):
-        saving.Store(tmp_path / "replay.npy", (2**29, 2, 2**29)).require_space(math.inf)
+        saving.Store(tmp_path / "replay.npy", (2**29, 2, 2**29)).require_space()
 
 
 @pytest.fixture(scope="module")
