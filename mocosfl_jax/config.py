@@ -264,8 +264,12 @@ def _check_values(config: Config) -> None:
     _in_range("clients.noniid_ratio", clients.noniid_ratio, 0.0, 1.0, open_low=True)
     if clients.dirichlet_alpha is not None:
         _in_range("clients.dirichlet_alpha", clients.dirichlet_alpha, 0.0, open_low=True)
-    _in_range("clients.rich", clients.rich, 0.0, 1.0)
-    _in_range("clients.rich_data", clients.rich_data, 0.0, 1.0, open_low=True)
+    if not 0 <= clients.rich < 1:
+        raise UserError(f"config.clients.rich: found {clients.rich}, allowed: 0 or more, less than 1")
+    if not 0 < clients.rich_data < 1:
+        raise UserError(
+            f"config.clients.rich_data: found {clients.rich_data}, allowed: more than 0, less than 1"
+        )
     _in_range("clients.rich_batch", clients.rich_batch, 1)
     _in_range("clients.local_epochs", clients.local_epochs, 1)
     _in_range("sync.frequency", sync.frequency, 1)

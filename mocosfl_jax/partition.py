@@ -96,8 +96,9 @@ def partition(
     for images, count, size, name in zip(groups, counts, sizes, ("rich", "poor"), strict=True):
         if count * size > len(images):
             raise UserError(
-                f"config.clients.batch_size={batch_size} with {rich}: one batch for each of the {count} "
-                f"{name} clients takes {count * size} images, they hold {len(images)}"
+                f"config.clients.batch_size={batch_size}, rich_batch={rich.batch_factor}, "
+                f"rich_data={rich.data_fraction}: one batch for each of the {count} {name} clients takes "
+                f"{count * size} images, they hold {len(images)}"
             )
         dealt = _deal(rng, labels[images], count, size, noniid_ratio, dirichlet_alpha)
         _check_batch(dealt, size)

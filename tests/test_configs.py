@@ -26,9 +26,9 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """2,000 images of 16 pixels and 20 classes."""
+    """2,000 images of 8 pixels and 20 classes."""
     path = tmp_path_factory.mktemp("data") / "images.npz"
-    x = np.random.default_rng(0).integers(0, 256, (2000, 16, 16, 3)).astype(np.uint8)
+    x = np.random.default_rng(0).integers(0, 256, (2000, 8, 8, 3)).astype(np.uint8)
     y = np.arange(2000) % 20
     np.savez(path, x_train=x, y_train=y, x_test=x[:50], y_test=y[:50])
     return str(path)

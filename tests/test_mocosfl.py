@@ -171,7 +171,7 @@ def test_sync_of_equals_is_itself(toy_model: SplitModel) -> None:
     np.testing.assert_allclose(info.divergence, np.zeros(N), atol=1e-6)
 
 
-def test_encode_is_the_first_client_and_the_server(toy_model: SplitModel) -> None:
+def test_encode_is_the_first_client_and_the_server(toy_model: SplitModel, x64: None) -> None:
     algorithm, state = build(toy_model)
     state = diverse(state)
     images = random_views(4, 1, 5).query[0]

@@ -243,9 +243,9 @@ def test_a_thousand_clients_take_a_moment() -> None:
     parts = split(np.repeat(np.arange(10), 5000), num_clients=1000, batch_size=1, noniid_ratio=0.2)
     times = []
     for epoch in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         epoch_indices(parts, np.arange(1000), batch_sizes=batch_sizes(1000, 1), steps=50, seed=0, epoch=epoch)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.1
 
 
