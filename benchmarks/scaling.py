@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import settings
 from benchmarks.results import Result, result
-from benchmarks.settings import QUICKSTART, Setting
+from benchmarks.settings import QUICKSTART, Setting, Step
 from benchmarks.timing import medians, stepper
 
 NEEDS = ()
@@ -27,8 +27,8 @@ def held_bytes(program: Any) -> int:
     return kept + plan.temp_size_in_bytes
 
 
-def measure(setting: Setting, repeats: int) -> Result:
-    program, state, views = settings.compile_step(setting)
+def measure(setting: Setting, step: Step, repeats: int) -> Result:
+    program, state, views = step
     seconds = medians({"ours": stepper(program, state, views)}, repeats)
     return result(
         "scaling",
@@ -41,4 +41,4 @@ def measure(setting: Setting, repeats: int) -> Result:
 
 def results(repeats: int) -> Iterator[Result]:
     for setting in SETTINGS:
-        yield measure(setting, repeats)
+        yield measure(setting, settings.compile_step(setting), repeats)
