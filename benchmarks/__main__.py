@@ -11,9 +11,9 @@
   eval      features and kNN, against PyTorch
 
 A line of JSON for each case goes to stdout, a table at the end to stderr. Seconds are medians of --repeats
-(5), of both contenders in turn; ratio is baseline_s / ours_s, above 1 where we are faster. Last results stand
-in the header of each file here. PyTorch comes with the extra: pip install -e '.[bench]'. Run it from the root
-of the repository on a machine that does nothing else.
+(5), of both contenders in turn; ratio is baseline_s / ours_s, above 1 where we are faster. Results are
+kept in the header of each file here. PyTorch comes with the extra: pip install -e '.[bench]'. Run it from the
+root of the repository on a machine that does nothing else.
 """
 
 import importlib
