@@ -1,0 +1,1 @@
+"""How fast it is, against a plain PyTorch version and against the machine: `python -m benchmarks`."""

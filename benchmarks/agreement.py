@@ -1,0 +1,60 @@
+"""Both contenders must compute the same: checked at the start of every benchmark that has a PyTorch loop."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import settings
+from mocosfl_jax import Views
+from mocosfl_jax.errors import UserError
+
+SMALL = settings.Setting(cut_layer=2, clients=3, batch=2, width=8, key_dim=8, queue_size=20, image_size=16)
+STEPS = 3
+TOLERANCE = 1e-6
+
+
+def check(tolerance: float = TOLERANCE) -> None:
+    """Train a small network from the same weights on both sides, synchronized after each step.
+
+    The losses of the second and third step tell whether updates, momentum models, queue (which wraps
+    around) and synchronization agree too. In float64: the first steps of so small a network magnify
+    the rounding of float32 a hundredfold each.
+
+    Raises:
+      UserError: if a loss differs by more than `tolerance`.
+    """
+    with jax.enable_x64(True):
+        _check(tolerance)
+
+
+def _check(tolerance: float) -> None:
+    from benchmarks import torch_loop
+
+    _, algorithm = settings.build(SMALL)
+    state = jax.tree.map(_double, jax.jit(algorithm.init)(jax.random.key(1)))
+    client, server = torch_loop.split_resnet18(SMALL)
+    client.double()
+    server.double()
+    torch_loop.load(client, jax.tree.map(lambda leaf: leaf[0], state.clients.params))
+    server_params = dict(state.server.params)
+    torch_loop.load(server.head, server_params.pop("head"))
+    torch_loop.load(server.layers, server_params)
+    queue = torch_loop.torch.from_numpy(np.array(state.server.queue.keys))
+    loop = torch_loop.Loop(SMALL, client, server, queue)
+    step, sync = jax.jit(algorithm.step), jax.jit(algorithm.sync)
+    for number in range(STEPS):
+        views = Views(*map(_double, settings.views(SMALL, seed=number)))
+        state, info = step(state, views)
+        state, _ = sync(state)
+        theirs = loop.step(*map(torch_loop.images, views))
+        loop.clients.synchronize()
+        if not abs(float(info.loss) - theirs) <= tolerance:
+            raise UserError(
+                f"torch_loop computes something else: found loss {theirs:.9f} at step {number + 1}, "
+                f"mocosfl_jax has {float(info.loss):.9f}, allowed: a difference of {tolerance:g}"
+            )
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.astype("float64") if leaf.dtype == "float32" else leaf

@@ -1,0 +1,77 @@
+"""The client side alone against the loop over client modules of `torch_loop`.
+
+Views in, smashed data out, gradient in, SGD, momentum update and synchronization, of ResNet-18, batch 1.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from benchmarks import settings
+from benchmarks.results import Result, result
+from benchmarks.settings import Setting
+from benchmarks.timing import Call, medians, stepper
+from mocosfl_jax import Views, clients, optim
+
+NEEDS = ("torch",)
+SETTINGS = tuple(Setting(cut_layer=cut, clients=count) for cut in (1, 2) for count in (10, 100, 1000))
+
+
+def ours(setting: Setting) -> Call:
+    model, _ = settings.build(setting)
+    optimizer = optim.sgd()
+
+    def init(rng: Array) -> clients.ClientState:
+        return clients.init(model.init(rng)[0], setting.clients, optimizer)
+
+    def work(
+        pool: clients.ClientState, views: Views, smashed_grad: Array
+    ) -> tuple[clients.ClientState, clients.SmashedData]:
+        pool, smashed, pullback = clients.forward(model.client, pool, views, 0.99)
+        pool = clients.backward(
+            pool, pullback, smashed_grad, optimizer, optim.rate(0.06, jax.numpy.zeros(()))
+        )
+        pool, _ = clients.synchronize(pool, None, clients.FEDAVG)
+        return pool, smashed
+
+    pool, views = jax.jit(init)(jax.random.key(0)), settings.views(setting)
+    program = jax.jit(work, donate_argnums=0)
+    return stepper(program, pool, views, jax.numpy.asarray(smashed_gradient(setting)))
+
+
+def baseline(setting: Setting) -> Call:
+    from benchmarks import torch_loop
+
+    client, _ = torch_loop.split_resnet18(setting)
+    side = torch_loop.ClientSide(client, setting.clients, lr=0.06, momentum=0.99)
+    query, key = map(torch_loop.images, settings.views(setting))
+    gradient = torch_loop.images(smashed_gradient(setting)).flatten(0, 1)
+
+    def call() -> None:
+        side.forward(query, key)
+        side.backward(gradient)
+        side.synchronize()
+
+    return call
+
+
+def smashed_gradient(setting: Setting) -> np.ndarray:
+    """[M, B, h, w, c]; random, since the time does not depend on it."""
+    model, _ = settings.build(setting)
+    params: Any = jax.eval_shape(model.init, jax.random.key(0))[0]
+    images = jax.ShapeDtypeStruct((setting.batch, setting.image_size, setting.image_size, 3), np.float32)
+    shape = jax.eval_shape(model.client, params, images).shape
+    return 1e-3 * np.random.default_rng(2).standard_normal((setting.clients, *shape), np.float32)
+
+
+def results(repeats: int) -> Iterator[Result]:
+    from benchmarks import agreement, torch_loop
+
+    torch_loop.use_all_cores()
+    agreement.check()
+    for setting in SETTINGS:
+        seconds = medians({"ours": ours(setting), "baseline": baseline(setting)}, repeats)
+        yield result("clients", setting.case, seconds, clients_per_s=setting.clients / seconds["ours"])

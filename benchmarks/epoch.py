@@ -1,0 +1,86 @@
+"""An epoch of the quickstart through the real training loop, and what of it is not the compiled step.
+
+The step gathers its images, augments them and trains. Outside are the deal of the batches on the host,
+synchronization, fetching of losses and logging. The benchmark waits for every round of steps, which
+training does not: there the host works while the device does, so the share outside is an upper limit.
+Evaluation and checkpoint, which are an epoch's too if so configured, are measured by themselves.
+"""
+
+import contextlib
+import io
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.results import Result
+from mocosfl_jax import checkpoint, experiment, loop, monitor, rounds, saving
+from mocosfl_jax.checkpoint import Progress
+from mocosfl_jax.config import Config, quickstart
+from mocosfl_jax.mocosfl import TrainState
+
+NEEDS = ()
+
+
+def measure(config: Config, case: str, epochs: int) -> Result:
+    """Medians over `epochs` epochs, after one that warms up."""
+    config.epochs = epochs + 1
+    run = experiment.prepare(config)
+    rng_init, rng_views = jax.random.split(jax.random.key(0))
+    state = jax.jit(run.algorithm.init)(rng_init)
+    encode = monitor.make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
+    compiled = loop.compile_programs(run, state, rng_views, encode)
+    inside = [0.0]
+
+    def run_steps(
+        state: TrainState, indices: np.ndarray, cohort: np.ndarray | None
+    ) -> tuple[TrainState, rounds.Curve]:
+        start = time.perf_counter()
+        out = jax.block_until_ready(compiled.run_steps(state, indices, cohort))
+        inside[0] += time.perf_counter() - start
+        return out
+
+    programs = compiled._replace(run_steps=run_steps)
+    progress = Progress()
+    times: list[tuple[float, float, float, float]] = []
+    with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
+        output = loop.Output(Path(folder), lambda line: None, lambda metrics: None)
+        store = saving.Store(Path(folder) / "replay.npy", (1,))
+        with checkpoint.open_manager(Path(folder) / "checkpoints", 1) as manager:
+            for epoch in range(1, epochs + 2):
+                inside[0], start = 0.0, time.perf_counter()
+                state, progress, divergence = loop.run_epoch(
+                    run, programs, state, progress, store, threading.Event(), bar
+                )
+                assert bool(loop.all_finite(state))
+                loop.record(loop.epoch_metrics(run, progress, epoch, divergence), output)
+                whole = time.perf_counter() - start
+                progress = progress._replace(losses=(), top1s=(), epoch_seconds=0.0)
+                checkpoint.save(manager, state, progress)
+                manager.wait_until_finished()
+                saved = time.perf_counter() - start
+                monitor.knn(run, monitor.features(run, state, encode))
+                evaluated = time.perf_counter() - start
+                times.append((whole, inside[0], saved - whole, evaluated - saved))
+    whole, step, save, evaluation = (median(each) for each in zip(*times[1:], strict=True))
+    numbers = {
+        "ours_s": whole,
+        "steps_s": step,
+        "outside_share": median(1 - step / whole for whole, step, _, _ in times[1:]),
+        "images_per_s": run.steps_per_epoch * run.images_per_step / whole,
+        "checkpoint_s": save,
+        "evaluation_s": evaluation,
+    }
+    return Result("epoch", case, numbers)
+
+
+def results(repeats: int) -> Iterator[Result]:
+    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for the results
+        measured = measure(quickstart(), "quickstart", repeats)
+    yield measured

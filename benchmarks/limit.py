@@ -1,0 +1,51 @@
+"""What the machine can do, by a matrix product in the same run, and how much of it a training step reaches.
+
+FLOPs of a step are those of the algorithm (`mocosfl_jax.costs`): products and convolutions, each once,
+whatever the compiler computes again.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import settings, step
+from benchmarks.results import Result
+from benchmarks.settings import QUICKSTART, Setting
+from benchmarks.timing import Call, finished, medians
+
+NEEDS = ()
+SIDE = 4096
+SETTINGS = (Setting(cut_layer=1), Setting(cut_layer=2), QUICKSTART)
+
+
+def products(side: int) -> dict[str, float]:
+    """Seconds of a float32 product of two square matrices, contender by contender."""
+    square = np.random.default_rng(0).standard_normal((side, side), np.float32)
+    on_device = jnp.asarray(square)
+    return medians(
+        {
+            "jax": finished(jax.jit(jnp.matmul), on_device, on_device),
+            "numpy": lambda: square @ square,
+        },
+        repeats=5,
+    )
+
+
+def measure(setting: Setting, call: Call, repeats: int, peak: float) -> Result:
+    """Of a step of this setting; `peak` in FLOP/s."""
+    seconds = medians({"ours": call}, repeats)["ours"]
+    flops = settings.step_flops(setting)
+    numbers = {"ours_s": seconds, "gflop": flops / 1e9, "gflop_per_s": flops / seconds / 1e9}
+    return Result("limit", setting.case, numbers | {"share_of_peak": flops / seconds / peak})
+
+
+def results(repeats: int) -> Iterator[Result]:
+    seconds = products(SIDE)
+    speeds = {name: 2 * SIDE**3 / value for name, value in seconds.items()}
+    peak = max(speeds.values())
+    numbers = {f"{name}_gflop_per_s": speed / 1e9 for name, speed in speeds.items()}
+    yield Result("limit", f"matmul {SIDE} f32", {"ours_s": seconds["jax"], **numbers})
+    for setting in SETTINGS:
+        yield measure(setting, step.ours(setting), repeats, peak)

@@ -1,0 +1,94 @@
+"""What is trained in the benchmarks, and random data for it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, mocosfl, split_model
+from mocosfl_jax.costs import Plan, client_flops, server_flops
+
+
+class Setting(NamedTuple):
+    """ResNet-18 with the paper's sizes, unless said otherwise; symmetric loss, float32."""
+
+    cut_layer: int = 1
+    clients: int = 100
+    batch: int = 1
+    width: int = 64
+    stem_stride: int = 1
+    key_dim: int = 1024
+    queue_size: int = 6000
+    image_size: int = 32
+
+    @property
+    def case(self) -> str:
+        network = "resnet18" if self.width == 64 else f"resnet18/{self.width}"
+        return f"{network} cut{self.cut_layer} {self.clients}x{self.batch} f32"
+
+    @property
+    def images(self) -> int:
+        """Of a step."""
+        return self.clients * self.batch
+
+
+# The network of `config.quickstart`, which halves the resolution in its first layer.
+QUICKSTART = Setting(clients=20, batch=5, width=16, stem_stride=2, key_dim=128, queue_size=2000)
+
+
+def build(setting: Setting) -> tuple[SplitModel, Algorithm]:
+    model = split_model(
+        "resnet18",
+        cut_layer=setting.cut_layer,
+        width=setting.width,
+        image_size=setting.image_size,
+        stem_stride=setting.stem_stride,
+        key_dim=setting.key_dim,
+    )
+    return model, mocosfl(model, num_clients=setting.clients, queue_size=setting.queue_size)
+
+
+def views(setting: Setting, seed: int = 0) -> Views:
+    """Gaussian images [M, B, H, W, 3]: what is drawn in them does not change the time that they take."""
+    rng = np.random.default_rng(seed)
+    shape = (setting.clients, setting.batch, setting.image_size, setting.image_size, 3)
+    return Views(*(jax.numpy.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2)))
+
+
+class Step(NamedTuple):
+    """A compiled training step: program(state, views) -> state, (loss, contrastive accuracy)."""
+
+    program: Any  # the state is donated
+    state: TrainState
+    views: Views
+
+
+def compile_step(setting: Setting) -> Step:
+    """The step without gathering and augmentation of images; of its `StepInfo` the scalars are kept."""
+    _, algorithm = build(setting)
+    state, both = jax.jit(algorithm.init)(jax.random.key(0)), views(setting)
+
+    def step(state: TrainState, views: Views) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
+        state, info = algorithm.step(state, views)
+        return state, (info.loss, info.top1)
+
+    program: Callable[..., Any] = jax.jit(step, donate_argnums=0).lower(state, both).compile()
+    return Step(program, state, both)
+
+
+def step_flops(setting: Setting) -> int:
+    """FLOPs of a step that the algorithm needs, whatever the compiler makes of it."""
+    model, _ = build(setting)
+    plan = Plan(
+        image_size=setting.image_size,
+        images=setting.images,
+        num_clients=setting.clients,
+        cohort=setting.clients,
+        batch_size=setting.batch,
+        epochs=1,
+        steps=1,
+        syncs=1,
+        queue_size=setting.queue_size,
+    )
+    return setting.images * (sum(client_flops(model, plan)) + sum(server_flops(model, plan)))
