@@ -2,6 +2,12 @@
 
 FLOPs of a step are those of the algorithm (`mocosfl_jax.costs`): products and convolutions, each once,
 whatever the compiler computes again.
+
+Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-22
+
+                             ours_s  jax_gflop_per_s  numpy_gflop_per_s  gflop  gflop_per_s  share_of_peak
+    matmul 4096 f32           0.774            177.6              202.7
+    resnet18 cut1 100x1 f32   7.517                                      894.3          119         0.5869
 """
 
 from collections.abc import Iterator
