@@ -1,8 +1,8 @@
-"""MocoSFL with VGG-13 on CIFAR-10: 100 clients, cut layer 2 (Li et al. 2023, appendix).
+"""MocoSFL with VGG-13 on CIFAR-10: 100 clients, cut layer 2.
 
     python -m mocosfl_jax.train --config=configs/vgg13.py --config.data.dir=data
 
-The parameter is N, 100 if none is given. The learning rate is the official script's.
+The parameter is N, 100 if none is given.
 Not run here yet: 100,000 steps want an accelerator.
 """
 

@@ -33,7 +33,7 @@ class ClientState(NamedTuple):
 
 
 class SmashedData(NamedTuple):
-    """Output of the client-side models at the cut, [M, B, h, w, c] each."""
+    """Output of the client-side models at the cut: [M, B, h, w, c] each, concatenated [n, h, w, c]."""
 
     query: Array  # of the online models
     key: Array  # of the momentum models, a constant to the server

@@ -1,4 +1,4 @@
-"""Vector concatenation: the rows of a cohort's clients as one batch, and back (Li et al. 2023, section 3.2).
+"""Vector concatenation: the rows of a cohort's clients as one batch, and back (Li et al. 2023).
 
 Clients with smaller batches than others are padded to [M, B, ...]; `real` says which rows are theirs. The
 padding never gets into the concatenated batch, so nothing that is computed from it can depend on it.

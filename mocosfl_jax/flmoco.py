@@ -29,7 +29,7 @@ def flmoco(
     symmetric: bool = True,
     sync: Sync = FEDAVG,
 ) -> Algorithm:
-    """FL-MoCo (Li et al. 2023, section 2) behind the functions of MocoSFL.
+    """FL-MoCo (Li et al. 2023) behind the functions of MocoSFL.
 
     Args:
       model: the network; where it is cut does not matter, only both of its sides must be fit to be

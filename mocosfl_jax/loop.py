@@ -63,7 +63,7 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
     encode = monitor.make_encode(run.algorithm, dataset.mean, dataset.std)
     preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
     workdir.write_preprocessing(folder, preprocessing)
-    store = saving.Store(folder / "replay.npy", run.replay_shape)
+    store = saving.Store(folder, run.replay_shape)
     if run.config.saving.loss_threshold:
         store.require_space()
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
@@ -166,7 +166,9 @@ def run_epochs(
                     best_knn=max(progress.best_knn, metrics.get("knn_backbone", 0.0)),
                     metrics_lines=progress.metrics_lines + 1,
                 )
-            if rest == 0 and epoch % config.checkpoint.every == 0:
+            # The next epoch to be kept replaces the one that an older checkpoint would have to replay.
+            replaces = rest == 0 and progress.traffic == Traffic.UP_ONLY
+            if rest == 0 and (epoch % config.checkpoint.every == 0 or replaces):
                 checkpoint.save(manager, state, progress)
     if manager.latest_step() != progress.step:
         checkpoint.save(manager, state, progress)
@@ -211,9 +213,11 @@ def run_epoch(
             state, info = programs.sync(state, cohort)
             divergence = info.divergence
         elif traffic is Traffic.UP_ONLY:
-            state, curve = keep(programs, store, state, steps, indices, cohort)
+            state, curve = keep(programs, store, epoch, state, steps, indices, cohort)
         else:
-            state, curve = replay(programs, store, state, order[steps.start : steps.stop], cohort)
+            state, curve = replay(
+                programs, store, progress.kept_epoch, state, order[steps.start : steps.stop], cohort
+            )
         pending.append(curve)
         if stop.is_set():
             break
@@ -229,6 +233,7 @@ def run_epoch(
 def keep(
     programs: Programs,
     store: saving.Store,
+    epoch: int,
     state: TrainState,
     steps: range,
     indices: np.ndarray,
@@ -238,18 +243,23 @@ def keep(
     curves = []
     for step in steps:
         state, curve, smashed = programs.keeping_step(state, indices[step], cohort)
-        store.write(step, smashed)
+        store.write(epoch, step, smashed)
         curves.append(curve)
     return state, rounds.Curve([c.loss for c in curves], [c.top1 for c in curves])
 
 
 def replay(
-    programs: Programs, store: saving.Store, state: TrainState, steps: np.ndarray, cohort: np.ndarray | None
+    programs: Programs,
+    store: saving.Store,
+    epoch: int,
+    state: TrainState,
+    steps: np.ndarray,
+    cohort: np.ndarray | None,
 ) -> tuple[TrainState, rounds.Curve]:
-    """Steps of the server on what was kept of `steps`."""
+    """Steps of the server on what was kept of `steps` of `epoch`."""
     curves = []
     for step in steps:
-        state, curve = programs.replay_step(state, store.read(int(step)), cohort)
+        state, curve = programs.replay_step(state, store.read(epoch, int(step)), cohort)
         curves.append(curve)
     return state, rounds.Curve([c.loss for c in curves], [c.top1 for c in curves])
 

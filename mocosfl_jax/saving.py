@@ -1,4 +1,4 @@
-"""Communication saving by loss (Li et al. 2023, section 4.5; `loss_threshold` of the official code).
+"""Communication saving by loss (`loss_threshold` of the official code of Li et al. 2023).
 
 When an epoch has hardly lowered the loss, the next one sends no gradients back to the clients, and the one
 after that sends nothing: the server trains on smashed data that it has kept, in shuffled order.
@@ -51,39 +51,51 @@ def gibibytes(shape: tuple[int, ...]) -> float:
 class Store:
     """The smashed data of one epoch, in a file: [steps, 2, n, h, w, c] of query and key views.
 
-    The operating system keeps in memory what fits there.
+    The operating system keeps in memory what fits there. The file is named after its epoch, so that a run
+    that resumes from before another one was kept cannot replay the wrong one.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        self.path, self.shape = path, shape
+    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
+        self.folder, self.shape = folder, shape
+
+    def path(self, epoch: int) -> Path:
+        return self.folder / f"replay_{epoch}.npy"
 
     def require_space(self) -> None:
         """Raise UserError if the disk has no room for the file."""
         size = gibibytes(self.shape)
-        there = self.path.stat().st_size / 2**30 if self.path.exists() else 0.0
-        free = shutil.disk_usage(self.path.parent).free / 2**30
+        there = sum(path.stat().st_size for path in self._kept()) / 2**30
+        free = shutil.disk_usage(self.folder).free / 2**30
         if size > free + there:
-            raise UserError(f"{self.path}: {size:.3g} GiB are needed, {free:.3g} GiB are free")
+            raise UserError(f"{self.folder}: {size:.3g} GiB are needed, {free:.3g} GiB are free")
 
-    def write(self, step: int, smashed: SmashedData) -> None:
-        """Keep the smashed data of a step of the epoch."""
-        file = self._open("r+" if self.path.exists() else "w+")
+    def write(self, epoch: int, step: int, smashed: SmashedData) -> None:
+        """Keep the smashed data of a step of `epoch`, and of that epoch only."""
+        path = self.path(epoch)
+        if not path.exists():
+            for other in self._kept():
+                other.unlink()
+        file = self._open(path, "r+" if path.exists() else "w+")
         file[step, 0], file[step, 1] = smashed.query, smashed.key
 
-    def read(self, step: int) -> SmashedData:
-        """The smashed data of a step, as it was kept.
+    def read(self, epoch: int, step: int) -> SmashedData:
+        """The smashed data of a step of `epoch`, as it was kept.
 
         Raises:
           UserError: if the file is gone or another one.
         """
-        if not self.path.exists():
-            raise UserError(f"{self.path}: the run was in an epoch of replay and this file is gone")
-        return SmashedData(*np.array(self._open("r")[step]))
+        path = self.path(epoch)
+        if not path.exists():
+            raise UserError(f"{path}: the run was in an epoch of replay and this file is gone")
+        return SmashedData(*np.array(self._open(path, "r")[step]))
 
-    def _open(self, mode: str) -> np.memmap:
+    def _kept(self) -> list[Path]:
+        return list(self.folder.glob("replay_*.npy"))
+
+    def _open(self, path: Path, mode: str) -> np.memmap:
         if mode == "w+":
-            return np.lib.format.open_memmap(self.path, mode, np.float32, self.shape)
-        file = np.lib.format.open_memmap(self.path, mode)
+            return np.lib.format.open_memmap(path, mode, np.float32, self.shape)
+        file = np.lib.format.open_memmap(path, mode)
         if file.shape != self.shape:
-            raise UserError(f"{self.path}: found {file.shape}, the run's smashed data are {self.shape}")
+            raise UserError(f"{path}: found {file.shape}, the run's smashed data are {self.shape}")
         return file

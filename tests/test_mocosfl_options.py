@@ -14,6 +14,8 @@ from mocosfl_jax import SplitModel, TrainState, Views, moco
 from mocosfl_jax.clients import SmashedData, Sync
 from mocosfl_jax.concatenation import merge, real_rows, split
 
+TAU = 0.99  # of the momentum models, mocosfl's default
+
 
 def in_float64(state: TrainState, views: Views) -> tuple[TrainState, Views]:
     wide = jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, (state, views))
@@ -27,9 +29,6 @@ def test_concatenation_drops_the_padding_and_back() -> None:
     np.testing.assert_array_equal(merge(x, real), expected)
     np.testing.assert_array_equal(split(merge(x, real), (3, 3), real), np.where(real[..., None], x, 0))
     np.testing.assert_array_equal(split(merge(x), (3, 3)), x)
-
-
-TAU = 0.99
 
 
 # Queues per client.

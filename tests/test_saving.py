@@ -1,5 +1,6 @@
 """Communication saving by loss: when it saves, what it keeps, and that a run with it can stop anywhere."""
 
+import copy
 import math
 import pathlib
 
@@ -46,17 +47,26 @@ def test_without_a_threshold_everything_is_always_sent() -> None:
 
 
 def test_store_gives_back_what_was_kept(tmp_path: pathlib.Path) -> None:
-    store = saving.Store(tmp_path / "replay.npy", (3, 2, 4, 2, 2, 1))
+    store = saving.Store(tmp_path, (3, 2, 4, 2, 2, 1))
     rng = np.random.default_rng(0)
     kept = [SmashedData(*jnp.asarray(rng.normal(size=(2, 4, 2, 2, 1)), jnp.float32)) for _ in range(3)]
     for step in (2, 0, 1):
-        store.write(step, kept[step])
+        store.write(5, step, kept[step])
     for step in range(3):
-        for a, b in zip(store.read(step), kept[step], strict=True):
+        for a, b in zip(store.read(5, step), kept[step], strict=True):
             np.testing.assert_array_equal(a, b)
-    other = saving.Store(tmp_path / "replay.npy", (4, 2, 4, 2, 2, 1))
-    with pytest.raises(UserError, match=r"replay.npy: found \(3, 2, 4, 2, 2, 1\), the run's"):
-        other.read(0)
+    other = saving.Store(tmp_path, (4, 2, 4, 2, 2, 1))
+    with pytest.raises(UserError, match=r"replay_5.npy: found \(3, 2, 4, 2, 2, 1\), the run's"):
+        other.read(5, 0)
+
+
+def test_an_epoch_is_not_taken_for_another(tmp_path: pathlib.Path) -> None:
+    store = saving.Store(tmp_path, (1, 2, 1))
+    store.write(3, 0, SmashedData(jnp.ones(1), jnp.ones(1)))
+    store.write(7, 0, SmashedData(jnp.zeros(1), jnp.zeros(1)))
+    assert [path.name for path in tmp_path.iterdir()] == ["replay_7.npy"]
+    with pytest.raises(UserError, match=r"replay_3\.npy: the run was in an epoch of replay"):
+        store.read(3, 0)
 
 
 def test_a_store_beyond_its_budget_is_refused(tmp_path: pathlib.Path) -> None:
@@ -65,9 +75,9 @@ def test_a_store_beyond_its_budget_is_refused(tmp_path: pathlib.Path) -> None:
     # 60 steps of 2 x 100 x 16 x 16 x 16 floats.
     with pytest.raises(UserError, match=r"config\.saving\.replay_gib: found 0.1, allowed: 0.183 or more"):
         experiment.prepare(config)
-    saving.Store(tmp_path / "replay.npy", (1024, 2, 1024, 16, 16, 1)).require_space()
-    with pytest.raises(UserError, match=r"replay.npy: 2.15e\+09 GiB are needed, .* GiB are free"):
-        saving.Store(tmp_path / "replay.npy", (2**29, 2, 2**29)).require_space()
+    saving.Store(tmp_path, (1024, 2, 1024, 16, 16, 1)).require_space()
+    with pytest.raises(UserError, match=r"2.15e\+09 GiB are needed, .* GiB are free"):
+        saving.Store(tmp_path, (2**29, 2, 2**29)).require_space()
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +155,17 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
 
 def test_a_lost_file_is_told(run: Run, tmp_path: pathlib.Path) -> None:
     assert not train(run, tmp_path, lambda m: m["epoch"] == 4)
-    (tmp_path / "replay.npy").unlink()
-    with pytest.raises(UserError, match=r"replay\.npy: the run was in an epoch of replay"):
+    (tmp_path / "replay_2.npy").unlink()
+    with pytest.raises(UserError, match=r"replay_2\.npy: the run was in an epoch of replay"):
         train(run, tmp_path)
+
+
+def test_what_a_checkpoint_would_replay_is_not_replaced_before_the_next(
+    run: Run, tmp_path: pathlib.Path
+) -> None:
+    """However seldom checkpoints are wanted, there is one of the start of the epoch that is kept."""
+    config = copy.deepcopy(run.config)
+    config.checkpoint.every = 100
+    assert train(run._replace(config=config), tmp_path)
+    with checkpoint.open_manager(tmp_path / "checkpoints", keep=3) as manager:
+        assert 2 * run.steps_per_epoch in manager.all_steps()
