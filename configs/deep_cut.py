@@ -14,5 +14,7 @@ def get_config(method: str = "mocosfl") -> Config:
     config = quickstart()
     config.model.cut_layer = 6
     config.sync.frequency = 60
-    config.sync.momentum_models = {"mocosfl": False, "monacosfl": True}[method]
+    if method not in ("mocosfl", "monacosfl"):
+        raise ValueError(f"found {method}, allowed: mocosfl, monacosfl")
+    config.sync.momentum_models = method == "monacosfl"
     return config
