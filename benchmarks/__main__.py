@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 def measure(argv: Sequence[str]) -> None:
     names, repeats = parse(argv)
     # Before JAX's first operation, as for training.
-    compiler.set_flags()
+    compiler.set_up()
     modules = [load(name) for name in names]
     print(machine(), file=sys.stderr)
     measured: list[Result] = []

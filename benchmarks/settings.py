@@ -8,6 +8,7 @@ import numpy as np
 
 from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, mocosfl, split_model
 from mocosfl_jax.costs import Plan, client_flops, server_flops
+from mocosfl_jax.models.convolution import PLAIN, Lowering
 
 
 class Setting(NamedTuple):
@@ -37,7 +38,7 @@ class Setting(NamedTuple):
 QUICKSTART = Setting(clients=20, batch=5, width=16, stem_stride=2, key_dim=128, queue_size=2000)
 
 
-def build(setting: Setting) -> tuple[SplitModel, Algorithm]:
+def build(setting: Setting, convolutions: Lowering | None = None) -> tuple[SplitModel, Algorithm]:
     model = split_model(
         "resnet18",
         cut_layer=setting.cut_layer,
@@ -45,6 +46,7 @@ def build(setting: Setting) -> tuple[SplitModel, Algorithm]:
         image_size=setting.image_size,
         stem_stride=setting.stem_stride,
         key_dim=setting.key_dim,
+        convolutions=convolutions,
     )
     return model, mocosfl(model, num_clients=setting.clients, queue_size=setting.queue_size)
 
@@ -79,7 +81,7 @@ def compile_step(setting: Setting) -> Step:
 
 def step_flops(setting: Setting) -> int:
     """FLOPs of a step that the algorithm needs, whatever the compiler makes of it."""
-    model, _ = build(setting)
+    model, _ = build(setting, PLAIN)
     plan = Plan(
         image_size=setting.image_size,
         images=setting.images,

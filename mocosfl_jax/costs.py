@@ -22,7 +22,7 @@ from mocosfl_jax.commandline import fail, say
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.experiment import build_model
-from mocosfl_jax.models import SplitModel
+from mocosfl_jax.models import SplitModel, convolution
 
 USAGE = "--config=FILE, --config.FIELD=VALUE, --images=NUMBER, --image_size=PIXELS, --json, --help"
 
@@ -416,7 +416,7 @@ def from_config(config: Config, images: int | None = None, image_size: int | Non
             f"config.clients.num: found {clients.num}, allowed: 1 to {most} "
             f"(a batch of {clients.batch_size} each of {images} images)"
         )
-    model = build_model(config, image_size)
+    model = build_model(config, image_size, convolution.PLAIN)  # whatever a backend saves
     steps = math.ceil(images / (clients.num * clients.batch_size))
     plan = Plan(
         image_size=image_size,

@@ -65,7 +65,7 @@ def encode(argv: Sequence[str]) -> None:
     if not files:
         raise UserError(f"--images: {images} holds no .png, .jpg or .jpeg file")
 
-    compiler.set_flags()
+    compiler.set_up()
     # Imported only here, so that a slip of the pen is answered at once.
     from mocosfl_jax import checkpoint, experiment, monitor, probes
 

@@ -55,7 +55,7 @@ def evaluate(argv: Sequence[str]) -> None:
     if values.semi_supervised and not config.eval.probe_epochs:
         raise UserError("--probe_epochs: found 0, allowed: 1 or more with --semi_supervised")
 
-    compiler.set_flags()
+    compiler.set_up()
     # Imported only here, so that a slip of the pen is answered at once.
     from mocosfl_jax import checkpoint, experiment, monitor, report
 

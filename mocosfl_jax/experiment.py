@@ -13,6 +13,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.flmoco import flmoco
 from mocosfl_jax.mocosfl import Algorithm, mocosfl
 from mocosfl_jax.models import SplitModel, check_model, split_model
+from mocosfl_jax.models.convolution import Lowering
 from mocosfl_jax.partition import Rich
 from mocosfl_jax.rounds import MakeViews
 
@@ -224,6 +225,12 @@ def network(config: Config, image_size: int) -> dict[str, Any]:
     }
 
 
-def build_model(config: Config, image_size: int) -> SplitModel:
-    """The network of a resolved configuration, for images of `image_size` pixels a side."""
-    return split_model(**network(config, image_size), stacked_server=config.algorithm == "flmoco")
+def build_model(config: Config, image_size: int, convolutions: Lowering | None = None) -> SplitModel:
+    """The network of a resolved configuration, for images of `image_size` pixels a side.
+
+    `convolutions` as in `split_model`.
+    """
+    stacked_server = config.algorithm == "flmoco"
+    return split_model(
+        **network(config, image_size), stacked_server=stacked_server, convolutions=convolutions
+    )

@@ -46,7 +46,7 @@ def export(argv: Sequence[str]) -> None:
     config = workdir.read_config(folder)
     preprocessing = workdir.read_preprocessing(folder)
 
-    compiler.set_flags()
+    compiler.set_up()
     # Imported only here, so that a slip of the pen is answered at once.
     from mocosfl_jax import checkpoint, encoder_file, experiment
 

@@ -11,7 +11,7 @@ from jax import Array
 from mocosfl_jax import moco, optim
 from mocosfl_jax.moco import Memory, MoCoQueue
 
-Projection = Callable[[Any, Array], Array]  # params, smashed data [n, h, w, c] -> embeddings [n, D]
+Projection = Callable[[Any, Array], Array]  # params, smashed data [..., n, h, w, c] -> [..., n, D]
 
 
 class ServerState(NamedTuple):
@@ -67,7 +67,7 @@ def step(
 
     def embed(params: Any, *views: Array) -> Array:
         """[views, n, D]; each view is a batch of its own to the model, all are one operation."""
-        return moco.normalise(jax.vmap(project, (None, 0))(params, jnp.stack(views)))
+        return moco.normalise(project(params, jnp.stack(views)))
 
     keys = embed(key_params, *([smashed_query] if symmetric else []), smashed_key)
 

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         return fail(2, error)
     try:
-        compiler.set_flags()
+        compiler.set_up()
         # Imported only here, so that a slip of the pen is answered at once.
         from mocosfl_jax import experiment, loop, workdir
 

@@ -2,10 +2,14 @@
 
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
 # Compiling is most of what the tests do, and their arrays are small. Read when JAX starts its backend.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+# The commands keep what they compile in the user's cache folder, which is not theirs to fill here.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mocosfl_jax_tests_")
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +65,7 @@ def make_toy_model() -> SplitModel:
         return jnp.tanh(images @ params["kernel"])
 
     def server(params: dict[str, Array], smashed: Array) -> Features:
-        backbone = jnp.tanh(smashed.reshape(len(smashed), -1) @ params["kernel"])
+        backbone = jnp.tanh(smashed.reshape(*smashed.shape[:-3], -1) @ params["kernel"])
         return Features(backbone, backbone @ params["head"])
 
     return SplitModel(init, client, server, KEY_DIM)

@@ -16,10 +16,13 @@ from mocosfl_jax import SplitModel, commandline, costs, experiment, mocosfl, spl
 from mocosfl_jax.config import Data, quickstart
 from mocosfl_jax.costs import Plan, forward_flops
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.models.convolution import PLAIN
 
 MB = 2**20
 ROOT = pathlib.Path(__file__).parents[1]
-NARROW = split_model("resnet18", cut_layer=2, width=4, image_size=8, stem_stride=2, key_dim=8)
+NARROW = split_model(
+    "resnet18", cut_layer=2, width=4, image_size=8, stem_stride=2, key_dim=8, convolutions=PLAIN
+)
 MODELS = {"toy": (make_toy_model(), 4), "resnet": (NARROW, 8)}
 
 
@@ -119,13 +122,13 @@ CONV = 2 * (32 * 32 * 64) * (3 * 3 * 64)
 )
 def test_client_of_resnet18_by_hand(cut_layer: int, forward: int, backward: int) -> None:
     """The stem needs no gradient of the images."""
-    model = split_model("resnet18", cut_layer=cut_layer)
+    model = split_model("resnet18", cut_layer=cut_layer, convolutions=PLAIN)
     assert costs.client_flops(model, plan(image_size=32)) == (forward, forward, backward, 0)
 
 
 def test_server_of_resnet18_by_hand() -> None:
     """Strides and shortcuts in; the first block's input is smashed data, whose gradient the clients want."""
-    model = split_model("resnet18", cut_layer=1, key_dim=128, head="linear")
+    model = split_model("resnet18", cut_layer=1, key_dim=128, head="linear", convolutions=PLAIN)
     maps = {64: 32 * 32, 128: 16 * 16, 256: 8 * 8, 512: 4 * 4}
     forward = 2 * 512 * 128 + 2 * maps[64] * 4 * 9 * 64 * 64
     for width in (128, 256, 512):
@@ -286,7 +289,7 @@ def c4s2(model: SplitModel) -> SplitModel:
 )
 def test_table_1_of_the_paper(cut_layer: int, parameters: int, megabytes: str) -> None:
     """1,000 clients of 50 images, 100 in an epoch, synchronized once an epoch; 200 epochs a client."""
-    model = split_model("resnet18", cut_layer=cut_layer)
+    model = split_model("resnet18", cut_layer=cut_layer, convolutions=PLAIN)
     result = costs.paper_costs(model, 32, images=50, epochs=200, syncs=200)
     forward = STEM // 2 + (cut_layer - 1) * CONV
     assert result.weights == 4 * 200 * parameters
@@ -297,7 +300,7 @@ def test_table_1_of_the_paper(cut_layer: int, parameters: int, megabytes: str) -
 
 
 def test_table_1_of_the_paper_with_a_bottleneck_and_frozen_clients() -> None:
-    model = split_model("resnet18", cut_layer=1)
+    model = split_model("resnet18", cut_layer=1, convolutions=PLAIN)
     result = costs.paper_costs(c4s2(model), 32, images=50, epochs=200, syncs=200, frozen=True)
     assert result.weights == 0
     assert f"{result.smashed / MB:.2f}" == "39.06"

@@ -1,7 +1,6 @@
 """Each kernel against the plain form of what it computes."""
 
 import dataclasses
-import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -11,47 +10,10 @@ import numpy as np
 import pytest
 
 from mocosfl_jax.models import layers
-from mocosfl_jax.models.layers import Options, direct_conv, patches_conv
+from mocosfl_jax.models.convolution import direct_conv, patches_conv
+from mocosfl_jax.models.layers import Options
 
 OPTIONS = Options(patches_conv, weight_standardisation=True, norm="group", residual=True)
-
-
-def plain_conv(x: np.ndarray, kernel: np.ndarray, stride: int, padding: int) -> np.ndarray:
-    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    k = kernel.shape[0]
-    height, width = ((side - k) // stride + 1 for side in x.shape[1:3])
-    out = np.zeros((len(x), height, width, kernel.shape[3]))
-    for i, j in itertools.product(range(height), range(width)):
-        window = x[:, i * stride : i * stride + k, j * stride : j * stride + k]
-        out[:, i, j] = np.einsum("nabc,abco->no", window, kernel)
-    return out
-
-
-@pytest.mark.parametrize(
-    "size, k, stride", [(8, 3, 1), (8, 3, 2), (7, 3, 2), (8, 1, 2), (2, 3, 1), (9, 7, 2)]
-)
-@pytest.mark.parametrize("conv", [direct_conv, patches_conv])
-def test_convolution_equals_loops(
-    x64: None, conv: layers.Convolution, size: int, k: int, stride: int
-) -> None:
-    rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(2, size, size, 3)), rng.normal(size=(k, k, 3, 4))
-    got = conv(jnp.asarray(x), jnp.asarray(kernel), stride=stride, padding=k // 2)
-    np.testing.assert_allclose(got, plain_conv(x, kernel, stride, k // 2), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (1, 2)])
-def test_patches_have_the_gradients_of_the_convolution(x64: None, k: int, stride: int) -> None:
-    rng = np.random.default_rng(1)
-    x, kernel = jnp.asarray(rng.normal(size=(2, 8, 8, 3))), jnp.asarray(rng.normal(size=(k, k, 3, 4)))
-
-    def gradients(conv: layers.Convolution) -> tuple[jax.Array, jax.Array]:
-        return jax.grad(lambda x, w: jnp.sum(jnp.sin(conv(x, w, stride=stride, padding=k // 2))), (0, 1))(
-            x, kernel
-        )
-
-    for direct, patches in zip(gradients(direct_conv), gradients(patches_conv), strict=True):
-        np.testing.assert_allclose(patches, direct, rtol=1e-10, atol=1e-12)
 
 
 def test_standardise_equals_numpy(x64: None) -> None:
@@ -61,48 +23,6 @@ def test_standardise_equals_numpy(x64: None) -> None:
     np.testing.assert_allclose(
         layers.standardise(jnp.asarray(kernel)), expected.reshape(kernel.shape), rtol=1e-12
     )
-
-
-@pytest.mark.parametrize("size, stride", [(8, 1), (8, 2), (7, 2), (1, 1)])
-def test_depthwise_has_values_and_gradients_of_a_grouped_convolution(
-    x64: None, size: int, stride: int
-) -> None:
-    rng = np.random.default_rng(4)
-    x, kernel = jnp.asarray(rng.normal(size=(2, size, size, 6))), jnp.asarray(rng.normal(size=(3, 3, 1, 6)))
-
-    def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(stride, stride),
-            padding=((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=6,
-        )
-
-    def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return layers.depthwise_conv(x, kernel, stride=stride, padding=1)
-
-    np.testing.assert_allclose(shifted(x, kernel), grouped(x, kernel), rtol=1e-12, atol=1e-12)
-    gradients = [
-        jax.jit(jax.grad(lambda x, w, conv=conv: jnp.sum(jnp.sin(conv(x, w))), (0, 1)))(x, kernel)
-        for conv in (shifted, grouped)
-    ]
-    for got, expected in zip(*gradients, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("conv", [direct_conv, patches_conv])
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_transposed_convolution_equals_loops(x64: None, conv: layers.Convolution, size: int) -> None:
-    rng = np.random.default_rng(5)
-    x, kernel = rng.normal(size=(2, size, size, 3)), rng.normal(size=(3, 3, 3, 4))
-    canvas = np.zeros((2, 2 * size + 2, 2 * size + 2, 4))
-    for y, z, i, j in itertools.product(range(size), range(size), range(3), range(3)):
-        canvas[:, 2 * y + i, 2 * z + j] += x[:, y, z] @ kernel[i, j]
-    expected = canvas[:, 1:-1, 1:-1]  # padding 1 takes a row off each end, output padding 1 adds the last
-    got = layers.transposed_conv(jnp.asarray(x), jnp.asarray(kernel), conv)
-    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [6, 7])
@@ -137,6 +57,36 @@ def test_norms_equal_numpy_also_far_from_zero(norm: str, group: int, offset: flo
     np.testing.assert_allclose(got, plain_norm(x, scale, bias, group), rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("group, size", [(4, 6), (12, 7), (1, 1)])
+def test_group_norm_has_the_gradients_of_its_plain_form(x64: None, group: int, size: int) -> None:
+    rng = np.random.default_rng(9)
+    x, weight = (jnp.asarray(rng.normal(1.0, 2.0, size=(3, size, size, 12))) for _ in range(2))
+    scale, bias = jnp.asarray(rng.normal(size=12)), jnp.asarray(rng.normal(size=12))
+
+    def plain(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        groups = x.reshape(*x.shape[:3], -1, group)
+        mean = jnp.mean(groups, axis=(1, 2, 4), keepdims=True)
+        variance = jnp.var(groups, axis=(1, 2, 4), keepdims=True)
+        shape = (1, 1, 1, 12)
+        normed = ((groups - mean) / jnp.sqrt(variance + 1e-5)).reshape(x.shape)
+        return normed * scale.reshape(shape) + bias.reshape(shape)
+
+    def gradients(norm: Any) -> Any:
+        return jax.jit(jax.grad(lambda *args: jnp.sum(weight * norm(*args)), (0, 1, 2)))(x, scale, bias)
+
+    pairs = zip(gradients(lambda *args: layers.group_norm(*args, group)), gradients(plain), strict=True)
+    for got, expected in pairs:
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_views_are_batches_of_their_own_to_batch_norm(x64: None) -> None:
+    x = jnp.asarray(np.random.default_rng(10).normal(size=(2, 5, 3)))
+    module = layers.BatchNorm()
+    together: Any = module.apply(module.init(jax.random.key(0), x), x)
+    for view, out in zip(x, together, strict=True):
+        np.testing.assert_allclose(out, layers.batch_norm(view, jnp.ones(3), jnp.zeros(3)), rtol=1e-12)
+
+
 def test_head_with_batch_norm_equals_numpy(x64: None) -> None:
     rng = np.random.default_rng(7)
     hidden = {"kernel": rng.normal(size=(5, 6)), "bias": rng.normal(size=6)}
@@ -157,7 +107,8 @@ def test_convolution_adds_its_bias_and_standardises_on_request(weight_standardis
     flat = kernel.reshape(-1, 2)
     if weight_standardisation:
         flat = (flat - flat.mean(axis=0)) / (flat.std(axis=0, ddof=1) + 1e-5)
-    expected = plain_conv(x, flat.reshape(kernel.shape), 1, 1) + bias
+    kernel_used = jnp.asarray(flat.reshape(kernel.shape))
+    expected = direct_conv(jnp.asarray(x), kernel_used, stride=1, padding=1) + bias.reshape(1, 1, 1, -1)
     options = dataclasses.replace(OPTIONS, weight_standardisation=weight_standardisation)
     got: Any = layers.Conv(2, 3, 1, options, bias=True).apply(
         {"params": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}, jnp.asarray(x)

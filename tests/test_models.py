@@ -14,7 +14,8 @@ from mocosfl_jax import Features, split_model
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import mobilenetv2
 from mocosfl_jax.models.bottleneck import Bottleneck, read_bottleneck
-from mocosfl_jax.models.layers import Options, direct_conv
+from mocosfl_jax.models.convolution import direct_conv
+from mocosfl_jax.models.layers import Options
 from mocosfl_jax.models.resnet import BasicBlock
 
 

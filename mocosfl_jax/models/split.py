@@ -12,7 +12,8 @@ from jax import Array
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import mobilenetv2, resnet, vgg
 from mocosfl_jax.models.bottleneck import ClientBottleneck, ServerBottleneck, read_bottleneck
-from mocosfl_jax.models.layers import HEADS, NORMS, Layer, Options, ProjectionHead, direct_conv, patches_conv
+from mocosfl_jax.models.convolution import Lowering, lowering
+from mocosfl_jax.models.layers import HEADS, NORMS, Layer, Options, ProjectionHead
 
 Params = Any  # a tree of arrays
 
@@ -20,8 +21,8 @@ Params = Any  # a tree of arrays
 class Features(NamedTuple):
     """What the whole network says of n images."""
 
-    backbone: Array  # [n, D], globally average-pooled
-    projection: Array  # [n, key_dim], output of the head, not normalised
+    backbone: Array  # [..., n, D], globally average-pooled
+    projection: Array  # [..., n, key_dim], output of the head, not normalised
 
 
 class SplitModel(NamedTuple):
@@ -32,7 +33,8 @@ class SplitModel(NamedTuple):
 
     init: Callable[[Array], tuple[Params, Params]]  # rng -> client params, server params
     client: Callable[[Params, Array], Array]  # params, images [n, H, W, 3] -> smashed data [n, h, w, c]
-    server: Callable[[Params, Array], Features]  # params, smashed data [n, h, w, c] -> Features
+    # params, smashed data [..., n, h, w, c] -> Features; further leading axes are batches of their own
+    server: Callable[[Params, Array], Features]
     key_dim: int  # width of the projection
 
 
@@ -59,10 +61,10 @@ class _Server(nn.Module):
 
     @nn.compact
     def __call__(self, smashed: Array) -> Features:
-        x = smashed
+        x = smashed.reshape(-1, *smashed.shape[-3:])
         for layer in self.layers:
             x = layer(options=self.options)(x)
-        backbone = jnp.mean(x, axis=(1, 2))
+        backbone = jnp.mean(x, axis=(1, 2)).reshape(*smashed.shape[:-3], -1)
         return Features(backbone, self.head(backbone))
 
 
@@ -158,6 +160,7 @@ def split_model(
     weight_standardisation: bool = True,
     norm: str = "group",
     stacked_server: bool = False,
+    convolutions: Lowering | None = None,
 ) -> SplitModel:
     """A network cut after its first `cut_layer` layers.
 
@@ -182,6 +185,7 @@ def split_model(
         MobileNetV2's shortcuts. A ResNet's stem and the shortcuts of its bottleneck blocks have it anyway.
       norm: "group" of four channels, "layer" (all channels together) or "instance" (each by itself).
       stacked_server: the server too is to be vmapped over stacked parameters, as clients are.
+      convolutions: the form that they take; None: what is fast on JAX's default backend.
 
     Raises:
       UserError: if a value is not possible; the message says what is.
@@ -206,12 +210,13 @@ def split_model(
     is_deep = name in resnet.DEPTHS and resnet.DEPTHS[name][1]
     mlp_dim = key_dim * (resnet.BOTTLENECK_EXPANSION if is_deep else 1)
     hidden_dim = {"linear": None, "mlp": mlp_dim, "mlp_bn": 2 * key_dim}[head]
+    single, stacked = convolutions or lowering(jax.default_backend())
     client = _Client(
-        tuple(client_layers), Options(patches_conv, weight_standardisation, norm, residual=client_residual)
+        tuple(client_layers), Options(stacked, weight_standardisation, norm, residual=client_residual)
     )
     server = _Server(
         tuple(server_layers),
-        Options(patches_conv if stacked_server else direct_conv, weight_standardisation, norm, residual=True),
+        Options(stacked if stacked_server else single, weight_standardisation, norm, residual=True),
         ProjectionHead(key_dim, hidden_dim, batch_norm=head == "mlp_bn", name="head"),
     )
 
