@@ -106,6 +106,9 @@ def backward(
 def synchronize(pool: ClientState, cohort: Array | None, how: Sync) -> tuple[ClientState, Array]:
     """FedAvg: average the models of the cohort and load the mean into all clients.
 
+    All that is done is a weighted sum over the pool, in which only the cohort has weight, and one model for
+    every client: over several devices, no client's model leaves its device.
+
     Args:
       pool: all clients.
       cohort: [M], whose models are averaged; None: all.
@@ -115,28 +118,27 @@ def synchronize(pool: ClientState, cohort: Array | None, how: Sync) -> tuple[Cli
       The pool, and how far each client of the cohort was from the mean, [M].
     """
     num_clients = len(pool.scales)
-    members = select(pool, cohort)
-    weights = None
-    if how.weights is not None:
-        weights = jnp.asarray(how.weights) if cohort is None else jnp.asarray(how.weights)[cohort]
+    weights = None if how.weights is None else jnp.asarray(how.weights)
+    taking_part = jnp.ones(num_clients, bool)
+    if cohort is not None:
+        taking_part = jnp.zeros(num_clients, bool).at[cohort].set(True)
+        weights = taking_part * (1.0 if weights is None else weights)
 
     def mean_for_all(stacked: Any) -> Any:
         return fedavg.broadcast(fedavg.average(stacked, weights), num_clients)
 
-    mean = fedavg.average(members.params, weights)
-    divergences = fedavg.divergence(members.params, mean)
-    pool = pool._replace(params=fedavg.broadcast(mean, num_clients))
+    mean = fedavg.average(pool.params, weights)
+    divergences = fedavg.divergence(pool.params, mean)
+    new = pool._replace(params=fedavg.broadcast(mean, num_clients))
     if how.divergence_lambda is not None:
         params, scales = fedavg.divergence_aware(
-            members.params, mean, divergences, members.scales, how.divergence_lambda
+            pool.params, mean, divergences, pool.scales, how.divergence_lambda, taking_part
         )
-        pool = pool._replace(
-            params=put_back(pool.params, params, cohort), scales=put_back(pool.scales, scales, cohort)
-        )
+        new = new._replace(params=params, scales=scales)
     if how.momentum_models:
-        pool = pool._replace(key_params=mean_for_all(members.key_params))
+        new = new._replace(key_params=mean_for_all(pool.key_params))
     if how.buffers == "reset":
-        pool = pool._replace(opt_state=jax.tree.map(jnp.zeros_like, pool.opt_state))
+        new = new._replace(opt_state=jax.tree.map(jnp.zeros_like, pool.opt_state))
     elif how.buffers == "average":
-        pool = pool._replace(opt_state=mean_for_all(members.opt_state))
-    return pool, divergences
+        new = new._replace(opt_state=mean_for_all(pool.opt_state))
+    return new, divergences if cohort is None else divergences[cohort]
