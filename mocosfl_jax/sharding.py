@@ -48,29 +48,34 @@ CLIENTS = P(EVERY)  # leading axis of clients, or of the rows of the concatenate
 def make_mesh(sizes: config.Mesh) -> Mesh | None:
     """The mesh of a configuration; None where one device does it all.
 
-    A size of None takes what is left of the devices: without any, all are on `data`.
+    A size of None takes what the other leaves of the devices; without any, all are on `data`. Where both are
+    given, they may leave devices out.
 
     Raises:
-      UserError: if there are not as many devices.
+      UserError: if there are not as many devices, or if they cannot be shared out evenly.
     """
     devices = jax.devices()
     count = len(devices)
-    for name, size in (("data", sizes.data), ("model", sizes.model)):
-        if size is not None and (count % size if None in (sizes.data, sizes.model) else size > count):
-            allowed = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+    if sizes.data is not None and sizes.model is not None:
+        data, model = sizes.data, sizes.model
+        if data * model > count:
             raise UserError(
-                f"config.mesh.{name}: found {size}, allowed: {allowed} (there are {count} devices)"
+                f"config.mesh: found data {data} and model {model}, allowed: a product of at most {count}, "
+                "the number of devices"
             )
-    model = sizes.model or (1 if sizes.data is None else count // sizes.data)
-    data = sizes.data or count // model
-    if data * model > count:
-        raise UserError(
-            f"config.mesh.data: found {data} with config.mesh.model {model}, allowed: at most "
-            f"{count // model} (there are {count} devices)"
-        )
+    else:
+        for name, size in (("data", sizes.data), ("model", sizes.model)):
+            if size is not None and count % size:
+                allowed = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+                raise UserError(
+                    f"config.mesh.{name}: found {size}, allowed: {allowed} (divisors of {count}, the number "
+                    "of devices)"
+                )
+        model = sizes.model or count // (sizes.data or count)
+        data = count // model
     if data * model == 1:
         return None
-    # Of axis type Auto: the algorithm is partitioned by XLA, from what is said here.
+    # Of axis type Auto: XLA partitions the algorithm, from what is said here.
     return jax.make_mesh(
         (data, model), EVERY, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * model]
     )
@@ -135,7 +140,9 @@ def distribute(algorithm: Algorithm, mesh: Mesh | None, num_clients: int) -> Alg
     """
     if mesh is None:
         return algorithm
-    enter, leave = partial(_enter, mesh, num_clients), partial(_leave, mesh)
+
+    def inside(state: TrainState) -> TrainState:
+        return enter(mesh, num_clients, state)
 
     def whole(x: Any) -> Any:
         return None if x is None else _at(mesh, x, P())
@@ -144,15 +151,15 @@ def distribute(algorithm: Algorithm, mesh: Mesh | None, num_clients: int) -> Alg
         state: TrainState, views: Views, cohort: Array | None = None, **options: Any
     ) -> tuple[TrainState, StepInfo]:
         views = Views(*(_at(mesh, x, _views(x)) for x in views))
-        state, info = algorithm.step(enter(state), views, whole(cohort), **options)
-        return leave(state), _info(mesh, info)
+        state, info = algorithm.step(inside(state), views, whole(cohort), **options)
+        return rest(mesh, state), _info(mesh, info)
 
     def sync(state: TrainState, cohort: Array | None = None) -> tuple[TrainState, SyncInfo]:
-        state, info = algorithm.sync(enter(state), whole(cohort))
-        return leave(state), SyncInfo(whole(info.divergence))
+        state, info = algorithm.sync(inside(state), whole(cohort))
+        return rest(mesh, state), SyncInfo(whole(info.divergence))
 
     def encode(state: TrainState, images: Array) -> Features:
-        features = algorithm.encode(enter(state), _at(mesh, whole(images), CLIENTS))
+        features = algorithm.encode(inside(state), _at(mesh, whole(images), CLIENTS))
         return Features(*(whole(x) for x in features))
 
     def replay(
@@ -160,11 +167,11 @@ def distribute(algorithm: Algorithm, mesh: Mesh | None, num_clients: int) -> Alg
     ) -> tuple[TrainState, StepInfo]:
         assert algorithm.replay is not None
         smashed = SmashedData(*(_at(mesh, whole(x), CLIENTS) for x in smashed))
-        state, info = algorithm.replay(enter(state), smashed, whole(cohort))
-        return leave(state), _info(mesh, info)
+        state, info = algorithm.replay(inside(state), smashed, whole(cohort))
+        return rest(mesh, state), _info(mesh, info)
 
     return Algorithm(
-        init=lambda rng: leave(algorithm.init(rng)),
+        init=lambda rng: rest(mesh, algorithm.init(rng)),
         step=step,
         sync=sync,
         encode=encode,
@@ -211,25 +218,25 @@ def _share(count: int, size: int) -> int:
     return math.ceil(count / size)
 
 
-def _enter(mesh: Mesh, num_clients: int, state: TrainState) -> TrainState:
-    """The state without the clients that pad it."""
+def enter(mesh: Mesh, num_clients: int, state: TrainState) -> TrainState:
+    """The state within a program, without the clients that pad it at rest."""
 
-    def enter(leaf: Array, spec: P) -> Array:
+    def place(leaf: Array, spec: P) -> Array:
         return _at(mesh, leaf[:num_clients] if spec == CLIENTS else leaf, spec)
 
-    return jax.tree.map(enter, state, specs(mesh, state))
+    return jax.tree.map(place, state, specs(mesh, state))
 
 
-def _leave(mesh: Mesh, state: TrainState) -> TrainState:
-    """The state padded by clients that are zeros, each device with as many.
+def rest(mesh: Mesh, state: TrainState) -> TrainState:
+    """The state as it is between programs, which want as many clients on each device: zeros are the rest.
 
     Zeros, so that a checkpoint's fingerprint does not depend on how many there are.
     """
 
-    def leave(leaf: Array, spec: P) -> Array:
+    def place(leaf: Array, spec: P) -> Array:
         return _at(mesh, _pad(leaf, mesh.size) if spec == CLIENTS else leaf, spec)
 
-    return jax.tree.map(leave, state, specs(mesh, state))
+    return jax.tree.map(place, state, specs(mesh, state))
 
 
 def _pad(x: Array, size: int) -> Array:
