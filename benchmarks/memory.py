@@ -22,7 +22,7 @@ from mocosfl_jax import config, mocosfl, sharding, split_model
 
 NEEDS = ()
 CLIENTS, QUEUE = 1000, 6000
-MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (2, 4), (1, 4), (1, 8))  # data x model
+MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4), (1, 8))  # data x model
 
 
 def held_bytes(data: int, model: int, num_clients: int = CLIENTS, width: int = 64) -> dict[str, int]:

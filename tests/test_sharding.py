@@ -25,6 +25,7 @@ from mocosfl_jax import (
     flmoco,
     loop,
     mocosfl,
+    rounds,
     sharding,
     workdir,
 )
@@ -315,6 +316,46 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["divergence"] == pytest.approx(b["divergence"], rel=1e-3)
         assert a["knn_backbone"] == pytest.approx(b["knn_backbone"], abs=0.051)  # of 20 images
+
+
+def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
+    """As on accelerators: one program for a whole round, which also gathers images and makes views."""
+
+    def make_views(rng: Array, images: Array) -> Views:
+        noise = jax.random.normal(rng, (2, *images.shape))
+        return Views(*(images[None].astype(jnp.float32) / 255 + 0.1 * noise))
+
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3)).astype(np.uint8)
+    indices = np.random.default_rng(1).integers(0, 40, (3, 5, 2)).astype(np.int32)
+    cohort = np.array([0, 1, 3, 4, 6], np.int32)
+    ends = []
+    for mesh, scan in ((None, False), (sharding.make_mesh(Mesh(data=4, model=2)), True)):
+        placement = sharding.make_placement(mesh)
+        algorithm = sharding.distribute(
+            mocosfl(make_toy_model(), num_clients=7, queue_size=24, temperature=1.0, placement=placement),
+            mesh,
+            7,
+        )
+        state = jax.jit(algorithm.init)(jax.random.key(0))
+        run = rounds.make_run_steps(
+            algorithm,
+            make_views,
+            jax.random.key(2),
+            sharding.replicate(mesh, pictures),
+            state=state,
+            batch_shape=(5, 2),
+            steps_per_round=3,
+            whole_pool=False,
+            scan=scan,
+            take=sharding.make_take(mesh),
+        )
+        losses = []
+        for _ in range(2):
+            state, curve = run(state, indices, cohort)
+            losses += [float(loss) for loss in curve.loss]
+        ends.append((losses, np.asarray(jax.tree.leaves(state.clients.params)[0])[:7]))
+    np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-5)
+    np.testing.assert_allclose(ends[0][1], ends[1][1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("compilation_cache")
