@@ -6,6 +6,7 @@
   clients   the client side alone, for 10 to 1,000 clients, against the same
   augment   views, against torchvision and PIL in one process
   scaling   time and memory of a step over numbers of clients and of images a client
+  memory    bytes of training state on each of 1 to 8 simulated devices
   epoch     an epoch of the quickstart, and what of it is not the compiled step
   limit     a training step as a share of what a matrix product reaches on this machine
   eval      features and kNN, against PyTorch
@@ -34,6 +35,7 @@ MODULES = {  # each has NEEDS, the packages beside our own, and results(repeats)
     "clients": "benchmarks.clients",
     "augment": "benchmarks.augment",
     "scaling": "benchmarks.scaling",
+    "memory": "benchmarks.memory",
     "epoch": "benchmarks.epoch",
     "limit": "benchmarks.limit",
     "eval": "benchmarks.evaluation",

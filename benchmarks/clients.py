@@ -30,7 +30,8 @@ def ours(setting: Setting) -> Call:
     def work(
         pool: clients.ClientState, views: Views, smashed_grad: Array
     ) -> tuple[clients.ClientState, clients.SmashedData]:
-        pool, smashed, pullback = clients.forward(model.client, pool, views, 0.99)
+        cohort_model = clients.over_clients(model.client)
+        pool, smashed, pullback = clients.forward(cohort_model, pool, views, 0.99)
         pool = clients.backward(
             pool, pullback, smashed_grad, optimizer, optim.rate(0.06, jax.numpy.zeros(()))
         )

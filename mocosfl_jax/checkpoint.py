@@ -62,7 +62,7 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
 
     Args:
       manager: of `open_manager`.
-      like: a state of the same shapes, dtypes and placement.
+      like: a state of the same shapes, dtypes and placement. Its mesh need not be that of the run so far.
 
     Raises:
       UserError: if there are checkpoints but none can be read.
@@ -133,7 +133,11 @@ def _first_readable(
 def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, Progress]:
     restored = manager.restore(
         step,
-        args=ocp.args.Composite(state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()),
+        # Not strict: a state that was at rest on a mesh may have clients of zeros behind the others, and one
+        # that will be may want them.
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(like, strict=False), progress=ocp.args.JsonRestore()
+        ),
     )
     record = json.loads(restored.progress["record"])
     found = int(_fingerprint(restored.state))

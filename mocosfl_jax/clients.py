@@ -17,6 +17,9 @@ from mocosfl_jax.augment import Views
 from mocosfl_jax.moco import momentum_update
 
 ClientModel = Callable[[Any, Array], Array]  # params, images [B, H, W, 3] -> smashed data [B, h, w, c]
+CohortModel = Callable[
+    [Any, Array], Array
+]  # the same of M clients: [M, ...], [M, B, H, W, 3] -> [M, B, h, w, c]
 Pullback = Callable[[Array], Any]  # gradient of smashed queries [M, B, h, w, c] -> gradient of params
 
 
@@ -75,14 +78,28 @@ def put_back(pool: Stacked, members: Stacked, cohort: Array | None) -> Stacked:
     return jax.tree.map(lambda leaf, new: leaf.at[cohort].set(new, unique_indices=True), pool, members)
 
 
+def at_once(model: ClientModel) -> CohortModel:
+    """All clients as one batched operation."""
+    return jax.vmap(model)
+
+
+def one_by_one(model: ClientModel) -> CohortModel:
+    """Client after client in a loop of the program: what one computes with stays in a CPU's cache."""
+    return lambda params, images: jax.lax.map(lambda client: model(*client), (params, images))
+
+
+def over_clients(model: ClientModel) -> CohortModel:
+    """The one of the two that is faster on the default backend."""
+    return one_by_one(model) if jax.default_backend() == "cpu" else at_once(model)
+
+
 def forward(
-    model: ClientModel, state: ClientState, views: Views, momentum: float
+    cohort_model: CohortModel, state: ClientState, views: Views, momentum: float
 ) -> tuple[ClientState, SmashedData, Pullback]:
     """Every client's online model on its query views, then its momentum model on its key views.
 
     The momentum models are updated in between (after the online forward, before their own).
     """
-    cohort_model = jax.vmap(model)
     query, pullback = jax.vjp(lambda params: cohort_model(params, views.query), state.params)
     key_params = momentum_update(state.key_params, state.params, momentum)
     key = cohort_model(key_params, views.key)
@@ -106,6 +123,9 @@ def backward(
 def synchronize(pool: ClientState, cohort: Array | None, how: Sync) -> tuple[ClientState, Array]:
     """FedAvg: average the models of the cohort and load the mean into all clients.
 
+    All that is done is a weighted sum over the pool, in which only the cohort has weight, and one model for
+    every client: over several devices, no client's model leaves its device.
+
     Args:
       pool: all clients.
       cohort: [M], whose models are averaged; None: all.
@@ -115,28 +135,27 @@ def synchronize(pool: ClientState, cohort: Array | None, how: Sync) -> tuple[Cli
       The pool, and how far each client of the cohort was from the mean, [M].
     """
     num_clients = len(pool.scales)
-    members = select(pool, cohort)
-    weights = None
-    if how.weights is not None:
-        weights = jnp.asarray(how.weights) if cohort is None else jnp.asarray(how.weights)[cohort]
+    weights = None if how.weights is None else jnp.asarray(how.weights)
+    taking_part = jnp.ones(num_clients, bool)
+    if cohort is not None:
+        taking_part = jnp.zeros(num_clients, bool).at[cohort].set(True)
+        weights = taking_part * (1.0 if weights is None else weights)
 
     def mean_for_all(stacked: Any) -> Any:
         return fedavg.broadcast(fedavg.average(stacked, weights), num_clients)
 
-    mean = fedavg.average(members.params, weights)
-    divergences = fedavg.divergence(members.params, mean)
-    pool = pool._replace(params=fedavg.broadcast(mean, num_clients))
+    mean = fedavg.average(pool.params, weights)
+    divergences = fedavg.divergence(pool.params, mean)
+    new = pool._replace(params=fedavg.broadcast(mean, num_clients))
     if how.divergence_lambda is not None:
         params, scales = fedavg.divergence_aware(
-            members.params, mean, divergences, members.scales, how.divergence_lambda
+            pool.params, mean, divergences, pool.scales, how.divergence_lambda, taking_part
         )
-        pool = pool._replace(
-            params=put_back(pool.params, params, cohort), scales=put_back(pool.scales, scales, cohort)
-        )
+        new = new._replace(params=params, scales=scales)
     if how.momentum_models:
-        pool = pool._replace(key_params=mean_for_all(members.key_params))
+        new = new._replace(key_params=mean_for_all(pool.key_params))
     if how.buffers == "reset":
-        pool = pool._replace(opt_state=jax.tree.map(jnp.zeros_like, pool.opt_state))
+        new = new._replace(opt_state=jax.tree.map(jnp.zeros_like, pool.opt_state))
     elif how.buffers == "average":
-        pool = pool._replace(opt_state=mean_for_all(members.opt_state))
-    return pool, divergences
+        new = new._replace(opt_state=mean_for_all(pool.opt_state))
+    return new, divergences if cohort is None else divergences[cohort]

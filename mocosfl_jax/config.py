@@ -147,6 +147,16 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class Mesh:
+    """How many devices share the work, and how. Results do not depend on it."""
+
+    # Devices along which clients and their data are cut; none: what `model` leaves, which is all by default.
+    data: int | None = None
+    # Devices along which the server's parameters and queue are cut too; none: what `data` leaves, or 1.
+    model: int | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Config:
     """One experiment. Fields take their values from a config file, then from the command line."""
 
@@ -164,6 +174,7 @@ class Config:
     optim: Optim = dataclasses.field(default_factory=Optim)
     eval: Eval = dataclasses.field(default_factory=Eval)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
 
     def resolved(self) -> "Config":
         """A copy with every field filled in that was left to a preset or to N, checked.
@@ -305,6 +316,9 @@ def _check_values(config: Config) -> None:
     _in_range("eval.probe_epochs", evaluation.probe_epochs, 0)
     _in_range("checkpoint.every", config.checkpoint.every, 1)
     _in_range("checkpoint.keep", config.checkpoint.keep, 1)
+    for axis in ("data", "model"):
+        if getattr(config.mesh, axis) is not None:
+            _in_range(f"mesh.{axis}", getattr(config.mesh, axis), 1)
     if config.algorithm == "flmoco":
         _only_mocosfl(config)
     elif clients.local_epochs != 1:

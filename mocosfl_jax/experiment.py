@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from mocosfl_jax import augment, data, optim, partition, saving
+from mocosfl_jax import augment, data, optim, partition, saving, sharding
 from mocosfl_jax.clients import Sync
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.flmoco import flmoco
 from mocosfl_jax.mocosfl import Algorithm, mocosfl
 from mocosfl_jax.models import SplitModel, check_model, split_model
-from mocosfl_jax.models.convolution import Lowering
+from mocosfl_jax.models.convolution import PLAIN, Lowering
 from mocosfl_jax.partition import Rich
 from mocosfl_jax.rounds import MakeViews
 
@@ -33,6 +34,7 @@ class Run(NamedTuple):
     images_per_step: int
     steps_per_epoch: int
     steps_per_round: int  # a round ends with a synchronization
+    mesh: Mesh | None = None  # over which the states of `algorithm` are placed; None: one device
 
     @property
     def total_steps(self) -> int:
@@ -63,8 +65,13 @@ class Run(NamedTuple):
         return partition.sample_cohort(pool.num, self.cohort, seed=seed, epoch=epoch, rich=self.rich)
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, mesh: Mesh | None = None) -> Run:
     """Read the data, deal it to the clients and build the algorithm. Nothing is compiled.
+
+    Args:
+      config: not resolved yet, or already.
+      mesh: of `sharding.make_mesh`, for training on it. The sizes in `config.mesh` are not looked at, since
+        a run goes on, and is evaluated, on any number of devices.
 
     Raises:
       UserError: for whatever in the configuration or the data cannot be.
@@ -82,6 +89,8 @@ def prepare(config: Config) -> Run:
         norm=config.model.norm,
         head=moco.head,
     )
+    if config.algorithm == "mocosfl" and moco.feature_sharing:
+        sharding.check_queue(mesh, moco.queue_size)
     rich = None
     if pool.rich:
         rich = Rich(max(1, round(pool.rich * pool.num)), pool.rich_data, pool.rich_batch)
@@ -108,6 +117,7 @@ def prepare(config: Config) -> Run:
         steps_per_epoch=steps,
         batch_sizes=places.tolist() if rich else None,
         images=[len(part) for part in parts],
+        mesh=mesh,
     )
     make_views = partial(
         augment.two_views,
@@ -130,6 +140,7 @@ def prepare(config: Config) -> Run:
         images_per_step=int(places.sum()),
         steps_per_epoch=steps,
         steps_per_round=max(1, steps // config.sync.frequency),
+        mesh=mesh,
     )
     if config.saving.loss_threshold:
         needed, limit = saving.gibibytes(run.replay_shape), config.saving.replay_gib
@@ -148,6 +159,7 @@ def build(
     steps_per_epoch: int = 1,
     batch_sizes: list[int] | None = None,
     images: list[int] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[SplitModel, Algorithm]:
     """The network and the algorithm of a resolved configuration, without its data.
 
@@ -157,8 +169,11 @@ def build(
       steps_per_epoch: for the schedules; does not matter where nothing is trained.
       batch_sizes: [M], of each place in the cohort; None: all are alike, or nothing is trained.
       images: [N], of each client, for weighted averages; None: nothing is trained.
+      mesh: over which the algorithm's states are placed; None: on one device.
     """
-    model = build_model(config, image_size)
+    placement = sharding.make_placement(mesh)
+    # The forms for a CPU work on some images after others, which on a mesh belong to different devices.
+    model = build_model(config, image_size, None if mesh is None else PLAIN)
     moco, optimizer, sync = config.moco, config.optim, config.sync
     assert moco.symmetric is not None and optimizer.schedule is not None
     assert optimizer.client_lr is not None and optimizer.client_schedule is not None
@@ -174,7 +189,7 @@ def build(
     weights = np.array(images, np.float32) if sync.weighted else None
     how = Sync(weights, sync.momentum_models, sync.buffers, sync.divergence_lambda)
     if config.algorithm == "flmoco":
-        return model, flmoco(
+        algorithm = flmoco(
             model,
             num_clients=config.clients.num,
             lr=client_lr,
@@ -185,25 +200,29 @@ def build(
             momentum=moco.momentum,
             symmetric=moco.symmetric,
             sync=how,
+            placement=placement,
         )
-    return model, mocosfl(
-        model,
-        num_clients=config.clients.num,
-        batch_sizes=batch_sizes,
-        server_lr=optim.schedule(
-            optimizer.schedule, optimizer.server_lr, epochs=epochs, steps_per_epoch=steps_per_epoch
-        ),
-        client_lr=client_lr,
-        sgd_momentum=optimizer.momentum,
-        weight_decay=optimizer.weight_decay,
-        queue_size=moco.queue_size,
-        temperature=moco.temperature,
-        momentum=moco.momentum,
-        symmetric=moco.symmetric,
-        full_symmetric=moco.full_symmetric,
-        feature_sharing=moco.feature_sharing,
-        sync=how,
-    )
+    else:
+        algorithm = mocosfl(
+            model,
+            num_clients=config.clients.num,
+            batch_sizes=batch_sizes,
+            server_lr=optim.schedule(
+                optimizer.schedule, optimizer.server_lr, epochs=epochs, steps_per_epoch=steps_per_epoch
+            ),
+            client_lr=client_lr,
+            sgd_momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+            queue_size=moco.queue_size,
+            temperature=moco.temperature,
+            momentum=moco.momentum,
+            symmetric=moco.symmetric,
+            full_symmetric=moco.full_symmetric,
+            feature_sharing=moco.feature_sharing,
+            sync=how,
+            placement=placement,
+        )
+    return model, sharding.distribute(algorithm, mesh, config.clients.num)
 
 
 def network(config: Config, image_size: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mocosfl_jax.clients import FEDAVG, ClientState, Sync
 from mocosfl_jax.moco import MoCoQueue
 from mocosfl_jax.mocosfl import Algorithm, StepInfo, SyncInfo, TrainState
 from mocosfl_jax.models import Features, SplitModel
+from mocosfl_jax.placement import ONE_DEVICE, Placement
 
 
 def flmoco(
@@ -28,6 +29,7 @@ def flmoco(
     momentum: float = 0.99,
     symmetric: bool = True,
     sync: Sync = FEDAVG,
+    placement: Placement = ONE_DEVICE,
 ) -> Algorithm:
     """FL-MoCo (Li et al. 2023) behind the functions of MocoSFL.
 
@@ -43,6 +45,7 @@ def flmoco(
       momentum: tau of the momentum models.
       symmetric: the symmetric loss of MoCo V2.
       sync: how the clients are averaged.
+      placement: of arrays on devices; of `sharding.make_placement` for more than one.
 
     Returns:
       The algorithm. Its TrainState has both sides of the network in `clients.params` and the queues,
@@ -68,7 +71,7 @@ def flmoco(
         ) -> tuple[ClientState, MoCoQueue, server.Contrast]:
             """One client, by itself."""
             local, _, contrast = server.step(
-                lambda params, images: whole(params, images).projection,
+                server.at_once(lambda params, images: whole(params, images).projection),
                 server.ServerState(member.params, member.key_params, member.opt_state, queue),
                 *views,
                 optimizer=optimizer,
@@ -80,9 +83,9 @@ def flmoco(
             member = ClientState(local.params, local.key_params, local.opt_state, member.scales)
             return member, local.queue, contrast
 
-        members, queues = clients.select((state.clients, state.server), cohort)
+        members, queues = placement.select((state.clients, state.server), cohort)
         members, queues, contrast = jax.vmap(local_step)(members, queues, views)
-        pool = clients.put_back((state.clients, state.server), (members, queues), cohort)
+        pool = placement.put_back((state.clients, state.server), (members, queues), cohort)
         info = StepInfo(jnp.mean(contrast.loss), jnp.mean(contrast.top1), smashed=None, smashed_grad=None)
         return TrainState(state.step + 1, *pool), info
 

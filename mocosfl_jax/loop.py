@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tqdm import tqdm
 
-from mocosfl_jax import checkpoint, monitor, partition, plots, report, rounds, saving, workdir
+from mocosfl_jax import checkpoint, monitor, partition, plots, report, rounds, saving, sharding, workdir
 from mocosfl_jax.checkpoint import Progress
 from mocosfl_jax.errors import NonFiniteError
 from mocosfl_jax.experiment import Run
@@ -105,7 +105,7 @@ def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progre
 
 def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
     """Compile the step, the bulk of all compilation; the others compile when they are first used."""
-    images = jax.device_put(run.dataset.x_train)
+    images, take = sharding.replicate(run.mesh, run.dataset.x_train), sharding.make_take(run.mesh)
     run_steps = rounds.make_run_steps(
         run.algorithm,
         run.make_views,
@@ -116,10 +116,11 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
         steps_per_round=run.steps_per_round,
         whole_pool=run.whole_pool,
         scan=rounds.scans_steps(jax.default_backend()),
+        take=take,
     )
     return Programs(
         run_steps,
-        rounds.make_keeping_step(run.algorithm, run.make_views, rng_views, images),
+        rounds.make_keeping_step(run.algorithm, run.make_views, rng_views, images, take),
         rounds.make_replay_step(run.algorithm),
         rounds.make_sync(run.algorithm),
         encode,

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mocosfl_jax import concatenation
-
 
 class MoCoQueue(NamedTuple):
     """A ring buffer of the K newest keys. Queues per client have a leading client axis."""
@@ -66,31 +64,31 @@ class Memory(NamedTuple):
 SHARED = Memory(similarities, enqueue)  # feature sharing: one queue for all clients
 
 
-def per_client(cohort: Array | None, shape: tuple[int, int], real: np.ndarray | None = None) -> Memory:
+def per_client(
+    select: Callable[[MoCoQueue], MoCoQueue],
+    put_back: Callable[[MoCoQueue, MoCoQueue], MoCoQueue],
+    split: Callable[[Array], Array],
+    merge: Callable[[Array], Array],
+    real: np.ndarray,
+) -> Memory:
     """Feature sharing off: every client is contrasted with its own keys only.
 
     Args:
-      cohort: [M], the clients whose rows make up the batch; None: all, in order.
-      shape: (M, B) of the batch before its concatenation.
-      real: as in `concatenation`.
+      select: queues of the pool [N, K, D] -> those of the cohort [M, K, D].
+      put_back: the pool's with the cohort's in their places.
+      split: rows of the batch [n, ...] as [M, B, ...].
+      merge: and back.
+      real: [M, B] bool, which of these rows there are.
 
     Returns:
       A memory on queues [N, K, D] with cursors [N].
     """
-    taken = jnp.ones(shape, bool) if real is None else jnp.asarray(real)
-
-    def own(queues: MoCoQueue) -> MoCoQueue:
-        return queues if cohort is None else MoCoQueue(queues.keys[cohort], queues.cursor[cohort])
 
     def similarities_(queues: MoCoQueue, query: Array) -> Array:
-        grid = concatenation.split(query, shape, real)
-        return concatenation.merge(jax.vmap(similarities)(own(queues), grid), real)
+        return merge(jax.vmap(similarities)(select(queues), split(query)))
 
     def enqueue_(queues: MoCoQueue, keys: Array) -> MoCoQueue:
-        new = jax.vmap(enqueue)(own(queues), concatenation.split(keys, shape, real), taken)
-        if cohort is None:
-            return new
-        return MoCoQueue(queues.keys.at[cohort].set(new.keys), queues.cursor.at[cohort].set(new.cursor))
+        return put_back(queues, jax.vmap(enqueue)(select(queues), split(keys), jnp.asarray(real)))
 
     return Memory(similarities_, enqueue_)
 
@@ -117,10 +115,11 @@ def info_nce(query: Array, key: Array, negatives: Array, temperature: float) -> 
       The loss, a mean over the n queries, and the share of queries whose positive has the largest
       logit of all (contrastive accuracy), both [].
     """
-    positive = jnp.sum(query * key, axis=-1, keepdims=True)
-    logits = jnp.concatenate([positive, negatives], axis=1) / temperature
-    loss = jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0])
-    return loss, jnp.mean(jnp.argmax(logits, axis=1) == 0)
+    positive = jnp.sum(query * key, axis=-1)
+    positive, negatives = positive / temperature, negatives / temperature
+    # Not concatenated: the negatives may be spread over devices, and are the largest array here.
+    loss = jnp.mean(jnp.logaddexp(positive, jax.nn.logsumexp(negatives, axis=1)) - positive)
+    return loss, jnp.mean(positive >= jnp.max(negatives, axis=1))
 
 
 def momentum_update(key_params: Any, params: Any, momentum: float) -> Any:

@@ -13,6 +13,7 @@ from mocosfl_jax import clients, concatenation, moco, optim, server
 from mocosfl_jax.augment import Views
 from mocosfl_jax.clients import FEDAVG, SmashedData, Sync
 from mocosfl_jax.models import Features, SplitModel
+from mocosfl_jax.placement import ONE_DEVICE, Placement
 
 
 class TrainState(NamedTuple):
@@ -69,6 +70,7 @@ def mocosfl(
     full_symmetric: bool = False,
     feature_sharing: bool = True,
     sync: Sync = FEDAVG,
+    placement: Placement = ONE_DEVICE,
 ) -> Algorithm:
     """MocoSFL.
 
@@ -90,6 +92,7 @@ def mocosfl(
         rows, and clients get gradients for both views (MonAcoSFL, Przewięźlikowski et al. 2024).
       feature_sharing: one queue for all clients; else each has one of K // N keys.
       sync: how the clients are averaged.
+      placement: of arrays on devices; of `sharding.make_placement` for more than one.
 
     Returns:
       The algorithm as functions.
@@ -126,14 +129,16 @@ def mocosfl(
         if full_symmetric:
             views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
         shape = (views.query.shape[0], views.query.shape[1])
-        members = clients.select(state.clients, cohort)
-        members, smashed, pullback = clients.forward(model.client, members, views, momentum)
+        members = placement.select(state.clients, cohort)
+        members, smashed, pullback = clients.forward(
+            placement.over_clients(model.client), members, views, momentum
+        )
 
-        merged = SmashedData(*(concatenation.merge(x, real) for x in smashed))  # vector concatenation
+        merged = SmashedData(*(placement.merge(x, real) for x in smashed))  # vector concatenation
         server_state, merged_grad, contrast = serve(state, merged, cohort, shape)
 
         if send_gradients and not frozen:
-            smashed_grad = concatenation.split(merged_grad, shape, real)
+            smashed_grad = placement.split(merged_grad, shape, real)
             learning_rate = optim.rate(client_lr, state.step)
             members = clients.backward(members, pullback, smashed_grad, optimizer, learning_rate)
             sent_back = merged_grad
@@ -141,7 +146,7 @@ def mocosfl(
             sent_back = None
         new_state = TrainState(
             step=state.step + 1,
-            clients=clients.put_back(state.clients, members, cohort),
+            clients=placement.put_back(state.clients, members, cohort),
             server=server_state,
         )
         return new_state, StepInfo(*contrast, smashed=merged, smashed_grad=sent_back)
@@ -149,8 +154,11 @@ def mocosfl(
     def serve(
         state: TrainState, merged: SmashedData, cohort: Array | None, shape: tuple[int, int]
     ) -> tuple[server.ServerState, Array, server.Contrast]:
+        def project(params: Any, smashed: Array) -> Array:
+            return model.server(placement.gather(params), smashed).projection
+
         return server.step(
-            lambda params, x: model.server(params, x).projection,
+            placement.over_views(project),
             state.server,
             *merged,
             optimizer=optimizer,
@@ -158,7 +166,16 @@ def mocosfl(
             momentum=momentum,
             temperature=temperature,
             symmetric=symmetric and not full_symmetric,
-            memory=moco.SHARED if feature_sharing else moco.per_client(cohort, shape, real),
+            memory=placement.shared if feature_sharing else own_queues(cohort, shape),
+        )
+
+    def own_queues(cohort: Array | None, shape: tuple[int, int]) -> moco.Memory:
+        return moco.per_client(
+            select=lambda queues: placement.select(queues, cohort),
+            put_back=lambda queues, new: placement.put_back(queues, new, cohort),
+            split=lambda batch: placement.split(batch, shape, real),
+            merge=lambda rows: placement.merge(rows, real),
+            real=np.ones(shape, bool) if real is None else real,
         )
 
     def replay(
@@ -178,6 +195,6 @@ def mocosfl(
 
     def encode(state: TrainState, images: Array) -> Features:
         first_client = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
-        return model.server(state.server.params, model.client(first_client, images))
+        return model.server(placement.gather(state.server.params), model.client(first_client, images))
 
     return Algorithm(init, step, synchronize, encode, replay)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mocosfl_jax import sharding
 from mocosfl_jax.experiment import Run
 from mocosfl_jax.mocosfl import TrainState
 
@@ -21,7 +22,8 @@ def header(run: Run, state: TrainState) -> str:
     client_params = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
     device = jax.devices()[0]
     rows = {
-        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}",
+        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}), "
+        f"{sharding.describe(run.mesh)}jax {jax.__version__}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
         "clients": f"{pool.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in an epoch; each "

@@ -3,6 +3,7 @@
 Only here are the algorithm's step and sync jitted and their state donated.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ Sync = Callable[[TrainState, np.ndarray | None], tuple[TrainState, SyncInfo]]
 RunSteps = Callable[[TrainState, np.ndarray, np.ndarray | None], tuple[TrainState, Curve]]
 KeepingStep = Callable[[TrainState, np.ndarray, np.ndarray | None], tuple[TrainState, Curve, SmashedData]]
 ReplayStep = Callable[[TrainState, SmashedData, np.ndarray | None], tuple[TrainState, Curve]]
+Take = Callable[[Array, Array], Array]  # images [n, H, W, 3], indices [M, B] -> [M, B, H, W, 3]
 MakeViews = Callable[[Array, Array], Views]  # rng, images [M, B, H, W, 3] uint8 -> Views
 
 
@@ -43,7 +45,9 @@ def make_sync(algorithm: Algorithm) -> Sync:
     return jax.jit(algorithm.sync, donate_argnums=0)
 
 
-def make_keeping_step(algorithm: Algorithm, make_views: MakeViews, rng: Array, images: Array) -> KeepingStep:
+def make_keeping_step(
+    algorithm: Algorithm, make_views: MakeViews, rng: Array, images: Array, take: Take = operator.getitem
+) -> KeepingStep:
     """A step that trains the server alone and returns the smashed data that the clients sent.
 
     Arguments as in `make_run_steps`; it draws the same views. Compiled when first called.
@@ -56,7 +60,7 @@ def make_keeping_step(algorithm: Algorithm, make_views: MakeViews, rng: Array, i
     def step(
         state: TrainState, images: Array, rng: Array, indices: Array, cohort: Array | None
     ) -> tuple[TrainState, Curve, SmashedData | None]:
-        views = make_views(jax.random.fold_in(rng, state.step), images[indices])
+        views = make_views(jax.random.fold_in(rng, state.step), take(images, indices))
         state, info = algorithm.step(state, views, cohort, send_gradients=False)
         return state, Curve(info.loss, info.top1), info.smashed
 
@@ -91,6 +95,7 @@ def make_run_steps(
     steps_per_round: int,
     whole_pool: bool,
     scan: bool,
+    take: Take = operator.getitem,
 ) -> RunSteps:
     """Compile the function that runs some steps of training.
 
@@ -109,6 +114,7 @@ def make_run_steps(
       whole_pool: every client takes part in every step.
       scan: one program for the steps of a whole round (see `scans_steps`); other numbers of steps, and
         all if this is false, run one by one.
+      take: how a step gets its images; of `sharding.make_take` on several devices.
 
     Returns:
       state, indices [S, M, B] int32 into the images, cohort [M] int32 (None if `whole_pool`) -> new
@@ -118,7 +124,7 @@ def make_run_steps(
     def step(
         state: TrainState, images: Array, rng: Array, indices: Array, cohort: Array | None
     ) -> tuple[TrainState, Curve]:
-        views = make_views(jax.random.fold_in(rng, state.step), images[indices])
+        views = make_views(jax.random.fold_in(rng, state.step), take(images, indices))
         state, info = algorithm.step(state, views, cohort)
         return state, Curve(info.loss, info.top1)
 

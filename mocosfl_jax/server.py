@@ -1,6 +1,6 @@
 """The server side: one model on the concatenated smashed data of the cohort, contrasted by MoCo."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,9 @@ from jax import Array
 from mocosfl_jax import moco, optim
 from mocosfl_jax.moco import Memory, MoCoQueue
 
-Projection = Callable[[Any, Array], Array]  # params, smashed data [..., n, h, w, c] -> [..., n, D]
+Projection = Callable[[Any, Array], Array]  # params, smashed data [..., n, h, w, c] -> embeddings [..., n, D]
+# The same of several views, each a batch of its own to the model: params, [n, h, w, c] each -> [views, n, D]
+ViewsProjection = Callable[[Any, Sequence[Array]], Array]
 
 
 class ServerState(NamedTuple):
@@ -33,8 +35,18 @@ def init(params: Any, queue: MoCoQueue, optimizer: optax.GradientTransformation)
     return ServerState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), queue)
 
 
+def at_once(project: Projection) -> ViewsProjection:
+    """All views as one operation, which is faster where they are on one device."""
+    return lambda params, views: project(params, jnp.stack(views))
+
+
+def one_by_one(project: Projection) -> ViewsProjection:
+    """View after view, which leaves the rows of a batch where they are."""
+    return lambda params, views: jnp.stack([project(params, view) for view in views])
+
+
 def step(
-    project: Projection,
+    project: ViewsProjection,
     state: ServerState,
     smashed_query: Array,
     smashed_key: Array,
@@ -49,7 +61,7 @@ def step(
     """One step of MoCo on the concatenated smashed data of the cohort.
 
     Args:
-      project: the server-side model with its head, without normalisation.
+      project: the server-side model with its head, without normalisation, of `at_once` or `one_by_one`.
       state: server state.
       smashed_query: [n, h, w, c], n = M * B, client by client.
       smashed_key: the same shape; a constant, also where it is used as a query.
@@ -66,8 +78,8 @@ def step(
     key_params = moco.momentum_update(state.key_params, state.params, momentum)
 
     def embed(params: Any, *views: Array) -> Array:
-        """[views, n, D]; each view is a batch of its own to the model, all are one operation."""
-        return moco.normalise(project(params, jnp.stack(views)))
+        """Unit rows [views, n, D]."""
+        return moco.normalise(project(params, views))
 
     keys = embed(key_params, *([smashed_query] if symmetric else []), smashed_key)
 

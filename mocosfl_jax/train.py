@@ -46,9 +46,9 @@ def main(argv: list[str]) -> int:
     try:
         compiler.set_up()
         # Imported only here, so that a slip of the pen is answered at once.
-        from mocosfl_jax import experiment, loop, workdir
+        from mocosfl_jax import experiment, loop, sharding, workdir
 
-        run = experiment.prepare(config)
+        run = experiment.prepare(config, sharding.make_mesh(config.mesh))
         workdir.claim(folder, run.config)
         with tensorboard_writer(folder, tensorboard) as write_metrics, stop_on_signals() as (stop, received):
             finished = loop.train(run, stop, loop.Output(folder, say, write_metrics))

@@ -34,7 +34,8 @@ def claim(workdir: Path, config: Config) -> None:
         raise UserError(f"{path}: not JSON ({error}); give another --workdir") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: found no configuration; give another --workdir")
-    changed = differences(found, config.as_dict())
+    # A run may go on on other devices.
+    changed = differences(found | {"mesh": None}, config.as_dict() | {"mesh": None})
     if changed:
         raise UserError(
             f"--workdir: {workdir} holds a run of another configuration ({'; '.join(changed)}); "

@@ -21,7 +21,7 @@ from mocosfl_jax import Features, SplitModel, Views
 from mocosfl_jax.train import main
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 8)
 
 IMAGE = (4, 4, 3)
 KEY_DIM = 8
@@ -127,6 +127,8 @@ def arguments(images: str, workdir: pathlib.Path, *more: str) -> list[str]:
         "eval.every": 1,
         "eval.knn_k": 5,
         "eval.probe_epochs": 3,
+        "mesh.data": 1,
+        "mesh.model": 1,
     }
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     return ["train", *overrides, f"--workdir={workdir}", *more]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import augment, clients, epoch, evaluation, limit, results, scaling, settings
+from benchmarks import augment, clients, epoch, evaluation, limit, memory, results, scaling, settings
 from benchmarks.settings import QUICKSTART, Setting
 from benchmarks.timing import finished, medians, stepper
 from mocosfl_jax.config import quickstart
@@ -186,6 +186,14 @@ def test_scaling_is_per_image(compiled: settings.Step) -> None:
     assert numbers["ms_per_image"] == pytest.approx(1e3 * numbers["ours_s"] / 6)
     arguments = sum(leaf.nbytes for leaf in jax.tree.leaves((compiled.state, compiled.views)))
     assert numbers["mib_per_image"] * 6 * 2**20 == scaling.held_bytes(compiled.program) > arguments
+
+
+def test_memory_is_that_of_the_compiled_program() -> None:
+    one, many = (memory.held_bytes(*sizes, num_clients=16, width=4) for sizes in ((1, 1), (4, 2)))
+    for held in (one, many):
+        assert held["state"] == held["clients"] + held["server"] + 4  # and the number of the step
+    assert many["clients"] * 8 == one["clients"]
+    assert many["server"] == pytest.approx(one["server"] / 2, rel=0.01)
 
 
 def test_limit_is_a_share_of_the_peak(compiled: settings.Step) -> None:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_views
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, moco, mocosfl
 from mocosfl_jax.concatenation import merge
@@ -220,26 +219,3 @@ def test_training_lowers_the_loss_of_the_same_views(toy_model: SplitModel) -> No
             state, _ = algorithm.sync(state)
     # The queue soon holds keys of these very views, so the loss has a floor: compare once it is full.
     assert losses[-1] < losses[K // (2 * N * B) + 1] - 0.05
-
-
-def test_two_devices_equal_one(toy_model: SplitModel) -> None:
-    """The client axis over two devices, nothing else said: same state and the same gradients."""
-    algorithm, state = build(toy_model)
-    state, views = diverse(state), random_views(8, N, B)
-    mesh = jax.make_mesh((2,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec("clients"))
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def run(state: TrainState, views: Views) -> tuple[TrainState, jax.Array]:
-        for _ in range(3):
-            state, info = jax.jit(algorithm.step)(state, views)
-        return jax.jit(algorithm.sync)(state)[0], info.smashed_grad
-
-    placed = TrainState(
-        jax.device_put(state.step, whole),
-        jax.device_put(state.clients, split),
-        jax.device_put(state.server, whole),
-    )
-    sharded = run(placed, jax.device_put(views, split))
-    assert len(jax.tree.leaves(sharded[0].clients.params)[0].sharding.device_set) == 2
-    assert_trees_close(jax.device_get(sharded), jax.device_get(run(state, views)), rtol=1e-4, atol=1e-6)

@@ -24,12 +24,12 @@ class Lowering(NamedTuple):
     """The form of the convolutions of a network."""
 
     single: Convolution  # one model on a batch: the server
-    stacked: Convolution  # under `vmap` over stacked kernels: the clients
+    stacked: Convolution  # one of many models, each with its kernel, in a loop or under `vmap`: the clients
 
 
 def lowering(backend: str) -> Lowering:
     """What is fast on a backend, as `jax.default_backend()` names it."""
-    return Lowering(cpu_conv, patches_conv) if backend == "cpu" else PLAIN
+    return Lowering(cpu_conv, matmul_conv) if backend == "cpu" else PLAIN
 
 
 def direct_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
@@ -107,19 +107,27 @@ LEAST_CHANNELS = 32  # for Winograd: the fewer, the more of its time goes into t
 
 def cpu_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
     """`direct_conv` of one model, as a CPU computes it fastest."""
-    height, width, channels = x.shape[1:]
-    kh, kw, _, features = kernel.shape
-    matrix = kernel.reshape(-1, features)
-    if kh == kw == 1 and padding == 0:
-        return matmul(x[:, ::stride, ::stride], matrix)
-    even = height % 2 == width % 2 == 0
-    if kh == kw == 3 and stride == padding == 1 and even and min(channels, features) >= LEAST_CHANNELS:
-        return winograd_conv(x, kernel)
-    if (height + 2 * padding - kh) // stride + 1 < kh:
-        # XLA would exchange image and kernel where the output is the smaller of the two, and then
-        # take ten times as long as a matmul does (2x2 images of 128 channels).
-        return matmul(_patches(x, kernel, stride, padding), matrix)
+    kh = kernel.shape[0]
+    # Where the output is the smaller of the two, XLA would exchange image and kernel, and then take ten times
+    # as long as a matmul does (2x2 images of 128 channels).
+    small = (x.shape[1] + 2 * padding - kh) // stride + 1 < kh
+    if kh == 1 or small or _suits_winograd(x, kernel, stride, padding):
+        return matmul_conv(x, kernel, stride=stride, padding=padding)
     return direct_conv(x, kernel, stride=stride, padding=padding)
+
+
+def matmul_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
+    """`direct_conv` by matmuls alone: XLA's own convolution is twenty times slower in a loop of the program."""
+    if _suits_winograd(x, kernel, stride, padding):
+        return winograd_conv(x, kernel)
+    return matmul(_patches(x, kernel, stride, padding), kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _suits_winograd(x: Array, kernel: Array, stride: int, padding: int) -> bool:
+    _, height, width, channels = x.shape
+    even = height % 2 == width % 2 == 0
+    many = min(channels, kernel.shape[-1]) >= LEAST_CHANNELS
+    return kernel.shape[:2] == (3, 3) and stride == padding == 1 and even and many
 
 
 @jax.custom_vjp
