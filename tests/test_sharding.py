@@ -32,7 +32,8 @@ from mocosfl_jax import (
 from mocosfl_jax.clients import Sync
 from mocosfl_jax.config import Clients, Config, Data, Eval, Mesh, Moco, Model
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.models.layers import batch_norm, direct_conv, group_norm, patches_conv
+from mocosfl_jax.models.convolution import direct_conv, patches_conv
+from mocosfl_jax.models.layers import batch_norm, group_norm
 from mocosfl_jax.train import main
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -57,8 +58,9 @@ def conv_model(stacked_server: bool = False) -> SplitModel:
         return jnp.tanh(group_norm(x, params["scale"], params["bias"]))
 
     def server(params: dict[str, Array], smashed: Array) -> Features:
-        x = jnp.tanh(server_conv(smashed, params["kernel"], stride=2, padding=1))
-        backbone = jnp.mean(x, axis=(1, 2))
+        images = smashed.reshape(-1, *smashed.shape[-3:])
+        x = jnp.tanh(server_conv(images, params["kernel"], stride=2, padding=1))
+        backbone = jnp.mean(x, axis=(1, 2)).reshape(*smashed.shape[:-3], -1)
         hidden = batch_norm(backbone @ params["hidden"], params["scale"], jnp.zeros(16))
         return Features(backbone, jnp.tanh(hidden) @ params["out"])
 

@@ -117,7 +117,7 @@ def cpu_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
 
 
 def matmul_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
-    """`direct_conv` by matmuls alone: XLA's own convolution is twenty times slower in a loop of the program."""
+    """`direct_conv` by matmuls alone: in a loop of the program XLA's own is twenty times slower."""
     if _suits_winograd(x, kernel, stride, padding):
         return winograd_conv(x, kernel)
     return matmul(_patches(x, kernel, stride, padding), kernel.reshape(-1, kernel.shape[-1]))
