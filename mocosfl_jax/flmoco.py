@@ -55,7 +55,8 @@ def flmoco(
 
     def whole(params: tuple, images: Array) -> Features:
         client_params, server_params = params
-        return model.server(server_params, model.client(client_params, images))
+        smashed = model.client(client_params, images.reshape(-1, *images.shape[-3:]))
+        return model.server(server_params, smashed.reshape(*images.shape[:-3], *smashed.shape[1:]))
 
     def init(rng: Array) -> TrainState:
         rng_model, rng_queues = jax.random.split(rng)
