@@ -115,11 +115,13 @@ def info_nce(query: Array, key: Array, negatives: Array, temperature: float) -> 
       The loss, a mean over the n queries, and the share of queries whose positive has the largest
       logit of all (contrastive accuracy), both [].
     """
-    positive = jnp.sum(query * key, axis=-1)
-    positive, negatives = positive / temperature, negatives / temperature
-    # Not concatenated: the negatives may be spread over devices, and are the largest array here.
-    loss = jnp.mean(jnp.logaddexp(positive, jax.nn.logsumexp(negatives, axis=1)) - positive)
-    return loss, jnp.mean(positive >= jnp.max(negatives, axis=1))
+    # Positive and negatives are not concatenated: the negatives may be spread over devices.
+    positive, negatives = jnp.sum(query * key, axis=-1) / temperature, negatives / temperature
+    hardest = jnp.max(negatives, axis=1)
+    largest = jax.lax.stop_gradient(jnp.maximum(positive, hardest))
+    others = jnp.sum(jnp.exp(negatives - largest[:, None]), axis=1)
+    losses = largest - positive + jnp.log(jnp.exp(positive - largest) + others)
+    return jnp.mean(losses), jnp.mean(positive >= hardest)
 
 
 def momentum_update(key_params: Any, params: Any, momentum: float) -> Any:
