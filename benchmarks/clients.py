@@ -1,6 +1,12 @@
 """The client side alone against the loop over client modules of `torch_loop`.
 
 Views in, smashed data out, gradient in, SGD, momentum update and synchronization, of ResNet-18, batch 1.
+
+Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
+
+                             ours_s  baseline_s  ratio  clients_per_s
+    resnet18 cut1 100x1 f32  0.0627      0.1232  1.964          1,595
+    resnet18 cut2 100x1 f32  0.6533      0.8269  1.266          153.1
 """
 
 from collections.abc import Iterator

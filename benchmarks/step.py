@@ -1,13 +1,11 @@
 """One whole training step, views in and new state out, against `torch_loop`.
 
-Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-22
+Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
                                ours_s  baseline_s  ratio  images_per_s
-    resnet18 cut1 100x1 f32      8.29       5.257  0.6341         12.06
-    resnet18 cut2 100x1 f32     9.731       5.476  0.5628         10.28
-    resnet18 cut1 20x5 f32      8.473       5.542  0.6541          11.8
-    resnet18 cut1 5x20 f32      7.665       4.911  0.6407         13.05
-    resnet18/16 cut1 20x5 f32  0.2114      0.1854  0.8772         473.1
+    resnet18/16 cut1 20x5 f32  0.1745       0.166  0.9514         573.1
+    resnet18 cut1 100x1 f32     6.588       5.097  0.7736         15.18
+    resnet18 cut2 100x1 f32     6.187       4.951  0.8001         16.16
 """
 
 from collections.abc import Iterator
