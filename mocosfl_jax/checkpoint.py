@@ -37,8 +37,12 @@ class Progress(NamedTuple):
 
 def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:
     """The manager of the checkpoints in `folder`, which keeps the newest `keep` of them."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    return _manager(folder, ocp.CheckpointManagerOptions(max_to_keep=keep))
+
+
+def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
@@ -65,7 +69,7 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
       like: a state of the same shapes, dtypes and placement. Its mesh need not be that of the run so far.
 
     Raises:
-      UserError: if there are checkpoints but none can be read.
+      UserError: if there are checkpoints but none can be read, or if it is of another network.
     """
     steps = sorted(manager.all_steps(), reverse=True)
     if not steps:
@@ -92,7 +96,7 @@ def restore(
       State, on the first device, and progress.
 
     Raises:
-      UserError: if there is no such checkpoint, or it cannot be read.
+      UserError: if there is no such checkpoint, it cannot be read, or it is of another network.
     """
     steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
     if not steps:
@@ -106,7 +110,7 @@ def restore(
     )
     # Without Orbax's read_only, which comes with warnings: a manager that does not save writes nothing.
     options = ocp.CheckpointManagerOptions(create=False)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    with _manager(folder, options) as manager:
         state, progress, _ = _first_readable(manager, steps if step is None else [step], like)
     return state, progress
 
@@ -119,7 +123,7 @@ def _first_readable(
     for step in steps:
         try:
             state, progress = _restore(manager, step, like)
-        except (MemoryError, PermissionError):
+        except (MemoryError, PermissionError, UserError):
             raise
         except Exception as error:  # whatever Orbax meets in a damaged file
             reason = str(error).split("\n", 1)[0][:120]
@@ -131,6 +135,7 @@ def _first_readable(
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, Progress]:
+    _require_same_shapes(manager, step, like)
     restored = manager.restore(
         step,
         # Not strict: a state that was at rest on a mesh may have clients of zeros behind the others, and one
@@ -145,6 +150,31 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tup
         raise ValueError("its arrays are not those that were saved")
     lists = {name: tuple(record[name]) for name in ("losses", "top1s")}
     return restored.state, Progress(**record | lists)
+
+
+def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainState) -> None:
+    """Raise UserError unless the checkpoint's arrays are those of `like`, but for the number of clients."""
+    saved, wanted = _shapes(manager.item_metadata(step)["state"].tree), _shapes(like)
+    clients = tuple(shapes[("clients", "scales")][0] for shapes in (saved, wanted))
+    for path in sorted(saved.keys() | wanted.keys()):
+        found, allowed = saved.get(path), wanted.get(path)
+        if found == allowed:
+            continue
+        stacked = found and allowed and (found[0], allowed[0]) == clients and found[1:] == allowed[1:]
+        if not stacked:
+            raise UserError(
+                f"{manager.directory / str(step)}: found {'/'.join(path)} of shape {found}, "
+                f"allowed: {allowed}, that of the configuration"
+            )
+
+
+def _shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape of each leaf, by its path."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        tuple(jax.tree_util.keystr((part,), simple=True) for part in path): leaf.shape
+        for path, leaf in leaves
+    }
 
 
 @jax.jit

@@ -263,6 +263,22 @@ def test_a_mistake_of_encode_is_one_line(
     assert not list(tmp_path.glob("*.npz*"))
 
 
+@pytest.mark.parametrize("width", [2, 8])
+def test_a_configuration_of_another_network_is_refused(
+    run: pathlib.Path, capsys: pytest.CaptureFixture, width: int
+) -> None:
+    """Arrays that are smaller or larger than the network's are neither cut nor filled with zeros."""
+    path = run / "config.json"
+    values = json.loads(path.read_text())
+    assert values["model"]["width"] == 4
+    values["model"]["width"] = width
+    path.write_text(json.dumps(values))
+    assert evaluate.main(["evaluate", f"--workdir={run}", "--probe_epochs=0"]) == 2
+    error = capsys.readouterr().err
+    assert f"{run / 'checkpoints' / '18'}: found " in error and "that of the configuration" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "content, message",
     [(None, "holds no preprocessing.json"), ("[]", "found something else"), ("{}", "found something else")],
