@@ -1,7 +1,9 @@
 """Options, fixtures, the toy network and the small run of the tests."""
 
+import atexit
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 
@@ -20,6 +22,7 @@ from jax import Array
 from mocosfl_jax import Features, SplitModel, Views
 from mocosfl_jax.train import main
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 

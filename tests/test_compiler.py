@@ -1,0 +1,58 @@
+"""What the commands set before JAX starts, and that a user's own choice stays."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+SHOW = """
+import os, jax
+from mocosfl_jax import compiler
+compiler.set_up()
+print(jax.config.values["jax_compilation_cache_dir"])
+print(os.environ.get("XLA_FLAGS", ""))
+"""
+REPEATED_FAULTS = """
+import resource
+from mocosfl_jax import compiler
+compiler.set_up()
+import jax, jax.numpy as jnp
+f = jax.jit(lambda x: jnp.sin(x) @ x)
+x = jnp.ones((2048, 2048))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    f(x).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min([faults() for _ in range(8)]))
+"""
+
+
+def run(code: str, home: pathlib.Path, **variables: str) -> list[str]:
+    """Lines that `code` prints in a process of its own, without variables that choose something."""
+    chosen = ("JAX_", "XLA_", "XDG_", "MALLOC_", "GLIBC_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
+    environment |= {"HOME": str(home), "JAX_PLATFORMS": "cpu"} | variables
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path: pathlib.Path) -> None:
+    assert run(SHOW, tmp_path)[0] == str(tmp_path / ".cache" / "mocosfl_jax")
+    assert run(SHOW, tmp_path, XDG_CACHE_HOME="/cache")[0] == "/cache/mocosfl_jax"
+
+
+def test_a_users_own_settings_stay(tmp_path: pathlib.Path) -> None:
+    flags = "--xla_cpu_experimental_ynn_fusion_type= --xla_cpu_enable_fast_math=false"
+    folder, shown = run(SHOW, tmp_path, JAX_COMPILATION_CACHE_DIR="/mine", XLA_FLAGS=flags)
+    assert (folder, shown) == ("/mine", flags)
+
+
+def test_a_program_finds_its_memory_again(tmp_path: pathlib.Path) -> None:
+    """16 MiB are 4,096 pages, which the system clears for each call unless they stay with the process."""
+    kept, returned = (
+        int(run(REPEATED_FAULTS, tmp_path, **variables)[0])
+        for variables in ({}, {"MALLOC_TRIM_THRESHOLD_": "0"})
+    )
+    assert kept < 100
+    assert returned > 1000
