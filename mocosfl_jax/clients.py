@@ -17,9 +17,8 @@ from mocosfl_jax.augment import Views
 from mocosfl_jax.moco import momentum_update
 
 ClientModel = Callable[[Any, Array], Array]  # params, images [B, H, W, 3] -> smashed data [B, h, w, c]
-CohortModel = Callable[
-    [Any, Array], Array
-]  # the same of M clients: [M, ...], [M, B, H, W, 3] -> [M, B, h, w, c]
+# The same of M clients: params [M, ...], images [M, B, H, W, 3] -> smashed data [M, B, h, w, c]
+CohortModel = Callable[[Any, Array], Array]
 Pullback = Callable[[Array], Any]  # gradient of smashed queries [M, B, h, w, c] -> gradient of params
 
 
