@@ -16,8 +16,7 @@ from mocosfl_jax import fedavg, optim
 from mocosfl_jax.augment import Views
 from mocosfl_jax.moco import momentum_update
 
-ClientModel = Callable[[Any, Array], Array]  # params, images [B, H, W, 3] -> smashed data [B, h, w, c]
-# The same of M clients: params [M, ...], images [M, B, H, W, 3] -> smashed data [M, B, h, w, c]
+# The client-side models of a cohort: params [M, ...], images [M, B, H, W, 3] -> smashed data [M, B, h, w, c]
 CohortModel = Callable[[Any, Array], Array]
 Pullback = Callable[[Array], Any]  # gradient of smashed queries [M, B, h, w, c] -> gradient of params
 
@@ -77,19 +76,19 @@ def put_back(pool: Stacked, members: Stacked, cohort: Array | None) -> Stacked:
     return jax.tree.map(lambda leaf, new: leaf.at[cohort].set(new, unique_indices=True), pool, members)
 
 
-def at_once(model: ClientModel) -> CohortModel:
-    """All clients as one batched operation."""
-    return jax.vmap(model)
+def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of one client, for all as one batched operation."""
+    return jax.vmap(function)
 
 
-def one_by_one(model: ClientModel) -> CohortModel:
-    """Client after client in a loop of the program: what one computes with stays in a CPU's cache."""
-    return lambda params, images: jax.lax.map(lambda client: model(*client), (params, images))
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For client after client in a loop of the program: what one computes with stays in a CPU's cache."""
+    return lambda *stacked: jax.lax.map(lambda client: function(*client), stacked)
 
 
-def over_clients(model: ClientModel) -> CohortModel:
+def over_clients(function: Callable[..., Any]) -> Callable[..., Any]:
     """The one of the two that is faster on the default backend."""
-    return one_by_one(model) if jax.default_backend() == "cpu" else at_once(model)
+    return one_by_one(function) if jax.default_backend() == "cpu" else at_once(function)
 
 
 def forward(

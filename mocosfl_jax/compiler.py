@@ -1,4 +1,4 @@
-"""Settings of XLA and of memory that make training faster; results change by rounding at most.
+"""Settings of XLA, of devices and of memory that make training faster; results change by rounding at most.
 
 Here alone they are chosen, for all commands and the benchmarks. Whatever the user has set stays as it is.
 """
@@ -10,9 +10,15 @@ from pathlib import Path
 
 import jax
 
-# jax 0.10 can hand convolutions on a CPU to a faster library, which later versions do by themselves:
-# a step of the quickstart takes 0.33 s instead of 0.59 s (two cores).
-_CPU_FLAGS_OF_JAX_0_10 = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+# Up to which version of JAX a flag is known: XLA stops at a flag that it does not know.
+_FLAGS = {
+    # jax 0.10 can hand convolutions on a CPU to a faster library, which later versions do by themselves.
+    "xla_cpu_experimental_ynn_fusion_type": ("LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT", (0, 10)),
+    # By default a process is killed if one CPU device waits for another for 40 s, as in a large step.
+    "xla_cpu_collective_call_terminate_timeout_seconds": ("86400", (0, 12)),
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": ("3600", (0, 12)),
+}
+_MOST_CPU_DEVICES = 4  # each has the server's parameters, and computes a batch's kernels, by itself
 
 # Parameters of glibc's mallopt (malloc.h) and what they get here.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -20,8 +26,9 @@ _KEEP_MEMORY = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0, _ARENA_MAX: 1}
 
 
 def set_up() -> None:
-    """Flags, compilation cache and memory. Call before JAX's first operation."""
+    """Flags, devices, compilation cache and memory. Call before JAX's first operation."""
     set_flags()
+    set_devices()
     set_cache()
     keep_memory()
 
@@ -29,9 +36,25 @@ def set_up() -> None:
 def set_flags() -> None:
     """Add our flags to XLA_FLAGS, except those that the user has set."""
     present = os.environ.get("XLA_FLAGS", "")
-    if jax.__version_info__[:2] == (0, 10):
-        missing = [f"--{k}={v}" for k, v in _CPU_FLAGS_OF_JAX_0_10.items() if k not in present]
-        os.environ["XLA_FLAGS"] = " ".join([present, *missing]).strip()
+    missing = [
+        f"--{name}={value}"
+        for name, (value, last) in _FLAGS.items()
+        if name not in present and jax.__version_info__[:2] <= last
+    ]
+    os.environ["XLA_FLAGS"] = " ".join([present, *missing]).strip()
+
+
+def set_devices() -> None:
+    """As many CPU devices as cores, up to four: each runs its share of the clients and of the batch.
+
+    One device would share out operation after operation among the cores, most of which are too small for it.
+    JAX_NUM_CPU_DEVICES, or `--xla_force_host_platform_device_count` in XLA_FLAGS, sets another number.
+    """
+    chosen = jax.config.values["jax_num_cpu_devices"] != -1
+    if chosen or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", min(cores, _MOST_CPU_DEVICES))
 
 
 def set_cache() -> None:

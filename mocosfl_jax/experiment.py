@@ -14,7 +14,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.flmoco import flmoco
 from mocosfl_jax.mocosfl import Algorithm, mocosfl
 from mocosfl_jax.models import SplitModel, check_model, split_model
-from mocosfl_jax.models.convolution import PLAIN, Lowering
+from mocosfl_jax.models.convolution import Lowering
 from mocosfl_jax.partition import Rich
 from mocosfl_jax.rounds import MakeViews
 
@@ -172,8 +172,7 @@ def build(
       mesh: over which the algorithm's states are placed; None: on one device.
     """
     placement = sharding.make_placement(mesh)
-    # The forms for a CPU work on some images after others, which on a mesh belong to different devices.
-    model = build_model(config, image_size, None if mesh is None else PLAIN)
+    model = build_model(config, image_size)
     moco, optimizer, sync = config.moco, config.optim, config.sync
     assert moco.symmetric is not None and optimizer.schedule is not None
     assert optimizer.client_lr is not None and optimizer.client_schedule is not None

@@ -53,10 +53,8 @@ def flmoco(
     """
     optimizer = optim.sgd(sgd_momentum, weight_decay)
 
-    def whole(params: tuple, images: Array) -> Features:
-        client_params, server_params = params
-        smashed = model.client(client_params, images.reshape(-1, *images.shape[-3:]))
-        return model.server(server_params, smashed.reshape(*images.shape[:-3], *smashed.shape[1:]))
+    def project(params: tuple, images: Array) -> Array:
+        return model.head(params[1], model.whole_backbone(params, images))
 
     def init(rng: Array) -> TrainState:
         rng_model, rng_queues = jax.random.split(rng)
@@ -72,7 +70,7 @@ def flmoco(
         ) -> tuple[ClientState, MoCoQueue, server.Contrast]:
             """One client, by itself."""
             local, _, contrast = server.step(
-                server.at_once(lambda params, images: whole(params, images).projection),
+                project,
                 server.ServerState(member.params, member.key_params, member.opt_state, queue),
                 *views,
                 optimizer=optimizer,
@@ -85,7 +83,7 @@ def flmoco(
             return member, local.queue, contrast
 
         members, queues = placement.select((state.clients, state.server), cohort)
-        members, queues, contrast = jax.vmap(local_step)(members, queues, views)
+        members, queues, contrast = placement.over_clients(local_step)(members, queues, views)
         pool = placement.put_back((state.clients, state.server), (members, queues), cohort)
         info = StepInfo(jnp.mean(contrast.loss), jnp.mean(contrast.top1), smashed=None, smashed_grad=None)
         return TrainState(state.step + 1, *pool), info
@@ -95,6 +93,8 @@ def flmoco(
         return state._replace(clients=pool), SyncInfo(divergence)
 
     def encode(state: TrainState, images: Array) -> Features:
-        return whole(jax.tree.map(lambda leaf: leaf[0], state.clients.params), images)
+        params = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
+        backbone = placement.over_rows(model.whole_backbone)(params, images[None])[0]
+        return Features(backbone, model.head(params[1], backbone))
 
     return Algorithm(init, step, synchronize, encode, replay=None)

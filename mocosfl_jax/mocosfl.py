@@ -155,10 +155,11 @@ def mocosfl(
         state: TrainState, merged: SmashedData, cohort: Array | None, shape: tuple[int, int]
     ) -> tuple[server.ServerState, Array, server.Contrast]:
         def project(params: Any, smashed: Array) -> Array:
-            return model.server(placement.gather(params), smashed).projection
+            params = placement.gather(params)
+            return model.head(params, placement.over_rows(model.backbone)(params, smashed))
 
         return server.step(
-            placement.over_views(project),
+            project,
             state.server,
             *merged,
             optimizer=optimizer,
@@ -195,6 +196,8 @@ def mocosfl(
 
     def encode(state: TrainState, images: Array) -> Features:
         first_client = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
-        return model.server(placement.gather(state.server.params), model.client(first_client, images))
+        params = first_client, placement.gather(state.server.params)
+        backbone = placement.over_rows(model.whole_backbone)(params, images[None])[0]
+        return Features(backbone, model.head(params[1], backbone))
 
     return Algorithm(init, step, synchronize, encode, replay)

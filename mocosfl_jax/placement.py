@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from mocosfl_jax import clients, concatenation, moco, server
+from mocosfl_jax import clients, concatenation, moco
+
+RowsModel = Callable[[Any, Array], Array]  # params, x [..., n, h, w, c] -> [..., n, D]
 
 
 class Placement(NamedTuple):
     """How one step's data passes between client pool, cohort, concatenated batch, server and queue."""
 
-    # The client-side model of one client -> of a cohort
-    over_clients: Callable[[clients.ClientModel], clients.CohortModel] = clients.over_clients
+    # A function of one client -> the same of stacks of clients [M, ...]
+    over_clients: Callable[[Callable[..., Any]], Callable[..., Any]] = clients.over_clients
     # pool [N, ...], cohort [M] or None -> members [M, ...]
     select: Callable[[Any, Array | None], Any] = clients.select
     # pool [N, ...], members [M, ...], cohort [M] or None -> pool
@@ -28,8 +30,8 @@ class Placement(NamedTuple):
     split: Callable[..., Array] = concatenation.split
     # The server's parameters, as they are at rest -> where they are used
     gather: Callable[[Any], Any] = lambda params: params
-    # The server-side model of one view -> of several
-    over_views: Callable[[server.Projection], server.ViewsProjection] = server.at_once
+    # A model of a batch, each of its rows by itself -> the same of views of the batch [views, n, ...]
+    over_rows: Callable[[RowsModel], RowsModel] = lambda model: model
     # How queries meet the queue that all clients share, and how it takes their keys
     shared: moco.Memory = moco.SHARED
 

@@ -1,6 +1,6 @@
 """The server side: one model on the concatenated smashed data of the cohort, contrasted by MoCo."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,8 @@ from jax import Array
 from mocosfl_jax import moco, optim
 from mocosfl_jax.moco import Memory, MoCoQueue
 
-Projection = Callable[[Any, Array], Array]  # params, smashed data [..., n, h, w, c] -> embeddings [..., n, D]
-# The same of several views, each a batch of its own to the model: params, [n, h, w, c] each -> [views, n, D]
-ViewsProjection = Callable[[Any, Sequence[Array]], Array]
+# Params, smashed data of some views [views, n, h, w, c], each a batch of its own -> projections [views, n, D]
+Projection = Callable[[Any, Array], Array]
 
 
 class ServerState(NamedTuple):
@@ -35,18 +34,8 @@ def init(params: Any, queue: MoCoQueue, optimizer: optax.GradientTransformation)
     return ServerState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), queue)
 
 
-def at_once(project: Projection) -> ViewsProjection:
-    """All views as one operation, which is faster where they are on one device."""
-    return lambda params, views: project(params, jnp.stack(views))
-
-
-def one_by_one(project: Projection) -> ViewsProjection:
-    """View after view, which leaves the rows of a batch where they are."""
-    return lambda params, views: jnp.stack([project(params, view) for view in views])
-
-
 def step(
-    project: ViewsProjection,
+    project: Projection,
     state: ServerState,
     smashed_query: Array,
     smashed_key: Array,
@@ -61,7 +50,7 @@ def step(
     """One step of MoCo on the concatenated smashed data of the cohort.
 
     Args:
-      project: the server-side model with its head, without normalisation, of `at_once` or `one_by_one`.
+      project: the server-side model with its head, without normalisation.
       state: server state.
       smashed_query: [n, h, w, c], n = M * B, client by client.
       smashed_key: the same shape; a constant, also where it is used as a query.
@@ -79,7 +68,7 @@ def step(
 
     def embed(params: Any, *views: Array) -> Array:
         """Unit rows [views, n, D]."""
-        return moco.normalise(project(params, views))
+        return moco.normalise(project(params, jnp.stack(views)))
 
     keys = embed(key_params, *([smashed_query] if symmetric else []), smashed_key)
 

@@ -1,7 +1,8 @@
 """One step over many devices: the mesh, and where each array of the training state lives.
 
 The only module that names devices, mesh axes and partition specs. The program is that of one device; here is
-said where its arrays are, and XLA partitions it. The mesh has two axes, `data` and `model`.
+said where its arrays are, and XLA partitions it; only the models are run by each device on its own piece. The
+mesh has two axes, `data` and `model`.
 
 - Every stack of clients (pool, cohort, their images, views and smashed data, queues per client) and the
   concatenated batch are cut into one piece a device, over `data` and `model` together: along `data` alone,
@@ -37,12 +38,13 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.moco import Memory, MoCoQueue
 from mocosfl_jax.mocosfl import Algorithm, StepInfo, SyncInfo, TrainState
 from mocosfl_jax.models import Features
-from mocosfl_jax.placement import ONE_DEVICE, Placement
-from mocosfl_jax.server import ServerState, one_by_one
+from mocosfl_jax.placement import ONE_DEVICE, Placement, RowsModel
+from mocosfl_jax.server import ServerState
 
 DATA, MODEL = "data", "model"
 EVERY = (DATA, MODEL)  # both axes as one: a piece for every device
 CLIENTS = P(EVERY)  # leading axis of clients, or of the rows of the concatenated batch
+VIEWS = P(None, EVERY)  # views of the concatenated batch [views, n, ...]
 
 
 def make_mesh(sizes: config.Mesh) -> Mesh | None:
@@ -116,13 +118,13 @@ def make_placement(mesh: Mesh | None) -> Placement:
     if mesh is None:
         return ONE_DEVICE
     return Placement(
-        over_clients=clients.at_once,  # a loop would have all devices wait for one
+        over_clients=partial(_over_clients, mesh),
         select=partial(_select, mesh),
         put_back=partial(_put_back, mesh),
         merge=partial(_merge, mesh),
         split=partial(_split, mesh),
         gather=partial(_gather, mesh),
-        over_views=one_by_one,  # as one operation, XLA would gather all rows for every convolution
+        over_rows=partial(_over_rows, mesh),
         shared=Memory(partial(_similarities, mesh), partial(_enqueue, mesh)),
     )
 
@@ -248,7 +250,7 @@ def _pad(x: Array, size: int) -> Array:
 
 def _views(x: Array) -> P:
     """Of images [M, B, ...]. One client alone, as in centralised MoCo, has its images shared out instead."""
-    return CLIENTS if len(x) > 1 else P(None, EVERY)
+    return CLIENTS if len(x) > 1 else VIEWS
 
 
 def _info(mesh: Mesh, info: StepInfo) -> StepInfo:
@@ -419,6 +421,34 @@ def _carry(mesh: Mesh, rows: Array, legs: list[Leg], count: int) -> Array:
         return result
 
     return _per_device(mesh, of_device)(rows)
+
+
+# --- models: each device runs them on what it has, as one device alone would
+
+
+def _over_clients(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*stacked: Any) -> Any:
+        count = len(jax.tree.leaves(stacked)[0])
+        if count == 1:  # whose images are shared out
+            return clients.at_once(function)(*stacked)
+        results = _per_device(mesh, clients.over_clients(function))(
+            *(_pad_tree(x, mesh.size) for x in stacked)
+        )
+        return jax.tree.map(lambda leaf: _at(mesh, leaf[:count], CLIENTS), results)
+
+    return run
+
+
+def _over_rows(mesh: Mesh, model: RowsModel) -> RowsModel:
+    def run(params: Any, views: Array) -> Array:
+        missing = _share(views.shape[1], mesh.size) * mesh.size - views.shape[1]
+        padded = jnp.pad(views, [(0, 0), (0, missing)] + [(0, 0)] * (views.ndim - 2)) if missing else views
+        results = jax.shard_map(model, mesh=mesh, in_specs=(P(), VIEWS), out_specs=VIEWS, check_vma=False)(
+            params, padded
+        )
+        return _at(mesh, results[:, : views.shape[1]], VIEWS)
+
+    return run
 
 
 # --- the server

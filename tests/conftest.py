@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from mocosfl_jax import Features, SplitModel, Views
+from mocosfl_jax import SplitModel, Views
 from mocosfl_jax.train import main
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -67,11 +67,13 @@ def make_toy_model() -> SplitModel:
     def client(params: dict[str, Array], images: Array) -> Array:
         return jnp.tanh(images @ params["kernel"])
 
-    def server(params: dict[str, Array], smashed: Array) -> Features:
-        backbone = jnp.tanh(smashed.reshape(*smashed.shape[:-3], -1) @ params["kernel"])
-        return Features(backbone, backbone @ params["head"])
+    def backbone(params: dict[str, Array], smashed: Array) -> Array:
+        return jnp.tanh(smashed.reshape(*smashed.shape[:-3], -1) @ params["kernel"])
 
-    return SplitModel(init, client, server, KEY_DIM)
+    def head(params: dict[str, Array], backbone: Array) -> Array:
+        return backbone @ params["head"]
+
+    return SplitModel(init, client, backbone, head, KEY_DIM)
 
 
 def random_views(seed: int, clients: int, batch: int) -> Views:

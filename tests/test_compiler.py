@@ -10,6 +10,7 @@ import os, jax
 from mocosfl_jax import compiler
 compiler.set_up()
 print(jax.config.values["jax_compilation_cache_dir"])
+print(jax.device_count())
 print(os.environ.get("XLA_FLAGS", ""))
 """
 REPEATED_FAULTS = """
@@ -43,9 +44,20 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path: pathlib.
 
 
 def test_a_users_own_settings_stay(tmp_path: pathlib.Path) -> None:
-    flags = "--xla_cpu_experimental_ynn_fusion_type= --xla_cpu_enable_fast_math=false"
-    folder, shown = run(SHOW, tmp_path, JAX_COMPILATION_CACHE_DIR="/mine", XLA_FLAGS=flags)
-    assert (folder, shown) == ("/mine", flags)
+    flags = [
+        "--xla_cpu_collective_call_terminate_timeout_seconds=7",
+        "--xla_force_host_platform_device_count=3",
+    ]
+    variables = {"JAX_COMPILATION_CACHE_DIR": "/mine", "XLA_FLAGS": " ".join(flags)}
+    folder, devices, shown = run(SHOW, tmp_path, **variables)
+    assert (folder, devices, shown.split()[:2]) == ("/mine", "3", flags)
+    assert shown.count("terminate_timeout") == 1
+    assert run(SHOW, tmp_path, JAX_NUM_CPU_DEVICES="1")[1] == "1"
+
+
+def test_a_cpu_is_a_device_for_each_core_up_to_four(tmp_path: pathlib.Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert int(run(SHOW, tmp_path)[1]) == min(cores, 4)
 
 
 def test_a_program_finds_its_memory_again(tmp_path: pathlib.Path) -> None:

@@ -281,7 +281,7 @@ def c4s2(model: SplitModel) -> SplitModel:
     def client(params: Any, images: Array) -> Array:
         return strided(model.client(params["body"], images), params["bottleneck"])
 
-    return SplitModel(init, client, model.server, model.key_dim)
+    return model._replace(init=init, client=client)
 
 
 @pytest.mark.parametrize(

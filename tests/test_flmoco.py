@@ -26,7 +26,8 @@ def test_a_client_is_a_centralised_moco_of_its_own(toy_model: SplitModel, symmet
         SplitModel(
             lambda rng: ({}, toy_model.init(rng)),
             lambda params, images: images,
-            lambda params, images: toy_model.server(params[1], toy_model.client(params[0], images)),
+            toy_model.whole_backbone,
+            lambda params, backbone: toy_model.head(params[1], backbone),
             toy_model.key_dim,
         ),
         num_clients=1,

@@ -313,10 +313,13 @@ def test_without_client_layers_it_is_centralised_moco(toy_model: SplitModel) -> 
     def init(rng: jax.Array) -> tuple[Any, Any]:
         return {}, toy_model.init(rng)
 
-    def server(params: Any, images: jax.Array) -> Any:
-        return toy_model.server(params[1], toy_model.client(params[0], images))
-
-    central = SplitModel(init, lambda params, images: images, server, toy_model.key_dim)
+    central = SplitModel(
+        init,
+        lambda params, images: images,
+        toy_model.whole_backbone,
+        lambda params, backbone: toy_model.head(params[1], backbone),
+        toy_model.key_dim,
+    )
     algorithm, state = build(central, num_clients=1)
     views = random_views(1, 1, 6)
     new, info = algorithm.step(state, views)

@@ -17,7 +17,6 @@ from jax import Array
 
 from mocosfl_jax import (
     Algorithm,
-    Features,
     SplitModel,
     TrainState,
     Views,
@@ -57,14 +56,16 @@ def conv_model(stacked_server: bool = False) -> SplitModel:
         x = patches_conv(images, params["kernel"], stride=1, padding=1)
         return jnp.tanh(group_norm(x, params["scale"], params["bias"]))
 
-    def server(params: dict[str, Array], smashed: Array) -> Features:
+    def backbone(params: dict[str, Array], smashed: Array) -> Array:
         images = smashed.reshape(-1, *smashed.shape[-3:])
         x = jnp.tanh(server_conv(images, params["kernel"], stride=2, padding=1))
-        backbone = jnp.mean(x, axis=(1, 2)).reshape(*smashed.shape[:-3], -1)
-        hidden = batch_norm(backbone @ params["hidden"], params["scale"], jnp.zeros(16))
-        return Features(backbone, jnp.tanh(hidden) @ params["out"])
+        return jnp.mean(x, axis=(1, 2)).reshape(*smashed.shape[:-3], -1)
 
-    return SplitModel(init, client, server, KEY_DIM)
+    def head(params: dict[str, Array], backbone: Array) -> Array:
+        hidden = batch_norm(backbone @ params["hidden"], params["scale"], jnp.zeros(16))
+        return jnp.tanh(hidden) @ params["out"]
+
+    return SplitModel(init, client, backbone, head, KEY_DIM)
 
 
 SHAPES = [(3, 3, 3, CHANNELS), (3, 3, CHANNELS, 8), (8, 16), (16, KEY_DIM)]

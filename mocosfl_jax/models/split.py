@@ -28,14 +28,28 @@ class Features(NamedTuple):
 class SplitModel(NamedTuple):
     """Pure functions of one client-side and one server-side model.
 
-    Any network fits: `mocosfl` uses nothing but these four.
+    Any network fits: `mocosfl` uses nothing but these five. Client and backbone treat each image by itself,
+    so that the images of a batch can be on different devices; in the head they may meet (batch norm).
     """
 
     init: Callable[[Array], tuple[Params, Params]]  # rng -> client params, server params
     client: Callable[[Params, Array], Array]  # params, images [n, H, W, 3] -> smashed data [n, h, w, c]
-    # params, smashed data [..., n, h, w, c] -> Features; further leading axes are batches of their own
-    server: Callable[[Params, Array], Features]
+    # The server's layers: params, smashed data [..., n, h, w, c] -> pooled features [..., n, D]
+    backbone: Callable[[Params, Array], Array]
+    # Of the server too: params, pooled features -> [..., n, key_dim]; leading axes are batches of their own
+    head: Callable[[Params, Array], Array]
     key_dim: int  # width of the projection
+
+    def server(self, params: Params, smashed: Array) -> Features:
+        """The server-side model on smashed data [..., n, h, w, c]."""
+        backbone = self.backbone(params, smashed)
+        return Features(backbone, self.head(params, backbone))
+
+    def whole_backbone(self, params: tuple[Params, Params], images: Array) -> Array:
+        """Client, then backbone: images [..., n, H, W, 3] -> pooled features [..., n, D]."""
+        client, server = params
+        smashed = self.client(client, images.reshape(-1, *images.shape[-3:]))
+        return self.backbone(server, smashed.reshape(*images.shape[:-3], *smashed.shape[1:]))
 
 
 class _Client(nn.Module):
@@ -59,13 +73,15 @@ class _Server(nn.Module):
     options: Options
     head: ProjectionHead
 
+    def __call__(self, smashed: Array) -> Array:
+        return self.head(self.backbone(smashed))
+
     @nn.compact
-    def __call__(self, smashed: Array) -> Features:
+    def backbone(self, smashed: Array) -> Array:
         x = smashed.reshape(-1, *smashed.shape[-3:])
         for layer in self.layers:
             x = layer(options=self.options)(x)
-        backbone = jnp.mean(x, axis=(1, 2)).reshape(*smashed.shape[:-3], -1)
-        return Features(backbone, self.head(backbone))
+        return jnp.mean(x, axis=(1, 2)).reshape(*smashed.shape[:-3], -1)
 
 
 NAMES = (*resnet.DEPTHS, *vgg.ENTRIES, mobilenetv2.NAME)
@@ -230,8 +246,12 @@ def split_model(
         smashed: Any = client.apply({"params": params}, images)
         return smashed
 
-    def apply_server(params: Params, smashed: Array) -> Features:
-        features: Any = server.apply({"params": params}, smashed)
-        return features
+    def apply_backbone(params: Params, smashed: Array) -> Array:
+        backbone: Any = server.apply({"params": params}, smashed, method="backbone")
+        return backbone
 
-    return SplitModel(init, apply_client, apply_server, key_dim)
+    def apply_head(params: Params, backbone: Array) -> Array:
+        projection: Any = server.head.apply({"params": params["head"]}, backbone)
+        return projection
+
+    return SplitModel(init, apply_client, apply_backbone, apply_head, key_dim)
