@@ -11,7 +11,7 @@ import io
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -39,10 +39,10 @@ def measure(config: Config, case: str, epochs: int) -> Result:
     inside = [0.0]
 
     def run_steps(
-        state: TrainState, indices: np.ndarray, cohort: np.ndarray | None
+        state: TrainState, images: Iterable[jax.Array], cohort: np.ndarray | None
     ) -> tuple[TrainState, rounds.Curve]:
         start = time.perf_counter()
-        out = jax.block_until_ready(compiled.run_steps(state, indices, cohort))
+        out = jax.block_until_ready(compiled.run_steps(state, images, cohort))
         inside[0] += time.perf_counter() - start
         return out
 

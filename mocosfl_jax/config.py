@@ -15,13 +15,18 @@ from mocosfl_jax.errors import UserError
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Data:
-    # fashion_mnist_sample, cifar10, cifar100, svhn, stl10, tiny_imagenet, imagenet12, npz, image_folder, or a
-    # name of tensorflow-datasets.
+    # fashion_mnist_sample, cifar10, cifar100, svhn, stl10, tiny_imagenet, imagenet12, npz, npy, image_folder,
+    # or a name of tensorflow-datasets.
     name: str = "cifar10"
-    # Folder of the archives, images or prepared sets; for npz, the file.
+    # Folder of the archives, images, npy files or prepared sets; for npz, the file.
     dir: str = "data"
     # Pixels a side to which images are resized; none: as they are stored.
     image_size: int | None = None
+    # Training images on the device, whole; else they are streamed from the host, with the same results. None:
+    # as they fit (see batches.py).
+    resident: bool | None = None
+    # Share of a split's images that may be broken: they are black, counted and named. More stop the run.
+    max_broken: float = 0.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -144,6 +149,8 @@ class Checkpoint:
     every: int = 1
     # Newest checkpoints kept.
     keep: int = 3
+    # stop, or continue: train on without saving until there is room again.
+    on_full_disk: str = "stop"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -270,6 +277,7 @@ def _check_values(config: Config) -> None:
     _allow("sync.buffers", sync.buffers, ("keep", "reset", "average"))
     _in_range("seed", config.seed, 0, 2**32 - 1)
     _in_range("epochs", config.epochs, 1)
+    _in_range("data.max_broken", config.data.max_broken, 0.0, 1.0)
     _in_range("clients.cohort", clients.cohort, 1, clients.num, "the clients of the pool")
     _in_range("clients.batch_size", clients.batch_size, 1)
     _in_range("clients.noniid_ratio", clients.noniid_ratio, 0.0, 1.0, open_low=True)
@@ -319,6 +327,7 @@ def _check_values(config: Config) -> None:
     for axis in ("data", "model"):
         if getattr(config.mesh, axis) is not None:
             _in_range(f"mesh.{axis}", getattr(config.mesh, axis), 1)
+    _allow("checkpoint.on_full_disk", config.checkpoint.on_full_disk, ("stop", "continue"))
     if config.algorithm == "flmoco":
         _only_mocosfl(config)
     elif clients.local_epochs != 1:

@@ -1,5 +1,6 @@
 """An experiment made ready: data read, dealt to the clients, algorithm built."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mocosfl_jax import augment, data, optim, partition, saving, sharding
+from mocosfl_jax import augment, batches, data, optim, partition, saving, sharding
 from mocosfl_jax.clients import Sync
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
@@ -24,6 +25,7 @@ class Run(NamedTuple):
 
     config: Config  # resolved
     dataset: data.Dataset
+    residence: batches.Residence  # of the training images
     parts: list[np.ndarray]  # indices of each client's images
     rich: Rich | None  # None: all clients are alike
     batch_sizes: np.ndarray  # [N], images of each client in a step
@@ -64,6 +66,17 @@ class Run(NamedTuple):
         pool, seed = self.config.clients, self.config.seed
         return partition.sample_cohort(pool.num, self.cohort, seed=seed, epoch=epoch, rich=self.rich)
 
+    def indices(self, epoch: int) -> np.ndarray:
+        """The images of an epoch, [S, M, B] int32, as `partition.epoch_indices` deals them."""
+        return partition.epoch_indices(
+            self.parts,
+            self.members(epoch),
+            batch_sizes=self.batch_sizes,
+            steps=self.steps_per_epoch,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
+
 
 def prepare(config: Config, mesh: Mesh | None = None) -> Run:
     """Read the data, deal it to the clients and build the algorithm. Nothing is compiled.
@@ -95,7 +108,12 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Run:
     if pool.rich:
         rich = Rich(max(1, round(pool.rich * pool.num)), pool.rich_data, pool.rich_batch)
     batch_sizes = partition.batch_sizes(pool.num, pool.batch_size, rich)
-    dataset = data.load(config.data.name, config.data.dir, config.data.image_size)
+    dataset = data.load(
+        config.data.name, config.data.dir, config.data.image_size, max_broken=config.data.max_broken
+    )
+    residence = batches.residence(config.data.resident, math.prod(dataset.x_train.shape))
+    if residence.resident:
+        dataset = data.in_memory(dataset)
     height, width = dataset.x_train.shape[1:3]
     if height != width:
         raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
@@ -130,6 +148,7 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Run:
     run = Run(
         config=config,
         dataset=dataset,
+        residence=residence,
         parts=parts,
         rich=rich,
         batch_sizes=batch_sizes,

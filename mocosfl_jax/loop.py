@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tqdm import tqdm
 
-from mocosfl_jax import checkpoint, monitor, partition, plots, report, rounds, saving, sharding, workdir
+from mocosfl_jax import batches, checkpoint, monitor, plots, report, rounds, saving, sharding, workdir
+from mocosfl_jax.batches import Feed
 from mocosfl_jax.checkpoint import Progress
 from mocosfl_jax.errors import NonFiniteError
 from mocosfl_jax.experiment import Run
@@ -26,6 +27,7 @@ from mocosfl_jax.saving import Traffic
 class Programs(NamedTuple):
     """What is compiled."""
 
+    feed: Feed
     run_steps: rounds.RunSteps
     keeping_step: rounds.KeepingStep
     replay_step: rounds.ReplayStep
@@ -105,25 +107,45 @@ def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progre
 
 def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
     """Compile the step, the bulk of all compilation; the others compile when they are first used."""
-    images, take = sharding.replicate(run.mesh, run.dataset.x_train), sharding.make_take(run.mesh)
+    batch = (run.cohort, int(run.batch_sizes.max()), *run.dataset.x_train.shape[1:])
+    place, spread = sharding.of_images(run.mesh, *batch[:2]), sharding.make_spread(run.mesh)
+    size = 1
+    if rounds.scans_steps(jax.default_backend()):
+        size = batches.steps_per_piece(math.prod(batch), run.steps_per_round)
     run_steps = rounds.make_run_steps(
         run.algorithm,
         run.make_views,
         rng_views,
-        images,
         state=state,
-        batch_shape=(run.cohort, int(run.batch_sizes.max())),
-        steps_per_round=run.steps_per_round,
+        images=jax.ShapeDtypeStruct((size, *batch), np.uint8, sharding=place),
         whole_pool=run.whole_pool,
-        scan=rounds.scans_steps(jax.default_backend()),
-        take=take,
+        spread=spread,
     )
     return Programs(
+        make_feed(run, size),
         run_steps,
-        rounds.make_keeping_step(run.algorithm, run.make_views, rng_views, images, take),
+        rounds.make_keeping_step(run.algorithm, run.make_views, rng_views, spread),
         rounds.make_replay_step(run.algorithm),
         rounds.make_sync(run.algorithm),
         encode,
+    )
+
+
+def make_feed(run: Run, piece_steps: int) -> Feed:
+    """The images of the run's steps, from where they are."""
+    images = run.dataset.x_train
+    place = sharding.of_images(run.mesh, run.cohort, int(run.batch_sizes.max()))
+    if run.residence.resident:
+        assert isinstance(images, np.ndarray)
+        return batches.resident(sharding.replicate(run.mesh, images), run.indices, piece_steps, place)
+    return batches.streamed(
+        images,
+        run.indices,
+        piece_steps,
+        place,
+        epochs=run.config.total_epochs,
+        steps_per_epoch=run.steps_per_epoch,
+        steps_per_round=run.steps_per_round,
     )
 
 
@@ -197,24 +219,20 @@ def run_epoch(
     traffic = Traffic(progress.traffic)
     if traffic is Traffic.UP_ONLY:
         progress = progress._replace(kept_epoch=epoch)
-    seed = run.config.seed
     members = run.members(progress.kept_epoch if traffic is Traffic.NONE else epoch)
-    indices = partition.epoch_indices(
-        run.parts, members, batch_sizes=run.batch_sizes, steps=run.steps_per_epoch, seed=seed, epoch=epoch
-    )
     cohort = None if run.whole_pool else members
-    order = np.random.default_rng((seed, epoch)).permutation(run.steps_per_epoch)  # of a replay
+    order = np.random.default_rng((run.config.seed, epoch)).permutation(run.steps_per_epoch)  # of a replay
     clock = time.perf_counter()
     pending: list[rounds.Curve] = []
     divergence = None
     for first in range(done, run.steps_per_epoch, run.steps_per_round):
         steps = range(first, min(first + run.steps_per_round, run.steps_per_epoch))
         if traffic is Traffic.BOTH_WAYS:
-            state, curve = programs.run_steps(state, indices[steps.start : steps.stop], cohort)
+            state, curve = programs.run_steps(state, programs.feed(epoch, steps), cohort)
             state, info = programs.sync(state, cohort)
             divergence = info.divergence
         elif traffic is Traffic.UP_ONLY:
-            state, curve = keep(programs, store, epoch, state, steps, indices, cohort)
+            state, curve = keep(programs, store, epoch, state, steps, cohort)
         else:
             state, curve = replay(
                 programs, store, progress.kept_epoch, state, order[steps.start : steps.stop], cohort
@@ -237,16 +255,16 @@ def keep(
     epoch: int,
     state: TrainState,
     steps: range,
-    indices: np.ndarray,
     cohort: np.ndarray | None,
 ) -> tuple[TrainState, rounds.Curve]:
     """Steps that train the server alone and keep what the clients send."""
     curves = []
-    for step in steps:
-        state, curve, smashed = programs.keeping_step(state, indices[step], cohort)
+    images = (batch for piece in programs.feed(epoch, steps) for batch in piece)
+    for step, batch in zip(steps, images, strict=True):
+        state, curve, smashed = programs.keeping_step(state, batch, cohort)
         store.write(epoch, step, smashed)
         curves.append(curve)
-    return state, rounds.Curve([c.loss for c in curves], [c.top1 for c in curves])
+    return state, rounds.joined(curves)
 
 
 def replay(
@@ -262,12 +280,12 @@ def replay(
     for step in steps:
         state, curve = programs.replay_step(state, store.read(epoch, int(step)), cohort)
         curves.append(curve)
-    return state, rounds.Curve([c.loss for c in curves], [c.top1 for c in curves])
+    return state, rounds.joined(curves)
 
 
 def fetch(progress: Progress, curve: rounds.Curve, clock: float, bar: tqdm, run: Run) -> Progress:
     """`progress` with the losses of one more round, for which the host waits here."""
-    losses, top1s = (np.asarray(jax.device_get(x), np.float64) for x in curve)
+    losses, top1s = (np.concatenate(jax.device_get(x)).astype(np.float64) for x in curve)
     if not np.isfinite(losses).all():
         step = progress.step + int(np.argmin(np.isfinite(losses))) + 1
         raise NonFiniteError(f"the loss of step {step:,} is {losses[step - progress.step - 1]}")

@@ -1,5 +1,6 @@
 """How good the features of a run are: kNN and probes of its TrainState."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -43,10 +44,10 @@ def knn(run: Run, evaluated: Evaluated) -> dict[str, float]:
 def knn_raw_pixels(run: Run) -> dict[str, float]:
     """kNN accuracy of the normalised pixels themselves; nothing where they would fill the memory."""
     dataset = run.dataset
-    if 4 * (dataset.x_train.size + dataset.x_test.size) > RAW_PIXELS_LIMIT:
+    if 4 * sum(math.prod(x.shape) for x in (dataset.x_train, dataset.x_test)) > RAW_PIXELS_LIMIT:
         return {}
     train, test = (
-        augment.normalise(x, dataset.mean, dataset.std).reshape(len(x), -1)
+        augment.normalise(x[:], dataset.mean, dataset.std).reshape(len(x), -1)
         for x in (dataset.x_train, dataset.x_test)
     )
     return {"knn_raw_pixels": _knn_accuracy(run, train, test)}

@@ -26,6 +26,8 @@ def header(run: Run, state: TrainState) -> str:
         f"{sharding.describe(run.mesh)}jax {jax.__version__}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
+        "images": f"{'resident on the device' if run.residence.resident else 'streamed from the host'}: "
+        f"{_bytes(math.prod(dataset.x_train.shape))}; {run.residence.why}",
         "clients": f"{pool.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in an epoch; each "
         f"{_span([len(part) for part in parts])} images of {_span(classes)} classes, "
         f"batch {_span(run.batch_sizes.tolist())}" + (f"; {run.rich.clients} rich" if run.rich else ""),

@@ -3,8 +3,7 @@
 Only here are the algorithm's step and sync jitted and their state donated.
 """
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,20 +14,33 @@ from mocosfl_jax.augment import Views
 from mocosfl_jax.clients import SmashedData
 from mocosfl_jax.mocosfl import Algorithm, SyncInfo, TrainState
 
+# Pieces that wait on the device: the host may not run ahead without end, since each brings its images.
+WAITING = 4
+
 
 class Curve(NamedTuple):
-    """What is kept of each step: scalars, or S of them, as one array or as a list."""
+    """What is kept of each step, in pieces that add up to S steps."""
 
-    loss: Any  # Array [S], or S times Array []
-    top1: Any
+    loss: list[Array]  # each [s]
+    top1: list[Array]
 
 
 Sync = Callable[[TrainState, np.ndarray | None], tuple[TrainState, SyncInfo]]
-RunSteps = Callable[[TrainState, np.ndarray, np.ndarray | None], tuple[TrainState, Curve]]
-KeepingStep = Callable[[TrainState, np.ndarray, np.ndarray | None], tuple[TrainState, Curve, SmashedData]]
+RunSteps = Callable[[TrainState, Iterable[Array], np.ndarray | None], tuple[TrainState, Curve]]
+KeepingStep = Callable[[TrainState, Array, np.ndarray | None], tuple[TrainState, Curve, SmashedData]]
 ReplayStep = Callable[[TrainState, SmashedData, np.ndarray | None], tuple[TrainState, Curve]]
-Take = Callable[[Array, Array], Array]  # images [n, H, W, 3], indices [M, B] -> [M, B, H, W, 3]
+Spread = Callable[[Array], Array]  # images [M, B, H, W, 3] -> the same, over several devices
 MakeViews = Callable[[Array, Array], Views]  # rng, images [M, B, H, W, 3] uint8 -> Views
+
+
+def joined(curves: Iterable[Curve]) -> Curve:
+    """One curve of those of consecutive steps."""
+    each = list(curves)
+    return Curve([x for curve in each for x in curve.loss], [x for curve in each for x in curve.top1])
+
+
+def _as_it_is(images: Array) -> Array:
+    return images
 
 
 def scans_steps(backend: str) -> bool:
@@ -46,26 +58,26 @@ def make_sync(algorithm: Algorithm) -> Sync:
 
 
 def make_keeping_step(
-    algorithm: Algorithm, make_views: MakeViews, rng: Array, images: Array, take: Take = operator.getitem
+    algorithm: Algorithm, make_views: MakeViews, rng: Array, spread: Spread = _as_it_is
 ) -> KeepingStep:
     """A step that trains the server alone and returns the smashed data that the clients sent.
 
     Arguments as in `make_run_steps`; it draws the same views. Compiled when first called.
 
     Returns:
-      state, indices [M, B] int32, cohort [M] int32 or None -> state, Curve, SmashedData. The state is
-      donated.
+      state, images [M, B, H, W, 3] uint8, cohort [M] int32 or None -> state, Curve, SmashedData. The state
+      is donated.
     """
 
     def step(
-        state: TrainState, images: Array, rng: Array, indices: Array, cohort: Array | None
+        state: TrainState, images: Array, rng: Array, cohort: Array | None
     ) -> tuple[TrainState, Curve, SmashedData | None]:
-        views = make_views(jax.random.fold_in(rng, state.step), take(images, indices))
+        views = make_views(jax.random.fold_in(rng, state.step), spread(images))
         state, info = algorithm.step(state, views, cohort, send_gradients=False)
-        return state, Curve(info.loss, info.top1), info.smashed
+        return state, Curve([info.loss[None]], [info.top1[None]]), info.smashed
 
     run_step: Any = jax.jit(step, donate_argnums=0)
-    return lambda state, indices, cohort: run_step(state, images, rng, indices, cohort)
+    return lambda state, images, cohort: run_step(state, images, rng, cohort)
 
 
 def make_replay_step(algorithm: Algorithm) -> ReplayStep:
@@ -78,7 +90,7 @@ def make_replay_step(algorithm: Algorithm) -> ReplayStep:
     def step(state: TrainState, smashed: SmashedData, cohort: Array | None) -> tuple[TrainState, Curve]:
         assert algorithm.replay is not None
         state, info = algorithm.replay(state, smashed, cohort)
-        return state, Curve(info.loss, info.top1)
+        return state, Curve([info.loss[None]], [info.top1[None]])
 
     replay: Any = jax.jit(step, donate_argnums=0)
     return replay
@@ -88,68 +100,66 @@ def make_run_steps(
     algorithm: Algorithm,
     make_views: MakeViews,
     rng: Array,
-    images: Array,
     *,
     state: TrainState,
-    batch_shape: tuple[int, int],
-    steps_per_round: int,
+    images: jax.ShapeDtypeStruct,
     whole_pool: bool,
-    scan: bool,
-    take: Take = operator.getitem,
+    spread: Spread = _as_it_is,
 ) -> RunSteps:
     """Compile the function that runs some steps of training.
 
-    A step gathers its images on the device, makes their views and trains. Its randomness comes from
-    its number in the run, so a resumed run draws what an uninterrupted one draws. Nothing is fetched:
-    the call returns while the device works.
+    A step makes the views of its images and trains. Its randomness comes from its number in the run, so a
+    resumed run draws what an uninterrupted one draws. Nothing is fetched: the call returns while the device
+    works on the last `WAITING` pieces.
 
     Args:
       algorithm: as `mocosfl` returns it.
       make_views: augmentation.
       rng: key of all augmentations of the run.
-      images: [n, H, W, 3] uint8, the training set on the device.
       state: a state as the function will get, for its shapes.
-      batch_shape: (M, B).
-      steps_per_round: steps of most calls.
+      images: of most pieces, [s, M, B, H, W, 3] uint8, with the sharding of all; s above 1: its steps run as
+        one program (see `scans_steps`).
       whole_pool: every client takes part in every step.
-      scan: one program for the steps of a whole round (see `scans_steps`); other numbers of steps, and
-        all if this is false, run one by one.
-      take: how a step gets its images; of `sharding.make_take` on several devices.
+      spread: where the images of a step are within its program; of `sharding.make_spread` on several devices.
 
     Returns:
-      state, indices [S, M, B] int32 into the images, cohort [M] int32 (None if `whole_pool`) -> new
-      state and Curve of S steps. The state is donated.
+      state, pieces of images (each of s steps or of one), cohort [M] int32 (None if `whole_pool`) -> new
+      state and Curve. The state is donated.
     """
+    piece_steps, clients = images.shape[:2]
 
-    def step(
-        state: TrainState, images: Array, rng: Array, indices: Array, cohort: Array | None
-    ) -> tuple[TrainState, Curve]:
-        views = make_views(jax.random.fold_in(rng, state.step), take(images, indices))
+    def step(state: TrainState, images: Array, rng: Array, cohort: Array | None) -> tuple[TrainState, Curve]:
+        views = make_views(jax.random.fold_in(rng, state.step), spread(images))
         state, info = algorithm.step(state, views, cohort)
-        return state, Curve(info.loss, info.top1)
+        return state, Curve([info.loss], [info.top1])
 
-    def round_(
-        state: TrainState, images: Array, rng: Array, indices: Array, cohort: Array | None
+    def one(state: TrainState, images: Array, rng: Array, cohort: Array | None) -> tuple[TrainState, Curve]:
+        state, curve = step(state, images[0], rng, cohort)
+        return state, jax.tree.map(lambda x: x[None], curve)
+
+    def several(
+        state: TrainState, images: Array, rng: Array, cohort: Array | None
     ) -> tuple[TrainState, Curve]:
-        return jax.lax.scan(lambda s, batch: step(s, images, rng, batch, cohort), state, indices)
+        return jax.lax.scan(lambda s, batch: step(s, batch, rng, cohort), state, images)
 
-    run_step: Any = jax.jit(step, donate_argnums=0)
-    run_round: Any = jax.jit(round_, donate_argnums=0)
-    batch = np.zeros(batch_shape, np.int32)
-    cohort = None if whole_pool else np.arange(batch_shape[0], dtype=np.int32)
-    if scan:
-        batches = np.zeros((steps_per_round, *batch_shape), np.int32)
-        run_round = run_round.lower(state, images, rng, batches, cohort).compile()
+    run_one: Any = jax.jit(one, donate_argnums=0)
+    run_several: Any = jax.jit(several, donate_argnums=0)
+    cohort = None if whole_pool else np.arange(clients, dtype=np.int32)
+    if piece_steps > 1:
+        run_several = run_several.lower(state, images, rng, cohort).compile()
     else:
-        run_step = run_step.lower(state, images, rng, batch, cohort).compile()
+        run_one = run_one.lower(state, images, rng, cohort).compile()
 
-    def run(state: TrainState, indices: np.ndarray, cohort: np.ndarray | None) -> tuple[TrainState, Curve]:
-        if scan and len(indices) == steps_per_round:
-            return run_round(state, images, rng, indices, cohort)
-        curves = []
-        for batch in indices:
-            state, curve = run_step(state, images, rng, batch, cohort)
+    def run(
+        state: TrainState, pieces: Iterable[Array], cohort: np.ndarray | None
+    ) -> tuple[TrainState, Curve]:
+        curves: list[Curve] = []
+        for piece in pieces:
+            program = run_several if len(piece) == piece_steps > 1 else run_one
+            state, curve = program(state, piece, rng, cohort)
             curves.append(curve)
-        return state, Curve([c.loss for c in curves], [c.top1 for c in curves])
+            if len(curves) > WAITING:
+                jax.block_until_ready(curves[-WAITING - 1])
+        return state, joined(curves)
 
     return run

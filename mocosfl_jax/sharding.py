@@ -18,7 +18,6 @@ within a program by XLA, which masks the padding wherever it sums over it.
 """
 
 import math
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -102,15 +101,22 @@ def replicate(mesh: Mesh | None, array: np.ndarray) -> Array:
     return jax.device_put(array, None if mesh is None else NamedSharding(mesh, P()))
 
 
-def make_take(mesh: Mesh | None) -> Callable[[Array, Array], Array]:
-    """How a step gets its images, as `rounds` wants it: each device those of its clients."""
+def of_images(mesh: Mesh | None, places: int, batch: int) -> NamedSharding | None:
+    """Where images of steps [s, M, B, H, W, 3] go: to the devices of their clients, where these divide."""
     if mesh is None:
-        return operator.getitem
+        return None
+    if places % mesh.size == 0:
+        return NamedSharding(mesh, P(None, EVERY))
+    if places == 1 and batch % mesh.size == 0:
+        return NamedSharding(mesh, P(None, None, EVERY))
+    return NamedSharding(mesh, P())
 
-    def take(images: Array, indices: Array) -> Array:
-        return _at(mesh, images[_at(mesh, indices, P())], _views(indices))
 
-    return take
+def make_spread(mesh: Mesh | None) -> Callable[[Array], Array]:
+    """How a step spreads its images [M, B, H, W, 3], for `rounds`: to the devices of their clients."""
+    if mesh is None:
+        return lambda images: images
+    return lambda images: _at(mesh, images, _views(images))
 
 
 def make_placement(mesh: Mesh | None) -> Placement:

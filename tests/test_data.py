@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,21 +27,47 @@ from PIL import Image
 
 from mocosfl_jax.data import (
     NAMES,
-    Dataset,
     cifar_files,
     cifar_pickle,
     decode,
     images,
-    load,
+    in_memory,
     stl10,
     svhn,
     tiny_imagenet,
 )
+from mocosfl_jax.data import load as load_dataset
 from mocosfl_jax.errors import UserError
 
 ROWS = {"cifar10": (20, 30), "cifar100": (200, 100)}
 LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 CLASSES = {"cifar10": 10, "cifar100": 100}
+
+
+class Arrays(NamedTuple):
+    """A data set whose images have all been read."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    source: str
+
+
+def load(name: str, directory: str, image_size: Any, max_broken: float = 0.0) -> Arrays:
+    """The data set, after a look at its images where they are: some of them, twice, in any order."""
+    dataset = load_dataset(name, directory, image_size, max_broken)
+    whole = in_memory(dataset)
+    for split in ("x_train", "x_test"):
+        lazy, read = getattr(dataset, split), getattr(whole, split)
+        some = np.random.default_rng(0).integers(0, len(read), (2, 3))
+        assert len(lazy) == len(read) and lazy.shape == read.shape and type(read) is np.ndarray
+        np.testing.assert_array_equal(lazy[some], read[some])
+        np.testing.assert_array_equal(lazy[1:4:2], read[1:4:2])
+    return Arrays(**whole._asdict())
 
 
 def refuses(match: str, name: str, directory: Path | str, image_size: Any = None) -> str:
@@ -59,7 +85,7 @@ def pictures(count: int, classes: int, seed: int, side: int = 32) -> tuple[np.nd
     return x, rng.permutation(np.arange(count) % classes).astype(np.int32)
 
 
-def same(dataset: Dataset, written: dict[str, np.ndarray]) -> None:
+def same(dataset: Arrays, written: dict[str, np.ndarray]) -> None:
     for key, value in written.items():
         np.testing.assert_array_equal(getattr(dataset, key), value)
         assert getattr(dataset, key).dtype == (np.uint8 if key.startswith("x") else np.int32)
@@ -954,7 +980,8 @@ def test_folder_mistakes(tmp_path: Path) -> None:
     (place / "y.png").write_bytes(good[: len(good) // 2])
     (place / "z.jpg").write_text("text")
     message = refuses(r"y.png \(\w+: .*\), .*z.jpg \(not a PNG or JPEG image\)", "image_folder", tmp_path)
-    assert message.startswith(f"{tmp_path / 'train'}: 2 of 14 images are not readable, at most 1% may be: ")
+    found = f"{tmp_path / 'train'}: 2 of 14 images are not readable"
+    assert message.startswith(f"{found}, more than config.data.max_broken 0 allows: ")
     (place / "z.jpg").unlink()
     Image.new("RGB", (8, 8)).save(place / "y.png", "GIF")
     refuses(r"1 of 13 images .*y.png \(not a PNG", "image_folder", tmp_path)
@@ -970,7 +997,7 @@ def test_folder_mistakes(tmp_path: Path) -> None:
         refuses(r"1 of 13 images .*y.png \(", "image_folder", tmp_path, 8)
 
 
-def test_a_few_broken_images_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_few_broken_images_are_black(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = pictures(400, 4, 0, 4)
     data = {"x_train": x, "y_train": y, "x_test": x[:8], "y_test": y[:8]}
     write_folder(tmp_path, data)
@@ -982,19 +1009,23 @@ def test_a_few_broken_images_are_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     broken = [0, 5, 201, 399]  # 1 %; the first one does not tell the shape
     for index in broken:
         files[index].write_bytes(b"")
-    dataset = load("image_folder", str(tmp_path), None)
-    for key in ("x_train", "y_train"):
-        expected[key] = np.delete(expected[key], broken, axis=0)
+    dataset = load("image_folder", str(tmp_path), None, 0.01)
+    expected["x_train"][broken] = 0
     same(dataset, expected)
-    assert dataset.mean != whole.mean  # of the images that are there
-    (line,) = said
-    assert line.startswith(f"{tmp_path / 'train'}: 4 of 400 images are not readable and are left out: ")
+    assert dataset.mean < whole.mean
+    (line,) = said  # however often they are read
+    assert line.startswith(f"{tmp_path / 'train'}: 4 of 400 images are not readable and are black: ")
     assert all(f"{files[index]} (not a PNG or JPEG image)" in line for index in broken) and "\n" not in line
-    assert dataset.x_train.base is not None and len(dataset.x_train.base) == 400  # no second copy
+
+    # They are counted over all that is read, one by one.
+    lazy = load_dataset("image_folder", str(tmp_path), None, 0.01).x_train
+    files[300].write_bytes(b"")
+    with pytest.raises(UserError, match=r"5 of 400 .*max_broken 0\.01 allows: .*class3"):
+        lazy[299:301]
 
     for file in files[10:30]:
         file.write_bytes(b"")
-    message = refuses("24 of 400 images are not readable, at most 1% may be", "image_folder", tmp_path)
+    message = refuses("25 of 400 images are not readable, more than", "image_folder", tmp_path)
     assert str(files[0]) in message and str(files[30]) not in message
     assert message.count(".png") == 10 and message.endswith(", ...")
     for file in files:
@@ -1013,14 +1044,32 @@ def test_decoding_holds_one_copy(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decode, "MAX_BROKEN", 0.02)
             patch.setattr(os, "cpu_count", lambda: 2)  # each thread holds an image
-            dataset = load("imagenet12", str(tmp_path), None)
+            dataset = in_memory(load_dataset("imagenet12", str(tmp_path), None, 0.02))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert dataset.x_train.shape == (59, 224, 224, 3)
+    assert isinstance(dataset.x_train, np.ndarray) and dataset.x_train.shape == (60, 224, 224, 3)
     assert peak < 1.5 * dataset.x_train.nbytes
+
+
+def test_images_are_not_decoded_before_they_are_wanted(tmp_path: Path) -> None:
+    """Labels and sizes take no pixels: memory stays at those of one batch, however many there are."""
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    Image.new("RGB", (256, 256), (10, 20, 30)).save(tmp_path / "train" / "a" / "first.jpg")
+    for n in range(2000):
+        (tmp_path / "train" / "a" / f"{n:04}.jpg").hardlink_to(tmp_path / "train" / "a" / "first.jpg")
+    (tmp_path / "test" / "a" / "0.jpg").hardlink_to(tmp_path / "train" / "a" / "first.jpg")
+    tracemalloc.start()
+    try:
+        dataset = load_dataset("imagenet12", str(tmp_path), None)
+        batch = dataset.x_train[np.arange(0, 2000, 100)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert dataset.x_train.shape == (2001, 224, 224, 3) and batch.shape == (20, 224, 224, 3)
+    assert peak < 2 * batch.nbytes + 2**22  # all of them take 300 MB
 
 
 def test_imagenet12_is_a_folder_of_224_pixels(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ ORDER = [
     {"clients", "server", "probes", "workdir", "plots", "commandline", "official", "encoder_file"},
     {"placement"},
     {"mocosfl", "saving"},
-    {"flmoco", "rounds", "checkpoint", "sharding"},
+    {"flmoco", "rounds", "checkpoint", "batches", "sharding"},
     {"experiment"},
     {"report", "monitor", "costs"},
     {"loop"},

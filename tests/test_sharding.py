@@ -20,6 +20,7 @@ from mocosfl_jax import (
     SplitModel,
     TrainState,
     Views,
+    batches,
     experiment,
     flmoco,
     loop,
@@ -322,7 +323,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
-    """As on accelerators: one program for a whole round, which also gathers images and makes views."""
+    """As on accelerators: one program for a whole round; its images are gathered there, or streamed."""
 
     def make_views(rng: Array, images: Array) -> Views:
         noise = jax.random.normal(rng, (2, *images.shape))
@@ -339,23 +340,27 @@ def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
             mesh,
             7,
         )
+        place, size = sharding.of_images(mesh, 5, 2), 3 if scan else 1
         state = jax.jit(algorithm.init)(jax.random.key(0))
         run = rounds.make_run_steps(
             algorithm,
             make_views,
             jax.random.key(2),
-            sharding.replicate(mesh, pictures),
             state=state,
-            batch_shape=(5, 2),
-            steps_per_round=3,
+            images=jax.ShapeDtypeStruct((size, 5, 2, *pictures.shape[1:]), np.uint8, sharding=place),
             whole_pool=False,
-            scan=scan,
-            take=sharding.make_take(mesh),
+            spread=sharding.make_spread(mesh),
         )
+        feeds = [
+            batches.resident(sharding.replicate(mesh, pictures), lambda epoch: indices, size, place),
+            batches.streamed(
+                pictures, lambda epoch: indices, size, place, epochs=2, steps_per_epoch=3, steps_per_round=3
+            ),
+        ]
         losses = []
-        for _ in range(2):
-            state, curve = run(state, indices, cohort)
-            losses += [float(loss) for loss in curve.loss]
+        for epoch in range(2):
+            state, curve = run(state, feeds[epoch](epoch, range(3)), cohort)
+            losses += np.concatenate(curve.loss).tolist()
         ends.append((losses, np.asarray(jax.tree.leaves(state.clients.params)[0])[:7]))
     np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-5)
     np.testing.assert_allclose(ends[0][1], ends[1][1], rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Data sets as 8-bit arrays: a bundled sample, official archives, npz files, image folders and TFDS.
+"""Data sets of 8-bit images: a bundled sample, official archives, npz and npy files, image folders and TFDS.
 
     dataset = load("cifar10", "data", image_size=None)
 
@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from mocosfl_jax.data import arrays, cifar, folder, images, stl10, svhn, tfds_sets, tiny_imagenet
+from mocosfl_jax.data.images import Images
 from mocosfl_jax.errors import UserError
 
-__all__ = ["NAMES", "PUBLISHED", "Dataset", "load"]
+__all__ = ["NAMES", "PUBLISHED", "Dataset", "Images", "in_memory", "load"]
 
 Channels = tuple[float, float, float]
-_Loader = Callable[[str, Path, int | None], images.Loaded]
+_Loader = Callable[[str, Path, int | None, float], images.Loaded]
 
 _LOADERS: dict[str, _Loader] = {
     "fashion_mnist_sample": arrays.load_sample,
@@ -30,6 +31,7 @@ _LOADERS: dict[str, _Loader] = {
     "tiny_imagenet": tiny_imagenet.load,
     "imagenet12": folder.load,
     "npz": arrays.load_npz,
+    "npy": arrays.load_npy,
     "image_folder": folder.load,
 }
 NAMES: tuple[str, ...] = tuple(_LOADERS)
@@ -56,11 +58,11 @@ PUBLISHED: dict[str, tuple[Channels, Channels]] = {
 
 
 class Dataset(NamedTuple):
-    """A training and a test set in memory. Labels are 0..C-1, and each of them occurs in training."""
+    """A training and a test set. Labels are 0..C-1, and each of them occurs in training."""
 
-    x_train: np.ndarray  # [n, H, W, 3] uint8
+    x_train: images.Images  # [n, H, W, 3] uint8, in memory or on disk
     y_train: np.ndarray  # [n] int32
-    x_test: np.ndarray
+    x_test: images.Images
     y_test: np.ndarray
     class_names: tuple[str, ...]  # C names
     mean: Channels  # of each channel, on [0, 1]
@@ -68,8 +70,11 @@ class Dataset(NamedTuple):
     source: str  # one line: where the images came from
 
 
-def load(name: str, directory: str, image_size: int | None) -> Dataset:
+def load(name: str, directory: str, image_size: int | None, max_broken: float = 0.0) -> Dataset:
     """The data set `name` from `directory`, resized to `image_size` pixels a side unless that is None.
+
+    Images of folders, of Tiny ImageNet, of tensorflow-datasets, of npy files and of npz files without
+    compression stay on disk; `in_memory` reads them. Up to a share `max_broken` of a split may not decode.
 
     imagenet12 is an image folder of the user's with 12 classes of ImageNet; None means 224 pixels there.
 
@@ -92,11 +97,21 @@ def load(name: str, directory: str, image_size: int | None) -> Dataset:
     path = Path(directory)
     try:
         loader = _LOADERS.get(name)
-        loaded = loader(name, path, image_size) if loader else tfds_sets.load(name, path, image_size, NAMES)
+        if loader:
+            loaded = loader(name, path, image_size, max_broken)
+        else:
+            loaded = tfds_sets.load(name, path, image_size, max_broken, NAMES)
+        return _dataset(loaded, _statistics_key(name, path), image_size)
     except OSError as error:
         where = error.filename or directory
         raise UserError(f"config.data.dir: {where}: {error.strerror or error}") from error
-    return _dataset(loaded, _statistics_key(name, path), image_size)
+
+
+def in_memory(dataset: Dataset) -> Dataset:
+    """The same data set with its images as arrays. Raises UserError where they are damaged or too many."""
+    return dataset._replace(
+        x_train=images.in_memory(dataset.x_train), x_test=images.in_memory(dataset.x_test)
+    )
 
 
 def _statistics_key(name: str, path: Path) -> str:

@@ -1,15 +1,19 @@
-"""Data sets in npz files: those of the user and the bundled sample of Fashion-MNIST."""
+"""Data sets in npz and npy files: those of the user and the bundled sample of Fashion-MNIST."""
 
 import io
 import math
+import struct
 import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from mocosfl_jax.data.images import Loaded, require_memory, rgb
+from mocosfl_jax.data.decode import open_file
+from mocosfl_jax.data.images import Images, Loaded, OnDisk, in_memory, require_memory, rgb
 from mocosfl_jax.errors import UserError
 
 _SAMPLE = "fashion_mnist_sample.npz"
@@ -18,34 +22,37 @@ _HEADER_BYTES = 1 << 14
 # Deflate cannot do better: a member that claims more is a lie.
 _MAX_RATIO = 1040
 _CHUNK_BYTES = 1 << 24
+_LOCAL_HEADER = 30  # bytes before the name of a member, in the zip file
 _IMAGES = "a uint8 array [n, H, W, 3], [n, H, W, 1] or [n, H, W] of values 0..255"
+_NEEDED = ("x_train", "y_train", "x_test", "y_test")
 
 
-def load_sample(name: str, directory: Path, image_size: int | None) -> Loaded:
+def load_sample(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
     """6,000 training and 1,000 test images of Fashion-MNIST, which come with this package.
 
     Stored [n, 28, 28]; here padded with zeros to [n, 32, 32, 3]. `directory` is not read.
     """
     try:
         with (resources.files("mocosfl_jax.data") / _SAMPLE).open("rb") as file:
-            loaded = _read(file, _SAMPLE)
+            loaded = _read_npz(file, None, _SAMPLE)
     except FileNotFoundError as error:
         raise UserError(
             f"config.data.name: {name} needs {_SAMPLE}, which this installation lacks: install again"
         ) from error
     border = ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING), (0, 0))
     return loaded._replace(
-        x_train=np.pad(loaded.x_train, border),
-        x_test=np.pad(loaded.x_test, border),
+        x_train=np.pad(in_memory(loaded.x_train), border),
+        x_test=np.pad(in_memory(loaded.x_test), border),
         source="bundled sample of Fashion-MNIST (Zalando SE, MIT licence), padded to 32x32",
     )
 
 
-def load_npz(name: str, directory: Path, image_size: int | None) -> Loaded:
+def load_npz(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
     """The npz file `directory`, or the only one in that folder.
 
     Arrays: x_train, x_test (uint8, [n, H, W, 3], [n, H, W, 1] or [n, H, W]), y_train, y_test (integers,
-    [n]) and, if wanted, class_names (text, [C]). Raises UserError.
+    [n]) and, if wanted, class_names (text, [C]). Images that are stored without compression (`numpy.savez`)
+    stay on disk, and their checksum is compared only when they are read as a whole. Raises UserError.
     """
     path = directory
     if path.is_dir():
@@ -56,97 +63,159 @@ def load_npz(name: str, directory: Path, image_size: int | None) -> Loaded:
     if not path.is_file():
         raise UserError(f"config.data.dir: {path} is not there, an npz file or its folder is needed")
     with path.open("rb") as file:
-        return _read(file, str(path))
+        return _read_npz(file, path, str(path))
 
 
-def _read(file: IO[bytes], where: str) -> Loaded:
+def load_npy(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
+    """x_train.npy, y_train.npy, x_test.npy, y_test.npy and, if wanted, class_names.npy in `directory`.
+
+    Arrays as in `load_npz`. The images stay on disk. Raises UserError.
+    """
+    if not directory.is_dir():
+        raise UserError(f"config.data.dir: {directory} is not there, a folder of npy files is needed")
+
+    def array(key: str) -> _Array | None:
+        path = directory / f"{key}.npy"
+        if not path.is_file():
+            return None
+        return _Array(str(path), path.stat().st_size, partial(open_file, path), (path, 0))
+
+    return _loaded(array, str(directory))
+
+
+def _read_npz(file: IO[bytes], path: Path | None, where: str) -> Loaded:
+    """Of a file that is open; `path` is its own if its images may stay there."""
     try:
         with zipfile.ZipFile(file) as archive:
-            x_train = _images(archive, "x_train", where)
-            y_train = _labels(archive, "y_train", where)
-            x_test = _images(archive, "x_test", where)
-            y_test = _labels(archive, "y_test", where)
-            names = _class_names(archive, y_train, where)
+            names = set(archive.namelist())
+
+            def array(key: str) -> _Array | None:
+                if f"{key}.npy" not in names:
+                    return None
+                info = archive.getinfo(f"{key}.npy")
+                what = f"{where}: {key}"
+                if info.file_size > _MAX_RATIO * (info.compress_size + 1):
+                    raise UserError(
+                        f"{what}: malformed, {info.file_size:,} bytes claimed for {info.compress_size:,}"
+                    )
+                stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+                place = (path, _offset(path, info)) if path and stored else None
+                return _Array(what, info.file_size, partial(_open_member, archive, path, info), place)
+
+            return _loaded(array, where)
     except UserError:
         raise
     except Exception as error:  # zipfile raises many kinds for a broken file
-        reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise UserError(f"{where}: not a readable npz file ({reason})") from error
-    if x_train.shape[1:] != x_test.shape[1:]:
-        raise UserError(f"{where}: x_train is {x_train.shape} and x_test {x_test.shape}, sizes must agree")
-    return Loaded(x_train, y_train, x_test, y_test, names, where)
+        raise _unreadable(where, error) from error
 
 
-def _images(archive: zipfile.ZipFile, key: str, where: str) -> np.ndarray:
-    with _Member(archive, key, where) as member:
-        shape, dtype = member.shape, member.dtype
-        if dtype != np.uint8:
-            hint = "; multiply by 255 and round" if dtype.kind == "f" else ""
-            raise UserError(f"{where}: {key} is {dtype}, allowed: {_IMAGES}{hint}")
-        gray = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
-        if not (gray or (len(shape) == 4 and shape[3] == 3)) or 0 in shape:
-            raise UserError(f"{where}: {key} has the shape {list(shape)}, allowed: {_IMAGES}, none empty")
-        require_memory(f"{where}: {key}", math.prod(shape) * (3 if gray else 1))
-        return rgb(member.read())
+def _unreadable(where: str, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__} {error}".split())
+    return UserError(f"{where}: not a readable npz file ({reason})")
 
 
-def _labels(archive: zipfile.ZipFile, key: str, where: str) -> np.ndarray:
-    with _Member(archive, key, where) as member:
-        if member.dtype.kind not in "iu" or len(member.shape) != 1:
-            raise UserError(f"{where}: {key} is {member.dtype} {list(member.shape)}, allowed: integers [n]")
-        return member.read()
+def _open_member(archive: zipfile.ZipFile, path: Path | None, info: zipfile.ZipInfo) -> IO[bytes]:
+    """A member of the archive, which is opened again where it has been closed since."""
+    if archive.fp is None and path:
+        archive = zipfile.ZipFile(path)
+    return archive.open(info)
 
 
-def _class_names(archive: zipfile.ZipFile, y_train: np.ndarray, where: str) -> tuple[str, ...]:
-    if "class_names.npy" not in archive.namelist():
+def _offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where in the archive the contents of a member begin."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        start = file.read(_LOCAL_HEADER)
+    # Lengths of the name and of the extra field, which may differ from those in the archive's directory.
+    return info.header_offset + _LOCAL_HEADER + sum(struct.unpack_from("<HH", start, _LOCAL_HEADER - 4))
+
+
+def _loaded(array: Callable[[str], "_Array | None"], where: str) -> Loaded:
+    arrays = {key: array(key) for key in _NEEDED}
+    x_train, y_train, x_test, y_test = (_present(arrays[key], key, where) for key in _NEEDED)
+    x, y = _images(x_train), _labels(y_train)
+    tests, test_labels = _images(x_test), _labels(y_test)
+    names = _class_names(array("class_names"), y, where)
+    if x.shape[1:] != tests.shape[1:]:
+        raise UserError(f"{where}: x_train is {x.shape} and x_test {tests.shape}, sizes must agree")
+    return Loaded(x, y, tests, test_labels, names, where)
+
+
+def _present(array: "_Array | None", key: str, where: str) -> "_Array":
+    if array is None:
+        raise UserError(f"{where}: {key} is missing, {', '.join(_NEEDED)} are needed")
+    return array
+
+
+def _images(array: "_Array") -> Images:
+    shape, dtype = array.shape, array.dtype
+    if dtype != np.uint8:
+        hint = f"; {_not_finite(array)}multiply by 255 and round" if dtype.kind == "f" else ""
+        raise UserError(f"{array.what} is {dtype}, allowed: {_IMAGES}{hint}")
+    gray = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
+    if not (gray or (len(shape) == 4 and shape[3] == 3)) or 0 in shape:
+        raise UserError(f"{array.what} has the shape {list(shape)}, allowed: {_IMAGES}, none empty")
+
+    def load() -> np.ndarray:
+        require_memory(array.what, math.prod(shape) * (3 if gray else 1))
+        return rgb(array.read())
+
+    mapped = array.mapped()
+    if mapped is None:
+        return load()
+    return OnDisk((*shape[:3], 3), lambda rows: rgb(np.asarray(mapped[rows])), load)
+
+
+def _not_finite(array: "_Array") -> str:
+    """Where the first value is that no integer can stand for, since rounding would hide it."""
+    values = array.read()
+    wrong = np.argwhere(~np.isfinite(values))
+    if not len(wrong):
+        return ""
+    first = tuple(wrong[0].tolist())
+    return f"{len(wrong):,} values are not finite, the first is {values[first]} at {list(first)}; "
+
+
+def _labels(array: "_Array") -> np.ndarray:
+    if array.dtype.kind not in "iu" or len(array.shape) != 1:
+        raise UserError(f"{array.what} is {array.dtype} {list(array.shape)}, allowed: integers [n]")
+    return array.read()
+
+
+def _class_names(array: "_Array | None", y_train: np.ndarray, where: str) -> tuple[str, ...]:
+    if array is None:
         present = np.unique(y_train).tolist()
         if present != list(range(len(present))):
+            found = f"from {present[0]} to {present[-1]}" if present else "in all"
             raise UserError(
-                f"{where}: y_train has {len(present)} different labels from {present[0]} to {present[-1]}, "
+                f"{where}: y_train has {len(present)} different labels {found}, "
                 f"allowed: 0 to {len(present) - 1}"
             )
         return tuple(str(label) for label in present)
-    with _Member(archive, "class_names", where) as member:
-        if member.dtype.kind != "U" or len(member.shape) != 1 or not member.dtype.itemsize:
-            raise UserError(f"{where}: class_names is {member.dtype} {list(member.shape)}, allowed: text [C]")
-        return tuple(str(text) for text in member.read())
+    if array.dtype.kind != "U" or len(array.shape) != 1 or not array.dtype.itemsize:
+        raise UserError(f"{array.what} is {array.dtype} {list(array.shape)}, allowed: text [C]")
+    return tuple(str(text) for text in array.read())
 
 
-class _Member:
-    """One array of the file: its shape and type first, its contents when they are wanted.
+class _Array:
+    """One array in a file: its shape and type first, its contents when they are wanted.
 
     `numpy.load` would allocate what the header claims. Here the claim must agree with the size of the
-    member, that size with its compressed size, and both with the memory of the machine.
+    contents, and that with the memory of the machine.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, key: str, where: str) -> None:
-        self._what = f"{where}: {key}"
-        try:
-            info = archive.getinfo(f"{key}.npy")
-        except KeyError as error:
-            raise UserError(
-                f"{where}: {key} is missing, x_train, y_train, x_test, y_test are needed"
-            ) from error
-        if info.file_size > _MAX_RATIO * (info.compress_size + 1):
-            raise UserError(
-                f"{self._what}: malformed, {info.file_size:,} bytes claimed for {info.compress_size:,}"
-            )
-        require_memory(self._what, info.file_size)
-        self._file = archive.open(info)
-        try:
-            self.shape, self._fortran, self.dtype = self._header(info.file_size)
-        except BaseException:
-            self._file.close()
-            raise
+    def __init__(
+        self, what: str, size: int, open_: Callable[[], IO[bytes]], place: tuple[Path, int] | None
+    ) -> None:
+        """An array of `size` bytes, header included; `place`: the file and offset where they are plain."""
+        self.what = what
+        self._open = open_
+        with open_() as file:
+            self.shape, self._fortran, self.dtype, start = self._header(file.read(_HEADER_BYTES), size)
+        self._skip = start
+        self._place = place
 
-    def __enter__(self) -> "_Member":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def _header(self, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-        start = self._file.read(_HEADER_BYTES)
+    def _header(self, start: bytes, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
         buffer = io.BytesIO(start)
         try:
             version = np.lib.format.read_magic(buffer)
@@ -158,31 +227,47 @@ class _Member:
                 raise ValueError(f"version {version}")
         except Exception as error:  # the header is parsed as a Python literal
             reason = " ".join(str(error).split())
-            raise UserError(f"{self._what}: malformed header ({reason})") from error
+            raise UserError(f"{self.what}: malformed header ({reason})") from error
         if dtype.hasobject:
-            raise UserError(f"{self._what}: holds Python objects, which are never loaded")
+            raise UserError(f"{self.what}: holds Python objects, which are never loaded")
         contents = size - buffer.tell()
         if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != contents:
             raise UserError(
-                f"{self._what}: truncated or malformed, {contents:,} bytes for {dtype} {list(shape)}"
+                f"{self.what}: truncated or malformed, {contents:,} bytes for {dtype} {list(shape)}"
             )
-        # Kept, because zipfile checks no checksum after a seek.
-        self._start = buffer.read()
-        return tuple(shape), fortran, dtype
+        return tuple(shape), fortran, dtype, buffer.tell()
+
+    def _chunks(self) -> Iterator[bytes]:
+        """The contents. zipfile checks no checksum after a seek, so the header is read and dropped."""
+        with self._open() as file:
+            skip = self._skip
+            # The read that returns nothing makes zipfile compare the checksum.
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk[skip:]
+                skip = max(0, skip - len(chunk))
 
     def read(self) -> np.ndarray:
         """The array, C-contiguous. Raises UserError where the contents end early or fail their checksum."""
-        raw = np.empty(math.prod(self.shape) * self.dtype.itemsize, np.uint8)
+        size = math.prod(self.shape) * self.dtype.itemsize
+        require_memory(self.what, size)
+        raw = np.empty(size, np.uint8)
         place = 0
-        # The read that returns nothing makes zipfile compare the checksum.
-        chunk = self._start
-        while chunk:
-            raw[place : place + len(chunk)] = np.frombuffer(chunk, np.uint8)
-            place += len(chunk)
-            chunk = self._file.read(_CHUNK_BYTES)
-        if place != len(raw):
-            raise UserError(f"{self._what}: truncated, {place:,} of {len(raw):,} bytes")
+        try:
+            for chunk in self._chunks():
+                raw[place : place + len(chunk)] = np.frombuffer(chunk, np.uint8)
+                place += len(chunk)
+        except Exception as error:  # zipfile raises many kinds for a broken file
+            raise _unreadable(self.what, error) from error
+        if place != size:
+            raise UserError(f"{self.what}: truncated, {place:,} of {size:,} bytes")
         array = raw.view(self.dtype)
         if self._fortran:
             return np.ascontiguousarray(array.reshape(self.shape[::-1]).T)
         return array.reshape(self.shape)
+
+    def mapped(self) -> np.ndarray | None:
+        """The array as it is on disk, read-only; None where it is not there as it is, image by image."""
+        if self._place is None or self._fortran:
+            return None
+        path, offset = self._place
+        return np.memmap(path, self.dtype, "r", offset + self._skip, self.shape)

@@ -20,7 +20,7 @@ _CLASS_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-def load(name: str, directory: Path, image_size: int | None) -> Loaded:
+def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
     """`name` (cifar10, cifar100) from an archive or an unpacked folder in `directory`, or from that folder.
 
     Archives go before folders and binary before pickled; where none is there, the binary archive is

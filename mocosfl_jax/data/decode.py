@@ -1,7 +1,8 @@
-"""Decodes PNG and JPEG images into one array; a few that are broken may be left out."""
+"""Decodes PNG and JPEG images when they are wanted; a few that are broken may be black."""
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,8 @@ import numpy as np
 from absl import logging
 from PIL import Image, UnidentifiedImageError
 
-from mocosfl_jax.data.images import MAX_PIXELS, fit, require_memory
+from mocosfl_jax.data.images import MAX_PIXELS, OnDisk, fit, require_memory
 from mocosfl_jax.errors import UserError
-
-# Broken images beyond this share of a split stop the run.
-MAX_BROKEN = 0.01
 
 _NAMED = 10  # broken images that a message names
 _FORMATS = ("PNG", "JPEG")
@@ -45,55 +43,96 @@ def shape_of(pictures: list[Picture], image_size: int | None) -> tuple[int, int,
             with picture.open() as file, Image.open(file, formats=_FORMATS) as image:
                 _check(image)
                 return image.size[1], image.size[0], 3
-        except Exception as error:  # see decode
+        except Exception as error:  # see tolerant
             first_reason = first_reason or _reason(error)
     raise UserError(f"{pictures[0].where}: not a readable image ({first_reason}), nor is any other")
 
 
-def decode(
-    split: str, pictures: list[Picture], shape: tuple[int, int, int], image_size: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images [n, H, W, 3] uint8 and labels [n] int32 of the pictures, in their order.
+def on_disk(
+    split: str,
+    pictures: list[Picture],
+    shape: tuple[int, int, int],
+    image_size: int | None,
+    max_broken: float,
+) -> tuple[OnDisk, np.ndarray]:
+    """Images [n, H, W, 3] and labels [n] int32 of the pictures, in their order, decoded when they are read.
 
-    Each is decoded to RGB straight into its place and, with `image_size`, resized by `images.fit`. Those
-    that do not decode are left out with a warning. Raises UserError, with `split` in it, where they are more
-    than `MAX_BROKEN`, and for an image of another size than `shape`.
+    Each is decoded to RGB and, with `image_size`, resized by `images.fit`. Broken ones are treated as
+    `tolerant` has it; an image of another size than `shape` raises UserError.
     """
-    count = len(pictures)
     height, width, _ = shape
-    require_memory(f"{split}: {count} images", count * height * width * 3)
-    pixels = np.empty((count, *shape), np.uint8)
 
-    def decode_one(index: int) -> str | None:
-        try:
-            image = _decode(pictures[index], image_size)
-        except Exception as error:  # decoders raise many kinds for a broken file
-            return _reason(error)
+    def decode_one(index: int) -> np.ndarray:
+        image = _decode(pictures[index], image_size)
         if image.size != (width, height):
             found = f"{image.size[0]}x{image.size[1]}"
             raise UserError(
                 f"{pictures[index].where}: {found} pixels, but others have {width}x{height}: "
                 "set config.data.image_size"
             )
-        pixels[index] = np.asarray(image)
-        return None
+        return np.asarray(image)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = list(pool.map(decode_one, range(count)))
     labels = np.array([picture.label for picture in pictures], np.int32)
-    broken = [f"{pictures[i].where} ({reason})" for i, reason in enumerate(reasons) if reason is not None]
-    if not broken:
-        return pixels, labels
-    found = f"{split}: {len(broken)} of {count} images are not readable"
-    named = ", ".join(broken[:_NAMED]) + (", ..." if len(broken) > _NAMED else "")
-    if len(broken) > MAX_BROKEN * count:
-        raise UserError(f"{found}, at most {MAX_BROKEN:.0%} may be: {named}")
-    logging.warning("%s and are left out: %s", found, named)
-    good = [index for index, reason in enumerate(reasons) if reason is None]
-    for place, index in enumerate(good):  # in place: indexing would copy the whole array
-        if place != index:
-            pixels[place] = pixels[index]
-    return pixels[: len(good)], labels[good]
+    names = [picture.where for picture in pictures]
+    return tolerant(split, names, shape, decode_one, max_broken), labels
+
+
+def tolerant(
+    split: str,
+    names: Sequence[str],
+    shape: tuple[int, int, int],
+    decode_one: Callable[[int], np.ndarray],
+    max_broken: float,
+) -> OnDisk:
+    """Images by `decode_one`, on all cores. One that it cannot decode is black, and counted and named.
+
+    To leave it out would change which images the clients hold, once somebody has found it; black, it has no
+    gradient to give and every other image stays where it was. Raises UserError when more than the share
+    `max_broken` of the split has been found broken.
+
+    Args:
+      split: for messages.
+      names: of each image, for messages.
+      shape: [H, W, 3] of each image.
+      decode_one: index -> image; a UserError goes through, any other error means that the image is broken.
+      max_broken: allowed share of broken images.
+    """
+    count = len(names)
+    broken: dict[int, str] = {}  # found so far, and why
+
+    def fill(rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        pixels = np.zeros((len(rows), *shape), np.uint8)
+
+        def fill_one(place: int) -> None:
+            index = int(rows[place])
+            try:
+                pixels[place] = decode_one(index)
+            except UserError:
+                raise
+            except Exception as error:  # decoders raise many kinds for a broken file
+                broken[index] = _reason(error)
+
+        known = len(broken)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(fill_one, range(len(rows))):
+                pass
+        if len(broken) > known:
+            report()
+        return pixels
+
+    def report() -> None:
+        named = ", ".join(f"{names[i]} ({broken[i]})" for i in sorted(broken)[:_NAMED])
+        named += ", ..." if len(broken) > _NAMED else ""
+        found = f"{split}: {len(broken):,} of {count:,} images are not readable"
+        if len(broken) > max_broken * count:
+            raise UserError(f"{found}, more than config.data.max_broken {max_broken:g} allows: {named}")
+        logging.warning("%s and are black: %s", found, named)
+
+    def load() -> np.ndarray:
+        require_memory(f"{split}: {count} images", count * math.prod(shape))
+        return fill(range(count))
+
+    return OnDisk((count, *shape), fill, load)
 
 
 def read(path: Path, image_size: int) -> np.ndarray | str:
@@ -101,7 +140,7 @@ def read(path: Path, image_size: int) -> np.ndarray | str:
     picture = Picture(str(path), partial(open_file, path), 0)
     try:
         return np.asarray(_decode(picture, image_size))
-    except Exception as error:  # see decode
+    except Exception as error:  # see tolerant
         return _reason(error)
 
 

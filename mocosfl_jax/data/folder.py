@@ -3,20 +3,20 @@
 from functools import partial
 from pathlib import Path
 
-from mocosfl_jax.data.decode import Picture, decode, open_file, shape_of
+from mocosfl_jax.data.decode import Picture, on_disk, open_file, shape_of
 from mocosfl_jax.data.images import Loaded
 from mocosfl_jax.errors import UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def load(name: str, directory: Path, image_size: int | None) -> Loaded:
+def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
     """`directory/train/CLASS/*.png|jpg|jpeg` and `directory/test/CLASS/...` (or `val` for `test`).
 
     Classes are the sorted folder names of `train`; `test` may lack some. Images are taken in sorted
-    order, decoded to RGB and, with `image_size`, resized by `images.fit`. Hidden files are skipped.
-    Raises UserError for folders without images, more than a few images that do not decode, and different
-    sizes without `image_size`.
+    order and stay on disk; when they are read they are decoded to RGB and, with `image_size`, resized by
+    `images.fit`. Hidden files are skipped. Raises UserError for folders without images, and when they are
+    read for too many that do not decode (see `decode.tolerant`) and for different sizes without `image_size`.
     """
     train = directory / "train"
     test = next((directory / split for split in ("test", "val") if (directory / split).is_dir()), None)
@@ -31,8 +31,8 @@ def load(name: str, directory: Path, image_size: int | None) -> Loaded:
     train_pictures = _pictures(train, class_names)
     test_pictures = _pictures(test, class_names)
     shape = shape_of(train_pictures, image_size)
-    x_train, y_train = decode(str(train), train_pictures, shape, image_size)
-    x_test, y_test = decode(str(test), test_pictures, shape, image_size)
+    x_train, y_train = on_disk(str(train), train_pictures, shape, image_size, max_broken)
+    x_test, y_test = on_disk(str(test), test_pictures, shape, image_size, max_broken)
     return Loaded(x_train, y_train, x_test, y_test, class_names, f"image folder {directory}")
 
 

@@ -1,7 +1,10 @@
-"""Arrays of 8-bit images, which every loader of this package fills: sizes, channels, statistics."""
+"""8-bit images in memory or on disk, which every loader here gives: sizes, channels, statistics."""
 
+import dataclasses
+import math
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -12,17 +15,47 @@ from mocosfl_jax.errors import UserError
 MAX_PIXELS = 1 << 26
 
 _CHUNK_BYTES = 1 << 22
+# Statistics of more images than this are those of as many evenly spaced ones.
+_STATS_BYTES = 1 << 28
+
+
+@dataclasses.dataclass(frozen=True)
+class OnDisk:
+    """Images [n, H, W, 3] uint8 that are read when they are asked for, by a slice or an array of indices."""
+
+    shape: tuple[int, ...]  # (n, H, W, 3)
+    # Rows [k] in ascending order, each once -> [k, H, W, 3]. Called by several threads at a time.
+    read: Callable[[np.ndarray], np.ndarray]
+    load: Callable[[], np.ndarray]  # all of them; raises UserError where they do not fit into memory
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """The images of a slice, or of indices of any shape, each read once however often it occurs."""
+        wanted = np.arange(len(self))[rows]
+        unique, places = np.unique(wanted, return_inverse=True)
+        images = self.read(unique)
+        return images if np.array_equal(unique, wanted) else images[places.reshape(wanted.shape)]
+
+
+Images = np.ndarray | OnDisk
 
 
 class Loaded(NamedTuple):
     """What a loader returns; `mocosfl_jax.data.load` checks it and adds the statistics."""
 
-    x_train: np.ndarray  # [n, H, W, 3] uint8
+    x_train: Images  # [n, H, W, 3]
     y_train: np.ndarray  # [n], any integer dtype
-    x_test: np.ndarray
+    x_test: Images
     y_test: np.ndarray
     class_names: tuple[str, ...]
     source: str
+
+
+def in_memory(images: Images) -> np.ndarray:
+    """The same images as an array. Raises UserError where they do not fit into memory or are damaged."""
+    return images if isinstance(images, np.ndarray) else images.load()
 
 
 def require_memory(what: str, size: int) -> None:
@@ -54,13 +87,24 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def resize(images: np.ndarray, size: int | None, what: str) -> np.ndarray:
+def resize(images: Images, size: int | None, what: str) -> Images:
     """[n, H, W, 3] uint8 -> [n, size, size, 3] uint8 by `fit`; unchanged for None or the same size.
 
-    Raises UserError, starting with `what`, where the result does not fit into memory.
+    Images on disk stay there. Raises UserError, starting with `what`, where the result does not fit into
+    memory.
     """
     if size is None or images.shape[1:3] == (size, size):
         return images
+    if isinstance(images, np.ndarray):
+        return _resize(images, size, what)
+    return OnDisk(
+        (len(images), size, size, 3),
+        lambda rows: _resize(images.read(rows), size, what),
+        lambda: _resize(images.load(), size, what),
+    )
+
+
+def _resize(images: np.ndarray, size: int, what: str) -> np.ndarray:
     require_memory(what, len(images) * size * size * 3)
     resized = np.empty((len(images), size, size, 3), np.uint8)
     for row, image in zip(resized, images, strict=True):
@@ -78,18 +122,21 @@ def rgb(images: np.ndarray) -> np.ndarray:
     return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
 
 
-def channel_stats(images: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def channel_stats(images: Images) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation of each channel of [n, H, W, 3] uint8, on [0, 1].
 
-    Exact, from counts of the 256 values, without a float copy. The deviation of a constant channel is
+    Exact up to 256 MiB of images; of more, those of as many evenly spaced ones, since to read them all may
+    take hours. From counts of the 256 values, without a float copy. The deviation of a constant channel is
     given as 1, because images are divided by it.
     """
     counts = np.zeros((3, 256), np.int64)
-    step = max(1, _CHUNK_BYTES // images[0].size)
+    size = math.prod(images.shape[1:])
+    every = max(1, math.ceil(len(images) * size / _STATS_BYTES))
+    step = every * max(1, _CHUNK_BYTES // size)
     for start in range(0, len(images), step):
+        chunk = images[start : start + step : every]
         for channel in range(3):
-            values = images[start : start + step, ..., channel].reshape(-1)
-            counts[channel] += np.bincount(values, minlength=256)
+            counts[channel] += np.bincount(chunk[..., channel].reshape(-1), minlength=256)
     levels = np.arange(256) / 255
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ levels

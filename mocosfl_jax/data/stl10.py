@@ -24,7 +24,7 @@ _FILES = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
 _CLASS_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
-def load(name: str, directory: Path, image_size: int | None) -> Loaded:
+def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
     """STL-10: 5,000 training and 8,000 test images [96, 96, 3] with the labels 1..10, here 0..9.
 
     From the archive or the unpacked folder in `directory`, or from that folder; the archive is downloaded

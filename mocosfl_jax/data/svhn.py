@@ -19,7 +19,7 @@ _FILES = {
 }
 
 
-def load(name: str, directory: Path, image_size: int | None) -> Loaded:
+def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
     """`train_32x32.mat` and `test_32x32.mat` in `directory`, downloaded where they are not there.
 
     73,257 and 26,032 images of house numbers; `extra_32x32.mat` is not read. The label 10 of the files is

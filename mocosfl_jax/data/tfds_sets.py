@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mocosfl_jax.data.images import Loaded, fit, require_memory, rgb
+from mocosfl_jax.data.decode import tolerant
+from mocosfl_jax.data.images import Loaded, OnDisk, fit, rgb
 from mocosfl_jax.errors import UserError
 
 _FORMATS = ("array_record", "parquet")
 
 
-def load(name: str, directory: Path, image_size: int | None, own_names: tuple[str, ...]) -> Loaded:
+def load(
+    name: str, directory: Path, image_size: int | None, max_broken: float, own_names: tuple[str, ...]
+) -> Loaded:
     """The splits `train` and `test` (else `validation`) of the set `name`, prepared in `directory`.
 
     `name` may have a configuration and a version (`imagenette/160px:1.0.0`). The set needs the features
     `image` (uint8, 1 or 3 channels) and `label`, and files of array_record or parquet, the formats that
-    tensorflow-datasets reads without TensorFlow. Nothing is downloaded or prepared here. Raises
+    tensorflow-datasets reads without TensorFlow. Nothing is downloaded or prepared here. Labels are read at
+    once, images when they are wanted (see `decode.tolerant` for those that do not decode). Raises
     UserError; for an unknown name it lists `own_names`, those that this package reads itself.
     """
     unknown = f"config.data.name: {name!r} is none of {', '.join(own_names)}"
@@ -56,8 +60,8 @@ def load(name: str, directory: Path, image_size: int | None, own_names: tuple[st
             "needed: train, and test or validation"
         )
     class_names, shape = _features(tfds, name, builder.info.features, image_size)
-    x_train, y_train = _read(builder, name, "train", shape, image_size)
-    x_test, y_test = _read(builder, name, test, shape, image_size)
+    x_train, y_train = _read(tfds, builder, "train", shape, image_size, max_broken)
+    x_test, y_test = _read(tfds, builder, test, shape, image_size, max_broken)
     source = f"tensorflow-datasets {builder.info.full_name}, train and {test}, from {directory}"
     return Loaded(x_train, y_train, x_test, y_test, class_names, source)
 
@@ -104,28 +108,32 @@ def _features(
 
 
 def _read(
-    builder: Any, name: str, split: str, shape: tuple[int, int, int], image_size: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images [n, H, W, 3] uint8 and labels [n] int64 of one split."""
-    where = f"{name}, split {split}"
+    tfds: Any,
+    builder: Any,
+    split: str,
+    shape: tuple[int, int, int],
+    image_size: int | None,
+    max_broken: float,
+) -> tuple[OnDisk, np.ndarray]:
+    """Images [n, H, W, 3] and labels [n] int64 of one split."""
+    where = f"{builder.info.name}, split {split}"
     try:
         source = builder.as_data_source(split=split)
-        count = len(source)
-        require_memory(where, count * shape[0] * shape[1] * 3)
-        images, labels = np.empty((count, *shape), np.uint8), np.empty(count, np.int64)
-        for index in range(count):
-            example = source[index]
-            pixels = rgb(np.asarray(example["image"])[None])[0]
-            if image_size is not None:
-                pixels = np.asarray(fit(Image.fromarray(pixels), image_size))
-            if pixels.shape != shape:
-                raise UserError(f"{where}: image {index} is {list(pixels.shape)}, expected {list(shape)}")
-            images[index], labels[index] = pixels, example["label"]
-    except UserError:
-        raise
-    except Exception as error:  # readers and decoders raise many kinds for a broken file
+        undecoded = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        labels = np.array([undecoded[index]["label"] for index in range(len(undecoded))], np.int64)
+    except Exception as error:  # readers raise many kinds for a broken file
         raise UserError(f"{where}: not readable in {builder.data_path} ({_reason(error)})") from error
-    return images, labels
+
+    def decode_one(index: int) -> np.ndarray:
+        pixels = rgb(np.asarray(source[index]["image"])[None])[0]
+        if image_size is not None:
+            pixels = np.asarray(fit(Image.fromarray(pixels), image_size))
+        if pixels.shape != shape:
+            raise UserError(f"{where}: image {index} is {list(pixels.shape)}, expected {list(shape)}")
+        return pixels
+
+    names = [f"image {index}" for index in range(len(labels))]
+    return tolerant(where, names, shape, decode_one, max_broken), labels
 
 
 def _reason(error: Exception) -> str:

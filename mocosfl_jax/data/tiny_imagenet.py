@@ -1,6 +1,5 @@
 """Tiny ImageNet from its official zip file or the folder in it."""
 
-import contextlib
 import io
 import re
 import zipfile
@@ -9,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from mocosfl_jax.data.decode import Picture, decode, open_file, shape_of
+from mocosfl_jax.data.decode import Picture, on_disk, open_file, shape_of
 from mocosfl_jax.data.download import download, source_line
 from mocosfl_jax.data.images import Loaded
 from mocosfl_jax.errors import UserError
@@ -28,13 +27,14 @@ _TRAIN_IMAGE = re.compile(r"train/([^/.][^/]*)/images/[^/.][^/]*\.JPEG")
 _Files = dict[str, Callable[[], IO[bytes]]]
 
 
-def load(name: str, directory: Path, image_size: int | None) -> Loaded:
+def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
     """Tiny ImageNet: 100,000 training images of 200 classes and, for the test, the 10,000 of `val`.
 
     From the zip file, which is not unpacked, or the unpacked folder in `directory`, or from that folder; the
     zip file is downloaded where none of them is there. The official test images have no labels and are not
     read. Classes are in the order of their WordNet ids and have the first of their names in words.txt.
-    Raises UserError for files that are missing and more than a few images that do not decode.
+    Images are decoded when they are read. Raises UserError for files that are missing, and when they are read
+    for too many that do not decode (see `decode.tolerant`).
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"config.data.dir: {directory} is a file, the folder that holds it is needed")
@@ -45,18 +45,17 @@ def load(name: str, directory: Path, image_size: int | None) -> Loaded:
             for file in path.rglob("*")
             if file.is_file()
         }
-        return _read(path, unpacked, str(path), image_size)
-    with contextlib.ExitStack() as stack:
-        try:
-            archive = stack.enter_context(zipfile.ZipFile(path))
-        except Exception as error:  # zipfile raises many kinds for a broken file
-            raise UserError(f"{path}: truncated or malformed zip file ({_reason(error)})") from error
-        members: _Files = {
-            info.filename.removeprefix(f"{_FOLDER}/"): partial(_member, archive, info)
-            for info in archive.infolist()
-            if info.filename.startswith(f"{_FOLDER}/")
-        }
-        return _read(path, members, source_line(path, _SIZE, _SHA256), image_size)
+        return _read(path, unpacked, str(path), image_size, max_broken)
+    try:
+        archive = zipfile.ZipFile(path)  # open as long as its images may be read
+    except Exception as error:  # zipfile raises many kinds for a broken file
+        raise UserError(f"{path}: truncated or malformed zip file ({_reason(error)})") from error
+    members: _Files = {
+        info.filename.removeprefix(f"{_FOLDER}/"): partial(_member, archive, info)
+        for info in archive.infolist()
+        if info.filename.startswith(f"{_FOLDER}/")
+    }
+    return _read(path, members, source_line(path, _SIZE, _SHA256), image_size, max_broken)
 
 
 def _find(directory: Path) -> Path:
@@ -79,7 +78,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
         return io.BytesIO(file.read(info.file_size + 1))  # without a limit it unpacks more than it returns
 
 
-def _read(path: Path, files: _Files, source: str, image_size: int | None) -> Loaded:
+def _read(path: Path, files: _Files, source: str, image_size: int | None, max_broken: float) -> Loaded:
     classes = {file: match[1] for file in sorted(files) if (match := _TRAIN_IMAGE.fullmatch(file))}
     wnids = sorted(set(classes.values()))
     if not wnids:
@@ -94,8 +93,8 @@ def _read(path: Path, files: _Files, source: str, image_size: int | None) -> Loa
     class_names = tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids)
     train, test = pictures(classes), pictures(annotated)
     shape = shape_of(train, image_size)
-    x_train, y_train = decode(f"{path}: train", train, shape, image_size)
-    x_test, y_test = decode(f"{path}: val", test, shape, image_size)
+    x_train, y_train = on_disk(f"{path}: train", train, shape, image_size, max_broken)
+    x_test, y_test = on_disk(f"{path}: val", test, shape, image_size, max_broken)
     return Loaded(x_train, y_train, x_test, y_test, class_names, source)
 
 
