@@ -59,7 +59,7 @@ def measure(config: Config, case: str, epochs: int) -> Result:
                     run, programs, state, progress, store, threading.Event(), bar
                 )
                 assert bool(loop.all_finite(state))
-                loop.record(loop.epoch_metrics(run, progress, epoch, divergence), output)
+                loop.record(run, progress, loop.epoch_metrics(run, progress, epoch, divergence), output)
                 whole = time.perf_counter() - start
                 progress = progress._replace(losses=(), top1s=(), epoch_seconds=0.0)
                 checkpoint.save(manager, state, progress)

@@ -3,9 +3,11 @@
 A checkpoint appears under its step number when it is complete, never before.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +19,10 @@ from absl import logging
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.mocosfl import TrainState
+
+_MARGIN = 2**20  # bytes that a checkpoint takes beside the arrays, at most
 
 
 class Progress(NamedTuple):
@@ -33,6 +37,7 @@ class Progress(NamedTuple):
     traffic: str = "A"  # what passes the cut in the epoch that is under way (`saving.Traffic`)
     last_loss: float = math.inf  # mean of the epoch before
     kept_epoch: int = 0  # the epoch of which smashed data are kept
+    unwritten: tuple[dict[str, float], ...] = ()  # lines of metrics.jsonl for which the disk had no room
 
 
 def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:
@@ -46,16 +51,57 @@ def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
-    """Save in the background; `state` may be donated as soon as this returns."""
+    """Save in the background; `state` may be donated as soon as this returns.
+
+    Raises:
+      DiskFullError: the disk has no room for it, or had none for the one before. What was saved before
+        those is as it was, and the same manager can save again.
+    """
+    finish(manager)
+    folder = Path(manager.directory)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _MARGIN
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskFullError(
+            f"{folder}: no room to save step {progress.step:,}, {needed / 2**20:,.1f} MiB are needed and "
+            f"{free / 2**20:,.1f} MiB free"
+        )
     record = progress._asdict() | {"fingerprint": int(_fingerprint(state))}
-    manager.save(
-        progress.step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            # A string, since Python writes and reads every float exactly.
-            progress=ocp.args.JsonSave({"record": json.dumps(record)}),
-        ),
-    )
+    with _full_disk_told(manager):
+        manager.save(
+            progress.step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                # A string, since Python writes and reads every float exactly.
+                progress=ocp.args.JsonSave({"record": json.dumps(record)}),
+            ),
+        )
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Wait until the checkpoint that is being saved is complete.
+
+    Raises:
+      DiskFullError: it found no room; what was saved before is as it was.
+    """
+    with _full_disk_told(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _full_disk_told(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turn what Orbax raises on a full disk into DiskFullError, and give back the room of what it began."""
+    try:
+        yield
+    except Exception as error:  # of any kind, by the library that met it
+        if not is_disk_full(error):
+            raise
+        folder = Path(manager.directory)
+        for begun in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(begun, ignore_errors=True)
+        # Of older ones it has already forgotten those that were to make way.
+        manager.reload()
+        raise DiskFullError(f"{folder}: the disk was full before a checkpoint was complete") from error
 
 
 def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, Progress] | None:
@@ -148,7 +194,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tup
     found = int(_fingerprint(restored.state))
     if record.pop("fingerprint") != found:
         raise ValueError("its arrays are not those that were saved")
-    lists = {name: tuple(record[name]) for name in ("losses", "top1s")}
+    lists = {name: tuple(record[name]) for name in ("losses", "top1s", "unwritten")}
     return restored.state, Progress(**record | lists)
 
 

@@ -1,9 +1,10 @@
 """The training loop: rounds, evaluation, metrics and checkpoints. It can stop and go on anywhere."""
 
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from mocosfl_jax import batches, checkpoint, monitor, plots, report, rounds, saving, sharding, workdir
 from mocosfl_jax.batches import Feed
 from mocosfl_jax.checkpoint import Progress
-from mocosfl_jax.errors import NonFiniteError
+from mocosfl_jax.errors import DiskFullError, NonFiniteError
 from mocosfl_jax.experiment import Run
 from mocosfl_jax.mocosfl import TrainState
 from mocosfl_jax.monitor import Encode
@@ -76,7 +77,7 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
         workdir.rewind_metrics(folder, progress.metrics_lines, optional=int(ended))
         if restored is None:
             progress = start(run, state, encode, output)
-            checkpoint.save(manager, state, progress)
+            save(run, manager, state, progress, output)
         elif not ended:
             output.say(f"going on from step {progress.step:,} of {run.total_steps:,}")
         features = None
@@ -91,7 +92,7 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
     if progress.step < run.total_steps or (features and stop.is_set()):
         output.say(f"saved at step {progress.step:,} of {run.total_steps:,}")
         return False
-    finish(run, features or monitor.features(run, state, encode), rng_probe, output)
+    finish(run, progress, features or monitor.features(run, state, encode), rng_probe, output)
     return True
 
 
@@ -101,8 +102,7 @@ def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progre
     plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
     metrics = {"step": 0, "epoch": 0, **monitor.knn(run, monitor.features(run, state, encode))}
     metrics |= monitor.knn_raw_pixels(run)
-    record(metrics, output)
-    return Progress(best_knn=metrics["knn_backbone"], metrics_lines=1)
+    return record(run, Progress(best_knn=metrics["knn_backbone"]), metrics, output)
 
 
 def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
@@ -179,23 +179,26 @@ def run_epochs(
                 if ended or (config.eval.every and epoch % config.eval.every == 0):
                     features = monitor.features(run, state, programs.encode)
                     metrics |= monitor.knn(run, features)
-                record(metrics, output)
-                progress = progress._replace(
+                progress = record(run, progress, metrics, output)._replace(
                     traffic=next_traffic(run, progress, metrics["loss"], epoch),
                     last_loss=metrics["loss"],
                     losses=(),
                     top1s=(),
                     epoch_seconds=0.0,
                     best_knn=max(progress.best_knn, metrics.get("knn_backbone", 0.0)),
-                    metrics_lines=progress.metrics_lines + 1,
                 )
             # The next epoch to be kept replaces the one that an older checkpoint would have to replay.
             replaces = rest == 0 and progress.traffic == Traffic.UP_ONLY
-            if rest == 0 and (epoch % config.checkpoint.every == 0 or replaces):
+            if replaces:
                 checkpoint.save(manager, state, progress)
+                checkpoint.finish(manager)
+            elif rest == 0 and epoch % config.checkpoint.every == 0:
+                save(run, manager, state, progress, output)
+    with contextlib.suppress(DiskFullError):  # told below, if there is still no room
+        checkpoint.finish(manager)
     if manager.latest_step() != progress.step:
         checkpoint.save(manager, state, progress)
-    manager.wait_until_finished()
+        checkpoint.finish(manager)
     return state, progress, features if progress.step == run.total_steps else None
 
 
@@ -340,15 +343,53 @@ def epoch_metrics(run: Run, progress: Progress, epoch: int, divergence: Array | 
     return metrics
 
 
-def finish(run: Run, features: monitor.Evaluated, rng_probe: Array, output: Output) -> None:
+def finish(
+    run: Run, progress: Progress, features: monitor.Evaluated, rng_probe: Array, output: Output
+) -> None:
     """The linear probe, unless it is there already, and the closing summary."""
     if run.config.eval.probe_epochs and "linear_probe" not in workdir.read_metrics(output.folder)[-1]:
         end = {"step": run.total_steps, "epoch": run.config.total_epochs}
-        record(end | monitor.linear_probe(run, features, rng_probe), output)
+        progress = record(run, progress, end | monitor.linear_probe(run, features, rng_probe), output)
+    if progress.unwritten:
+        workdir.append_metrics(output.folder, progress.unwritten)
     output.say(report.summary(workdir.read_metrics(output.folder), output.folder))
 
 
-def record(metrics: workdir.Metrics, output: Output) -> None:
-    workdir.append_metrics(output.folder, metrics)
+def record(run: Run, progress: Progress, metrics: workdir.Metrics, output: Output) -> Progress:
+    """Tell and write one line of metrics, after those that were not written before.
+
+    Raises:
+      DiskFullError: if the disk has no room, and the run is to stop then.
+    """
     output.metrics(metrics)
     output.say(report.metrics_line(metrics))
+    lines = (*progress.unwritten, dict(metrics))
+    with going_on(run, output):
+        workdir.append_metrics(output.folder, lines)
+        return progress._replace(metrics_lines=progress.metrics_lines + len(lines), unwritten=())
+    return progress._replace(unwritten=lines)
+
+
+def save(
+    run: Run, manager: ocp.CheckpointManager, state: TrainState, progress: Progress, output: Output
+) -> None:
+    """Save in the background.
+
+    Raises:
+      DiskFullError: if the disk has no room, and the run is to stop then.
+    """
+    with going_on(run, output):
+        checkpoint.finish(manager)
+    with going_on(run, output):
+        checkpoint.save(manager, state, progress)
+
+
+@contextlib.contextmanager
+def going_on(run: Run, output: Output) -> Iterator[None]:
+    """On a full disk, leave out what is within and say so, if the configuration wants to train on."""
+    try:
+        yield
+    except DiskFullError as error:
+        if run.config.checkpoint.on_full_disk == "stop":
+            raise
+        output.say(f"{error}; the run goes on, and saves again when there is room")

@@ -6,13 +6,14 @@ after that sends nothing: the server trains on smashed data that it has kept, in
 
 import enum
 import math
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 
 from mocosfl_jax.clients import SmashedData
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import DiskFullError, UserError
 
 
 class Traffic(enum.StrEnum):
@@ -94,7 +95,16 @@ class Store:
 
     def _open(self, path: Path, mode: str) -> np.memmap:
         if mode == "w+":
-            return np.lib.format.open_memmap(path, mode, np.float32, self.shape)
+            try:
+                file = np.lib.format.open_memmap(path, mode, np.float32, self.shape)
+                # A write into a mapped file that finds no room kills the process.
+                if hasattr(os, "posix_fallocate"):
+                    with path.open("r+b") as whole:
+                        os.posix_fallocate(whole.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                raise DiskFullError(f"{path}: {gibibytes(self.shape):.3g} GiB, {error.strerror}") from error
+            return file
         file = np.lib.format.open_memmap(path, mode)
         if file.shape != self.shape:
             raise UserError(f"{path}: found {file.shape}, the run's smashed data are {self.shape}")

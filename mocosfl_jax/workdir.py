@@ -1,13 +1,14 @@
 """The files of a run: config.json, preprocessing.json, metrics.jsonl and evaluation.json."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mocosfl_jax.config import Config, differences, from_dict
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
 
@@ -91,12 +92,25 @@ def write_evaluation(workdir: Path, evaluation: Mapping[str, Any]) -> None:
     _write_json(workdir / "evaluation.json", evaluation)
 
 
-def append_metrics(workdir: Path, metrics: Metrics) -> None:
-    """One more line of metrics.jsonl, on disk when this returns."""
-    with _metrics_path(workdir).open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def append_metrics(workdir: Path, lines: Sequence[Metrics]) -> None:
+    """More lines of metrics.jsonl, on disk when this returns.
+
+    Raises:
+      DiskFullError: the disk has no room for them, and the file is as it was.
+    """
+    path = _metrics_path(workdir)
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write("".join(json.dumps(metrics) + "\n" for metrics in lines))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        with contextlib.suppress(OSError):
+            os.truncate(path, before)
+        raise DiskFullError(f"{path}: no room for {len(lines)} more lines") from error
 
 
 def read_metrics(workdir: Path, lines: int | None = None) -> list[Metrics]:
