@@ -392,10 +392,18 @@ def _from_dict(kind: Any, values: Any, path: str) -> Any:
     )
 
 
+# Fields that say how a run is done and not what comes out: a run may go on with other values.
+INDIFFERENT = frozenset(
+    {"config.data.resident", "config.data.max_broken", "config.checkpoint.on_full_disk", "config.mesh"}
+)
+
+
 def differences(found: dict[str, Any], wanted: dict[str, Any], path: str = "config") -> list[str]:
-    """The fields in which two configurations differ, as `path: found, now wanted`."""
+    """The fields in which two configurations differ, as `path: found, now wanted`, but for `INDIFFERENT`."""
     lines = []
     for name in dict.fromkeys([*wanted, *found]):
+        if f"{path}.{name}" in INDIFFERENT:
+            continue
         there, now = found.get(name), wanted.get(name)
         if isinstance(there, dict) and isinstance(now, dict):
             lines += differences(there, now, f"{path}.{name}")

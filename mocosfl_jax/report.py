@@ -9,8 +9,11 @@ import jax
 import numpy as np
 
 from mocosfl_jax import sharding
+from mocosfl_jax.environment import environment
 from mocosfl_jax.experiment import Run
 from mocosfl_jax.mocosfl import TrainState
+
+_PACKAGES = ("python", "jax", "jaxlib", "flax", "optax", "numpy", "mocosfl_jax")
 
 
 def header(run: Run, state: TrainState) -> str:
@@ -21,9 +24,11 @@ def header(run: Run, state: TrainState) -> str:
     height, width, channels = dataset.x_train.shape[1:]
     client_params = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
     device = jax.devices()[0]
+    versions = environment()
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name in _PACKAGES)
     rows = {
-        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}), "
-        f"{sharding.describe(run.mesh)}jax {jax.__version__}",
+        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}){sharding.describe(run.mesh)}",
+        "versions": f"{packages}; commit {versions['commit'] or 'unknown'}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
         "images": f"{'resident on the device' if run.residence.resident else 'streamed from the host'}: "

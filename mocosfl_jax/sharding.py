@@ -93,7 +93,7 @@ def check_queue(mesh: Mesh | None, queue_size: int) -> None:
 
 def describe(mesh: Mesh | None) -> str:
     """The mesh in words, nothing for one device: the part of a sentence."""
-    return "" if mesh is None else f"mesh of data {mesh.shape[DATA]} x model {mesh.shape[MODEL]}, "
+    return "" if mesh is None else f", mesh of data {mesh.shape[DATA]} x model {mesh.shape[MODEL]}"
 
 
 def replicate(mesh: Mesh | None, array: np.ndarray) -> Array:

@@ -47,9 +47,12 @@ def main(argv: list[str]) -> int:
         compiler.set_up()
         # Imported only here, so that a slip of the pen is answered at once.
         from mocosfl_jax import experiment, loop, sharding, workdir
+        from mocosfl_jax.environment import environment
 
         run = experiment.prepare(config, sharding.make_mesh(config.mesh))
-        workdir.claim(folder, run.config)
+        changed = workdir.claim(folder, run.config, environment())
+        if changed:
+            say(f"{folder}: the run began elsewhere, so its bits may differ: {'; '.join(changed)}")
         with tensorboard_writer(folder, tensorboard) as write_metrics, stop_on_signals() as (stop, received):
             finished = loop.train(run, stop, loop.Output(folder, say, write_metrics))
     except UserError as error:

@@ -7,14 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config import Config, differences, from_dict
+from mocosfl_jax.config import Config, from_dict
+from mocosfl_jax.config import differences as config_differences
+from mocosfl_jax.environment import Environment, differences
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
+_ENVIRONMENT = "environment"  # in config.json, beside the fields of the configuration
 
 
-def claim(workdir: Path, config: Config) -> None:
+def claim(workdir: Path, config: Config, environment: Environment) -> list[str]:
     """Make `workdir` and write config.json, or see that the one that is there says the same.
+
+    Fields that do not change results may differ (`config.INDIFFERENT`), and so may the environment.
+
+    Args:
+      workdir: of the run.
+      config: resolved.
+      environment: of `environment.environment`; config.json keeps that of the start.
+
+    Returns:
+      In what the environment of the start differs from this one; [] at the start.
 
     Raises:
       UserError: if the folder holds a run of another configuration, or cannot be written to.
@@ -26,8 +39,8 @@ def claim(workdir: Path, config: Config) -> None:
             for other in ("metrics.jsonl", "checkpoints"):
                 if (workdir / other).exists():
                     raise UserError(f"--workdir: {workdir} holds {other} but no config.json; give another")
-            _write_json(path, config.as_dict())
-            return
+            _write_json(path, config.as_dict() | {_ENVIRONMENT: environment})
+            return []
         found = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"--workdir: {error}") from error
@@ -35,13 +48,15 @@ def claim(workdir: Path, config: Config) -> None:
         raise UserError(f"{path}: not JSON ({error}); give another --workdir") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: found no configuration; give another --workdir")
-    # A run may go on on other devices.
-    changed = differences(found | {"mesh": None}, config.as_dict() | {"mesh": None})
+    there = {name: value for name, value in found.items() if name != _ENVIRONMENT}
+    changed = config_differences(there, config.as_dict())
     if changed:
         raise UserError(
             f"--workdir: {workdir} holds a run of another configuration ({'; '.join(changed)}); "
             "give another --workdir"
         )
+    started = found.get(_ENVIRONMENT)
+    return differences(started, environment) if isinstance(started, dict) else []
 
 
 def read_config(workdir: Path) -> Config:
@@ -54,6 +69,8 @@ def read_config(workdir: Path) -> Config:
         raise UserError(f"--workdir: found no folder {workdir}, allowed: the folder of a run")
     path = workdir / "config.json"
     values = _read_json(path)
+    if isinstance(values, dict):
+        values.pop(_ENVIRONMENT, None)
     try:
         return from_dict(values)
     except UserError as error:

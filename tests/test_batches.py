@@ -165,7 +165,7 @@ def test_a_streamed_run_is_the_resident_one_bit_for_bit(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "make_feed", make_stopping_feed)
-        workdir.claim(tmp_path / "streamed", streamed.config)
+        workdir.claim(tmp_path / "streamed", streamed.config, {})
         output = loop.Output(tmp_path / "streamed", said.append, lambda metrics: None)
         assert not loop.train(streamed, stop, output)
     stopped = streamed.steps_per_epoch + 2 * streamed.steps_per_round

@@ -140,7 +140,7 @@ def test_an_exported_run_encodes_as_the_run_does(
     config.algorithm, config.clients.num, config.model.width = algorithm, 2, 4
     config.moco.key_dim, config.moco.queue_size = 6, 200
     config = config.resolved()
-    workdir.claim(folder, config)
+    workdir.claim(folder, config, {})
     workdir.write_preprocessing(folder, workdir.Preprocessing(16, (0.1, 0.2, 0.3), (0.5, 0.5, 0.25)))
     _, run = experiment.build(config, image_size=16)
 

@@ -72,7 +72,7 @@ def train_watched(
 ) -> tuple[list[str], DiskFullError | None]:
     """What the run says, and what stops it; `watch` gets each line of metrics before it is written."""
     said: list[str] = []
-    workdir.claim(folder, run.config)
+    workdir.claim(folder, run.config, {})
     try:
         loop.train(run, threading.Event(), loop.Output(folder, said.append, watch))
     except DiskFullError as error:

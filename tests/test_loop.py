@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def train(run: Run, folder: pathlib.Path, stop_at: Callable[[Metrics], bool] = lambda metrics: False) -> bool:
     """Train, and stop after the first line of metrics for which `stop_at` holds."""
-    workdir.claim(folder, run.config)
+    workdir.claim(folder, run.config, {})
     stop = threading.Event()
 
     def watch(metrics: Metrics) -> None:

@@ -376,7 +376,7 @@ def test_the_command_trains_on_all_devices(
     argv.append("--config.eval.probe_epochs=0")
     assert main(argv) == 0
     out = capsys.readouterr().out
-    assert re.search(r"devices +8 x cpu \(cpu\), mesh of data 4 x model 2, jax", out)
+    assert re.search(r"devices +8 x cpu \(cpu\), mesh of data 4 x model 2\n", out)
     assert main([*argv, "--config.mesh.model=8"]) == 2
     assert "config.moco.queue_size: found 20, allowed: multiples of 8" in capsys.readouterr().err
 

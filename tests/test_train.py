@@ -5,6 +5,7 @@ import json
 import logging
 import pathlib
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,6 +20,7 @@ from conftest import CLASSES, PER_CLASS, arguments
 from PIL import Image
 
 from mocosfl_jax import checkpoint, experiment
+from mocosfl_jax.environment import environment
 from mocosfl_jax.train import main, parse, tensorboard_writer
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -62,6 +64,9 @@ def test_a_run_leaves_what_is_promised(finished: pathlib.Path) -> None:
     assert 0 <= last["linear_probe"] <= last["linear_probe_best_on_test"] <= 1
     config = json.loads((finished / "config.json").read_text())
     assert config["clients"]["num"] == config["clients"]["cohort"] == 4
+    assert config["seed"] == 1234
+    assert config["environment"] == environment()
+    assert config["environment"]["jax"] == jax.__version__
     for name in ("curves.png", "partition.png"):
         with Image.open(finished / name) as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
@@ -76,6 +81,25 @@ def test_the_same_command_again_shows_the_result_and_changes_nothing(
     out = capsys.readouterr().out
     assert "linear probe" in out and "raw pixels" in out
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_versions_are_told_and_other_ways_to_run_are_not(
+    images: str, finished: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    config["environment"] |= {"jax": "0.9.9", "commit": None}
+    config["environment"].pop("device")
+    (workdir / "config.json").write_text(json.dumps(config))
+    indifferent = ("--config.data.resident=False", "--config.checkpoint.on_full_disk=continue")
+    assert main(arguments(images, workdir, *indifferent)) == 0
+    told, *_ = capsys.readouterr().out.splitlines()
+    now = environment()
+    assert told == (
+        f"{workdir}: the run began elsewhere, so its bits may differ: jax 0.9.9 there, {now['jax']} now; "
+        f"commit unknown there, {now['commit']} now; device unknown there, {now['device']} now"
+    )
+    assert json.loads((workdir / "config.json").read_text()) == config
 
 
 def test_another_configuration_is_refused(
@@ -133,6 +157,14 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
     assert process.returncode == 0, output
     assert "going on from step" in output
     assert_same_run(argv, tmp_path, undisturbed)
+
+
+def test_the_same_seed_gives_the_same_bits_in_another_process(images: str, tmp_path: pathlib.Path) -> None:
+    commands = [arguments(images, tmp_path / name) for name in ("one", "other")]
+    for process in [start(argv) for argv in commands]:
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+    assert_same_run(commands[0], tmp_path / "one", tmp_path / "other")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
