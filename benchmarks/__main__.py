@@ -8,6 +8,7 @@
   scaling   time and memory of a step over numbers of clients and of images a client
   memory    bytes of training state on each of 1 to 8 simulated devices
   epoch     an epoch of the quickstart, and what of it is not the compiled step
+  data      an epoch with images streamed from the host, against resident ones
   limit     a training step as a share of what a matrix product reaches on this machine
   eval      features and kNN, against PyTorch
 
@@ -37,6 +38,7 @@ MODULES = {  # each has NEEDS, the packages beside our own, and results(repeats)
     "scaling": "benchmarks.scaling",
     "memory": "benchmarks.memory",
     "epoch": "benchmarks.epoch",
+    "data": "benchmarks.data",
     "limit": "benchmarks.limit",
     "eval": "benchmarks.evaluation",
 }

@@ -11,6 +11,10 @@ class UserError(ValueError):
     command prints it and exits with status 2; library code sees a ValueError.
     """
 
+    def __init__(self, message: str) -> None:
+        """What is quoted from files may have line breaks, which become spaces."""
+        super().__init__(" ".join(message.split()))
+
 
 class DiskFullError(OSError):
     """A file of the run finds no room. The message is one line that names it."""

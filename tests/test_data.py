@@ -809,6 +809,11 @@ def test_npz_mistakes(tmp_path: Path) -> None:
         assert str(path) in refuses(match, "npz", path)
 
     wrong("x_train is float32, .*uint8.*0..255", x_train=data["x_train"].astype(np.float32) / 255)
+    broken = data["x_train"].astype(np.float64)
+    broken[3, 2, 1], broken[7, 0, 0, 2] = np.nan, -np.inf
+    wrong(
+        "x_train is float64, .* 4 values are not finite, the first is nan at .3, 2, 1, 0.; ", x_train=broken
+    )
     wrong("x_test is int64, .*uint8", x_test=data["x_test"].astype(np.int64))
     wrong("y_test is missing", y_test=None)
     wrong(r"x_train has the shape \[12, 8, 8, 2\]", x_train=data["x_train"][..., :2])

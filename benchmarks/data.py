@@ -1,0 +1,118 @@
+"""Epochs of the quickstart's network on random images that are streamed from the host, against resident ones.
+
+The sets are npy files of 32 pixels, which are mapped, and JPEG files of 224 pixels, which are decoded and
+resized to 32. waiting_share is what of a streamed epoch the device waits for images: the benchmark waits
+for every step before it asks for the next images, which training does not, so it is an upper limit. The
+baseline's is the same for resident images, which are gathered on the device.
+"""
+
+import contextlib
+import io
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.results import Result, result
+from mocosfl_jax import experiment, loop, monitor, rounds, saving
+from mocosfl_jax.checkpoint import Progress
+from mocosfl_jax.config import quickstart
+from mocosfl_jax.mocosfl import TrainState
+
+NEEDS = ()
+IMAGES, CLASSES = 2000, 10  # 20 steps of 100 images
+
+
+class Epoch(NamedTuple):
+    seconds: float
+    waiting: float  # of them, for images
+
+
+def write_npy(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", IMAGES), ("test", CLASSES)):
+        np.save(folder / f"x_{split}.npy", rng.integers(0, 256, (count, 32, 32, 3), np.uint8))
+        np.save(folder / f"y_{split}.npy", np.arange(count) % CLASSES)
+
+
+def write_jpegs(folder: Path) -> None:
+    """Noise of 28 x 28 blocks: files of about the size of photographs."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", IMAGES), ("test", CLASSES)):
+        for number in range(count):
+            place = folder / split / str(number % CLASSES)
+            place.mkdir(parents=True, exist_ok=True)
+            blocks = rng.integers(0, 256, (28, 28, 3), np.uint8)
+            image = Image.fromarray(blocks).resize((224, 224), Image.Resampling.BICUBIC)
+            image.save(place / f"{number:05}.jpg", quality=90)
+
+
+def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator[Epoch]:
+    """Trains, an epoch for each that is asked for, of at most `count`."""
+    config = quickstart()
+    config.epochs, config.data.name, config.data.dir = count, name, str(folder)
+    config.data.image_size, config.data.resident = 32, resident
+    run = experiment.prepare(config)
+    rng_init, rng_views = jax.random.split(jax.random.key(0))
+    state = jax.jit(run.algorithm.init)(rng_init)
+    encode = monitor.make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
+    compiled = loop.compile_programs(run, state, rng_views, encode)
+    waiting = [0.0]
+
+    def run_steps(
+        state: TrainState, pieces: Iterable[jax.Array], cohort: np.ndarray | None
+    ) -> tuple[TrainState, rounds.Curve]:
+        curves: list[rounds.Curve] = []
+        images = iter(pieces)
+        while True:
+            start = time.perf_counter()
+            piece = jax.block_until_ready(next(images, None))
+            waiting[0] += time.perf_counter() - start
+            if piece is None:
+                return state, rounds.joined(curves)
+            state, curve = jax.block_until_ready(compiled.run_steps(state, [piece], cohort))
+            curves.append(curve)
+
+    programs = compiled._replace(run_steps=run_steps)
+    progress, store = Progress(), saving.Store(folder, (1,))
+    with tqdm(disable=True) as bar:
+        for _ in range(count):
+            waiting[0], start = 0.0, time.perf_counter()
+            state, progress, _ = loop.run_epoch(run, programs, state, progress, store, threading.Event(), bar)
+            progress = progress._replace(losses=(), top1s=(), epoch_seconds=0.0)
+            yield Epoch(time.perf_counter() - start, waiting[0])
+
+
+def measure(case: str, name: str, write: Callable[[Path], None], repeats: int) -> Result:
+    """Medians over `repeats` epochs of each kind in turn, after one of each that warms up."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        streamed, resident = (make_epochs(name, Path(folder), kept, repeats + 1) for kept in (False, True))
+        pairs = list(zip(streamed, resident, strict=True))[1:]
+    ours, baseline = zip(*pairs, strict=True)
+    seconds = {"ours": median(e.seconds for e in ours), "baseline": median(e.seconds for e in baseline)}
+    return result(
+        "data",
+        case,
+        seconds,
+        waiting_share=median(e.waiting / e.seconds for e in ours),
+        baseline_waiting_share=median(e.waiting / e.seconds for e in baseline),
+        images_per_s=IMAGES / seconds["ours"],
+    )
+
+
+def results(repeats: int) -> Iterator[Result]:
+    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for the results
+        measured = measure("npy 32 px", "npy", write_npy, repeats)
+    yield measured
+    with contextlib.redirect_stdout(io.StringIO()):
+        measured = measure("JPEG 224 px", "image_folder", write_jpegs, repeats)
+    yield measured

@@ -1,0 +1,381 @@
+"""Whatever a configuration or a file holds: it is used, or refused in one line, without filling the memory.
+
+A few inputs of each kind by default, the same every time; many, and others every time, under -m soak.
+"""
+
+import dataclasses
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_data
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_encoder_file import METADATA, random_params
+from test_torch_file import FOLDER
+
+from mocosfl_jax import commandline, data, load_encoder, workdir
+from mocosfl_jax.config import Config, from_dict, quickstart
+from mocosfl_jax.data import cifar_files, stl10
+from mocosfl_jax.encoder_file import export_encoder
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.torch_file import read_state_dict
+
+# Bytes beside the file itself: a few images of the largest size that is decoded, and what libraries take.
+MEMORY = 1 << 29
+
+
+def trials(few: int, many: int) -> Any:
+    """Runs a test with few inputs by default and with many of them under -m soak."""
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.soak)])
+
+
+def try_out(count: int, strategy: st.SearchStrategy, body: Callable[[Any], None]) -> None:
+    """`body` with `count` inputs; the same ones every time unless they are many."""
+    profile = settings(
+        max_examples=count,
+        derandomize=count < 100,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    given(strategy)(profile(body))()
+
+
+class Outcomes:
+    """Counts, for docs/reliability.md."""
+
+    def __init__(self) -> None:
+        self.used, self.refused, self.peak = 0, 0, 0
+
+    def of(self, use: Callable[[], object]) -> None:
+        """Use something: it works, or raises a UserError of one line; with bounded memory in either case."""
+        tracemalloc.start()
+        try:
+            use()
+            self.used += 1
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1, str(error)
+            self.refused += 1
+        finally:
+            self.peak = max(self.peak, tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert self.peak < MEMORY
+
+    def __str__(self) -> str:
+        used, refused = f"{self.used:,} used", f"{self.refused:,} refused"
+        return f"{self.used + self.refused:,} inputs: {used}, {refused}, peak {self.peak / 2**20:.0f} MiB"
+
+
+# The configuration
+
+
+def fields(node: Any, path: str = "") -> list[str]:
+    """The paths of all fields."""
+    found = []
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        name = f"{path}{field.name}"
+        found += fields(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+    return found
+
+
+FIELDS = fields(Config())
+NUMBERS = st.one_of(
+    st.integers(), st.floats(), st.integers(-3, 300), st.sampled_from([0, 2**31, 2**63, 2**64, 10**400])
+)
+WORDS = st.sampled_from(
+    [
+        *(
+            "none",
+            "None",
+            "true",
+            "nan",
+            "-inf",
+            "1e999",
+            "[]",
+            "{}",
+            "'",
+            '"',
+            "\0",
+            "\n",
+            "1_000",
+            "٣",
+            " ",
+        ),
+        *(
+            "v1",
+            "v2",
+            "large_v2",
+            "cosine",
+            "mlp_bn",
+            "reset",
+            "vgg13",
+            "mobilenetv2",
+            "C4S2",
+            "K1C8S1noReLU",
+        ),
+        *("flmoco", "continue", "instance", "official_per_step", "resnet50", "C0S1", "C9" * 99),
+    ]
+)
+PLAIN = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS, st.text(max_size=20))
+JSON = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=9,
+)
+
+
+@trials(100, 20_000)
+def test_any_value_from_the_command_line(count: int) -> None:
+    outcomes = Outcomes()
+
+    def parse(values: list[tuple[str, Any]]) -> None:
+        argv = ["train", *(f"--config.{field}={value}" for field, value in values)]
+        outcomes.of(lambda: commandline.parse(argv, "").config.resolved())
+
+    try_out(count, st.lists(st.tuples(st.sampled_from(FIELDS), PLAIN), min_size=1, max_size=3), parse)
+    print(f"command line: {outcomes}")
+    assert outcomes.used and outcomes.refused
+
+
+@trials(100, 20_000)
+def test_any_argument(count: int) -> None:
+    outcomes = Outcomes()
+    words = st.one_of(st.text(max_size=20), st.text(max_size=9).map(lambda text: f"--config.{text}"))
+    words |= st.sampled_from(["--config", "--config=", "--workdir", "--noconfig.data", "--config.data", "--"])
+
+    def parse(argv: list[str]) -> None:
+        outcomes.of(lambda: commandline.parse(["train", *argv], "").config.resolved())
+
+    try_out(count, st.lists(words, max_size=3), parse)
+    print(f"arguments: {outcomes}")
+
+
+@trials(100, 20_000)
+def test_any_value_in_a_configuration_file(count: int) -> None:
+    """config.json, and what a Python file may have set."""
+    outcomes = Outcomes()
+
+    def read(values: list[tuple[str, Any]]) -> None:
+        config = quickstart().as_dict()
+        changed = quickstart()
+        for path, value in values:
+            *parents, name = path.split(".")
+            node, set_in = config, changed
+            for parent in parents:
+                node, set_in = node[parent], getattr(set_in, parent)
+            node[name] = value
+            setattr(set_in, name, value)
+        outcomes.of(lambda: from_dict(json.loads(json.dumps(config))))
+        outcomes.of(changed.resolved)
+
+    try_out(count, st.lists(st.tuples(st.sampled_from(FIELDS), JSON), min_size=1, max_size=3), read)
+    print(f"configurations: {outcomes}")
+    assert outcomes.used and outcomes.refused
+
+
+@trials(100, 20_000)
+def test_any_configuration_file(count: int, tmp_path: Path) -> None:
+    outcomes = Outcomes()
+    whole = json.dumps(quickstart().as_dict()).encode()
+
+    def read(content: bytes) -> None:
+        (tmp_path / "config.json").write_bytes(content)
+        outcomes.of(lambda: workdir.read_config(tmp_path))
+        outcomes.of(lambda: workdir.claim(tmp_path, quickstart(), {}))
+
+    anything = st.one_of(st.binary(max_size=50), JSON.map(lambda value: json.dumps(value).encode()))
+    try_out(count, anything | damaged(whole), read)
+    print(f"config.json: {outcomes}")
+
+
+# Files
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+    """The file with up to four places changed: cut, flipped, overwritten, left out or doubled."""
+    content = bytearray(whole)
+    for _ in range(draw(st.integers(1, 4))):
+        # Headers and directories stand at the ends, so half of the changes are made there.
+        place = draw(st.integers(0, len(content)) | st.integers(0, 200) | st.integers(-200, 0))
+        place = max(0, len(content) + place) if place < 0 else min(place, len(content))
+        match draw(st.sampled_from(["flip", "flip", "flip", "cut", "number", "bytes", "remove", "double"])):
+            case "flip":
+                content[place : place + 1] = bytes(
+                    byte ^ 1 << draw(st.integers(0, 7)) for byte in content[place : place + 1]
+                )
+            case "cut":
+                del content[place:]
+            case "number":
+                number = draw(st.sampled_from([0, 1, 2**31 - 1, 2**31, 2**32 - 1]))
+                content[place : place + 4] = number.to_bytes(4, draw(st.sampled_from(["little", "big"])))
+            case "bytes":
+                new = draw(st.binary(min_size=1, max_size=8))
+                content[place : place + len(new)] = new
+            case "remove":
+                del content[place : place + draw(st.integers(1, 100))]
+            case "double":
+                content[place:place] = content[place : place + draw(st.integers(1, 100))]
+    return bytes(content)
+
+
+@dataclasses.dataclass
+class Case:
+    """A data set of which one file is damaged."""
+
+    name: str
+    directory: Path
+    file: Path
+
+
+def arrays() -> dict[str, Any]:
+    return test_data.small()
+
+
+def make_npz(folder: Path) -> Case:
+    np.savez(folder / "a.npz", **arrays())
+    return Case("npz", folder, folder / "a.npz")
+
+
+def make_compressed_npz(folder: Path) -> Case:
+    np.savez_compressed(folder / "a.npz", **arrays(), class_names=np.array(list("wxyz")))
+    return Case("npz", folder, folder / "a.npz")
+
+
+def make_npy(folder: Path) -> Case:
+    for name, array in arrays().items():
+        np.save(folder / f"{name}.npy", array)
+    return Case("npy", folder, folder / "x_train.npy")
+
+
+def make_cifar(folder: Path, layout: cifar_files.Layout, kind: str) -> Path:
+    contents = test_data.files("cifar10", kind, test_data.written("cifar10"))
+    return test_data.pack(folder / layout.archive, layout.folder, contents)
+
+
+def make_cifar_binary(folder: Path) -> Case:
+    return Case("cifar10", folder, make_cifar(folder, cifar_files.LAYOUTS["cifar10"][0], "binary"))
+
+
+def make_cifar_pickles(folder: Path) -> Case:
+    return Case("cifar10", folder, make_cifar(folder, cifar_files.LAYOUTS["cifar10"][1], "2"))
+
+
+def make_cifar_pickle(folder: Path) -> Case:
+    """Without the archive, whose checksum finds nearly everything."""
+    layout = cifar_files.LAYOUTS["cifar10"][1]
+    test_data.unpack(folder / layout.folder, test_data.files("cifar10", "4", test_data.written("cifar10")))
+    return Case("cifar10", folder, folder / layout.folder / layout.train[0])
+
+
+def make_svhn(folder: Path) -> Case:
+    test_data.write_svhn(folder)
+    return Case("svhn", folder, folder / "train_32x32.mat")
+
+
+def make_stl10(folder: Path) -> Case:
+    rng = np.random.default_rng(0)
+    contents = {}
+    for split, rows in (("train", 20), ("test", 10)):
+        contents[f"{split}_X.bin"] = rng.integers(0, 256, rows * 3 * 96 * 96, np.uint8).tobytes()
+        contents[f"{split}_y.bin"] = (np.arange(rows) % 10 + 1).astype(np.uint8).tobytes()
+    return Case("stl10", folder, test_data.pack(folder / "stl10_binary.tar.gz", "stl10_binary", contents))
+
+
+def make_tiny_imagenet(folder: Path) -> Case:
+    _, contents = test_data.tiny_files()
+    return Case("tiny_imagenet", folder, test_data.zip_tree(folder / "tiny-imagenet-200.zip", contents))
+
+
+def make_png(folder: Path) -> Case:
+    test_data.write_folder(folder, test_data.small())
+    return Case("image_folder", folder, sorted((folder / "train" / "class0").iterdir())[0])
+
+
+def make_jpeg(folder: Path) -> Case:
+    test_data.write_folder(folder, test_data.small(), ".jpg")
+    return Case("image_folder", folder, sorted((folder / "train" / "class0").iterdir())[0])
+
+
+MAKERS = [
+    *(make_npz, make_compressed_npz, make_npy, make_cifar_binary, make_cifar_pickles, make_cifar_pickle),
+    *(make_svhn, make_stl10, make_tiny_imagenet, make_png, make_jpeg),
+]
+
+
+@pytest.fixture
+def small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Official archives with a few images, nothing downloaded."""
+    test_data.shrink("cifar10", monkeypatch)
+    monkeypatch.setattr(stl10, "_ROWS", {"train": 20, "test": 10})
+
+    def refuse(*args: object) -> None:
+        raise UserError("config.data.dir: not there")
+
+    for module in ("cifar", "stl10", "svhn", "tiny_imagenet"):
+        monkeypatch.setattr(f"mocosfl_jax.data.{module}.download", refuse)
+    monkeypatch.setattr("absl.logging.warning", lambda *args: None)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::DeprecationWarning:PIL")
+@pytest.mark.usefixtures("small_sets")
+@trials(10, 2_000)
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__.removeprefix("make_"))
+def test_damaged_data(make: Callable[[Path], Case], count: int, tmp_path: Path) -> None:
+    case = make(tmp_path)
+    whole = case.file.read_bytes()
+    outcomes = Outcomes()
+
+    def use() -> None:
+        dataset = data.load(case.name, str(case.directory), None)
+        some = dataset.x_train[np.array([1, 0, 1])]
+        assert some.shape == (3, *dataset.x_train.shape[1:]) and some.dtype == np.uint8
+        images = data.in_memory(dataset).x_train
+        assert isinstance(images, np.ndarray)
+        assert images.shape == dataset.x_train.shape and images.dtype == np.uint8
+
+    def read(content: bytes) -> None:
+        case.file.write_bytes(content)
+        outcomes.of(use)
+
+    use()
+    try_out(count, damaged(whole), read)
+    print(f"{make.__name__.removeprefix('make_')}: {outcomes}")
+    assert outcomes.refused
+
+
+@trials(10, 500)
+def test_damaged_encoders(count: int, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    client, server = random_params()
+    export_encoder(path, client, server, METADATA)
+    whole = path.read_bytes()
+    outcomes = Outcomes()
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        outcomes.of(lambda: load_encoder(path))
+
+    try_out(count, damaged(whole), read)
+    print(f"safetensors: {outcomes}")
+    assert outcomes.refused
+
+
+@trials(10, 2_000)
+def test_damaged_state_dicts(count: int, tmp_path: Path) -> None:
+    whole = (FOLDER / "odd.pt").read_bytes()
+    outcomes = Outcomes()
+
+    def read(content: bytes) -> None:
+        (tmp_path / "a.pt").write_bytes(content)
+        outcomes.of(lambda: read_state_dict(tmp_path / "a.pt"))
+
+    try_out(count, damaged(whole), read)
+    print(f"state dicts: {outcomes}")
+    assert outcomes.refused
