@@ -260,6 +260,8 @@ def _check_types(node: Any, path: str) -> None:
         if not fits and type(value) not in allowed:
             names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
             raise UserError(f"{path}.{field.name}: found {value!r}, allowed: {names}")
+        if isinstance(value, int) and abs(value) >= 2**63:  # beyond, arithmetic with floats overflows
+            raise UserError(f"{path}.{field.name}: found {value}, allowed: a number of 64 bits")
 
 
 def _check_values(config: Config) -> None:

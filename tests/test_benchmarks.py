@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import augment, clients, epoch, evaluation, limit, memory, results, scaling, settings
+from benchmarks import augment, clients, data, epoch, evaluation, limit, memory, results, scaling, settings
 from benchmarks.settings import QUICKSTART, Setting
 from benchmarks.timing import finished, medians, stepper
-from mocosfl_jax.config import quickstart
+from mocosfl_jax.config import Config, quickstart
 from mocosfl_jax.experiment import build_model
 
 TINY = Setting(clients=3, batch=2, width=4, stem_stride=4, key_dim=8, queue_size=20, image_size=16)
@@ -222,3 +222,19 @@ def test_epoch_adds_up(images: str, tmp_path: pathlib.Path) -> None:
     assert numbers["outside_share"] == pytest.approx(1 - numbers["steps_s"] / numbers["ours_s"])
     assert numbers["images_per_s"] == pytest.approx(48 / numbers["ours_s"])
     assert np.isfinite(list(numbers.values())).all()
+
+
+def test_data_measures_both_kinds_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny() -> Config:
+        config = quickstart()
+        config.clients.num, config.clients.batch_size = 4, 2
+        config.model.width, config.moco.key_dim, config.moco.queue_size = 4, 8, 20
+        return config
+
+    monkeypatch.setattr(data, "quickstart", tiny)
+    monkeypatch.setattr(data, "IMAGES", 40)
+    numbers = data.measure("tiny", "npy", data.write_npy, repeats=1).numbers
+    for share in ("waiting_share", "baseline_waiting_share"):
+        assert 0 < numbers[share] < 1
+    assert numbers["ratio"] == pytest.approx(numbers["baseline_s"] / numbers["ours_s"])
+    assert numbers["images_per_s"] == pytest.approx(40 / numbers["ours_s"])

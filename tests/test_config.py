@@ -42,6 +42,8 @@ def setter(path: str, value: object) -> Callable[[Config], None]:
         ("epochs", 2.0, "config.epochs: found 2.0, allowed: int"),
         ("epochs", True, "config.epochs: found True, allowed: int"),
         ("seed", -1, "config.seed: found -1"),
+        ("seed", 10**400, "config.seed: found 1000"),
+        ("optim.server_lr", 2**1024, "config.optim.server_lr: found 1797"),
         ("data.name", None, "config.data.name: found None, allowed: str"),
         ("clients.num", "20", "config.clients.num: found '20', allowed: int"),
         (
