@@ -27,7 +27,8 @@ def header(run: Run, state: TrainState) -> str:
     versions = environment()
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name in _PACKAGES)
     rows = {
-        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform}){sharding.describe(run.mesh)}",
+        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+        f"{sharding.describe(run.mesh)}",
         "versions": f"{packages}; commit {versions['commit'] or 'unknown'}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",

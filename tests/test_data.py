@@ -895,6 +895,42 @@ def test_npz_sizes_beyond_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     refuses("x_train: needs .* bytes of memory, this machine has 1,000", "npz", path)
 
 
+def test_bombs_are_refused_without_being_unpacked(tmp_path: Path) -> None:
+    """Small files that claim, or unpack to, more than there is memory: told in one line, at once."""
+    for name in ("npz", "tiny_imagenet", "cifar10", "image_folder"):
+        (tmp_path / name).mkdir()
+    text = header("(1000000, 1000, 1000, 3)")
+    with zipfile.ZipFile(tmp_path / "npz" / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x_train.npy", text + bytes(10**7))
+    refuses("x_train: truncated or malformed, 10,000,000 bytes for uint8", "npz", tmp_path / "npz")
+
+    _, contents = tiny_files()
+    contents["words.txt"] = bytes(10**8)
+    zip_tree(tmp_path / "tiny_imagenet" / "tiny-imagenet-200.zip", contents)
+    refuses("words.txt: not readable.* 100,000,000 bytes", "tiny_imagenet", tmp_path / "tiny_imagenet")
+
+    with gzip.open(tmp_path / "cifar10" / "cifar-10-binary.tar.gz", "wb", compresslevel=1) as packed:
+        info = tarfile.TarInfo("cifar-10-batches-bin/readme.html")
+        info.size = 1 << 30
+        packed.write(info.tobuf())
+        for _ in range(33):
+            packed.write(bytes(1 << 24))
+    tracemalloc.start()
+    try:
+        refuses("it unpacks to more than 536,870,912 bytes", "cifar10", tmp_path / "cifar10")
+        assert tracemalloc.get_traced_memory()[1] < 2**28  # the arrays for 60,000 images are there
+    finally:
+        tracemalloc.stop()
+
+    write_folder(tmp_path / "image_folder", small())
+    (file, *_) = (tmp_path / "image_folder" / "train").glob("*/*.png")
+    bomb = bytearray(file.read_bytes())
+    struct.pack_into(">II", bomb, 16, 60_000, 60_000)
+    struct.pack_into(">I", bomb, 29, zlib.crc32(bytes(bomb[12:29])))
+    file.write_bytes(bomb)
+    refuses(r"1 of 12 images are not readable, .*\(", "image_folder", tmp_path / "image_folder", 8)
+
+
 # Image folders
 
 

@@ -301,7 +301,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
 
     def go(folder: pathlib.Path, mesh: Any, last_epoch: int) -> bool:
         run = prepared(path, mesh)
-        workdir.claim(folder, run.config)
+        workdir.claim(folder, run.config, {})
         stop = threading.Event()
 
         def watch(metrics: workdir.Metrics) -> None:
