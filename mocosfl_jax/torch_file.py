@@ -196,7 +196,11 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path}: a pickle, as PyTorch saved before 1.6; load it there and save it with torch >= 1.6"
         )
-    if not zipfile.is_zipfile(path):
+    try:
+        is_archive = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # an archive, but of several disks
+        is_archive = False
+    if not is_archive:
         raise UserError(f"{path}: not a file of torch.save (no complete zip archive)")
     try:
         with zipfile.ZipFile(path) as archive:

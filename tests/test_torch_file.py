@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import pickle
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -85,6 +86,14 @@ def test_no_file_another_file_and_a_truncated_file(tmp_path: pathlib.Path) -> No
     for length in (3, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         refused(path)
+
+
+def test_an_archive_of_several_disks_is_refused(tmp_path: pathlib.Path) -> None:
+    """zipfile does not only say that it is none."""
+    locator, end = struct.pack("<4sLQL", b"PK\6\7", 0, 0, 2), b"PK\5\6" + bytes(18)
+    (tmp_path / "disks.pt").write_bytes(locator + end)
+    with pytest.raises(UserError, match=r"disks\.pt: not a file of torch\.save"):
+        read_state_dict(tmp_path / "disks.pt")
 
 
 def test_a_flipped_bit_is_refused_or_read_as_it_is(tmp_path: pathlib.Path) -> None:
