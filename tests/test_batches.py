@@ -17,6 +17,8 @@ from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Sync
 from mocosfl_jax.data.images import OnDisk
 from mocosfl_jax.experiment import Run
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 S, M, B, R, EPOCHS = 7, 2, 3, 3, 4
 
 

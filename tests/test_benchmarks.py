@@ -224,6 +224,7 @@ def test_epoch_adds_up(images: str, tmp_path: pathlib.Path) -> None:
     assert np.isfinite(list(numbers.values())).all()
 
 
+@pytest.mark.usefixtures("compilation_cache")
 def test_data_measures_both_kinds_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
     def tiny() -> Config:
         config = quickstart()

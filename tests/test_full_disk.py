@@ -27,6 +27,8 @@ from mocosfl_jax.config import Checkpoint, Clients, Config, Data, Eval, Moco, Mo
 from mocosfl_jax.errors import DiskFullError
 from mocosfl_jax.experiment import Run
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
