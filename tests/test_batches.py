@@ -31,7 +31,7 @@ def test_both_feeds_give_the_images_of_the_indices(size: int) -> None:
     """From the start, from the middle of an epoch, and after epochs that were left out."""
     images = np.random.default_rng(1).integers(0, 256, (20, *IMAGE), np.uint8)
     feeds = (
-        batches.resident(images, indices, size),
+        batches.resident(jax.device_put(images), indices, size),
         batches.streamed(images, indices, size, epochs=EPOCHS, steps_per_epoch=S, steps_per_round=R),
     )
     for epoch, first in ((1, 3), (1, 6), (2, 0), (2, 3), (0, 0), (3, 6)):

@@ -45,7 +45,7 @@ def build(
     def run_steps(
         state: TrainState, indices: np.ndarray, cohort: np.ndarray | None
     ) -> tuple[TrainState, rounds.Curve]:
-        feed = batches.resident(images, lambda epoch: indices, size)
+        feed = batches.resident(jax.device_put(images), lambda epoch: indices, size)
         return run(state, feed(0, range(len(indices))), cohort)
 
     return run_steps, state
