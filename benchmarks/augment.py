@@ -16,9 +16,10 @@ from functools import partial
 import jax
 import numpy as np
 
+from benchmarks import settings
 from benchmarks.results import Result, result
 from benchmarks.timing import Call, finished, medians
-from mocosfl_jax import two_views
+from mocosfl_jax import sharding, two_views
 
 NEEDS = ("torch", "torchvision")
 SIZE = 32
@@ -33,7 +34,8 @@ def pictures(count: int) -> np.ndarray:
 
 def ours(version: str, count: int) -> Call:
     make_views = jax.jit(partial(two_views, size=SIZE, mean=MEAN, std=STD, version=version))
-    return finished(make_views, jax.random.key(0), jax.numpy.asarray(pictures(count)[:, None]))
+    place = sharding.of_clients(settings.mesh(), count)
+    return finished(make_views, jax.random.key(0), jax.device_put(pictures(count)[:, None], place))
 
 
 def baseline(version: str, count: int) -> Call:

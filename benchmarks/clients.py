@@ -20,7 +20,7 @@ from benchmarks import settings
 from benchmarks.results import Result, result
 from benchmarks.settings import Setting
 from benchmarks.timing import Call, medians, stepper
-from mocosfl_jax import Views, clients, optim
+from mocosfl_jax import Views, clients, optim, sharding
 
 NEEDS = ("torch",)
 SETTINGS = tuple(Setting(cut_layer=cut, clients=count) for cut in (1, 2) for count in (10, 100, 1000))
@@ -28,7 +28,7 @@ SETTINGS = tuple(Setting(cut_layer=cut, clients=count) for cut in (1, 2) for cou
 
 def ours(setting: Setting) -> Call:
     model, _ = settings.build(setting)
-    optimizer = optim.sgd()
+    optimizer, placement = optim.sgd(), sharding.make_placement(settings.mesh())
 
     def init(rng: Array) -> clients.ClientState:
         return clients.init(model.init(rng)[0], setting.clients, optimizer)
@@ -36,17 +36,19 @@ def ours(setting: Setting) -> Call:
     def work(
         pool: clients.ClientState, views: Views, smashed_grad: Array
     ) -> tuple[clients.ClientState, clients.SmashedData]:
-        cohort_model = clients.over_clients(model.client)
-        pool, smashed, pullback = clients.forward(cohort_model, pool, views, 0.99)
+        pool, smashed, pullback = clients.forward(placement.over_clients(model.client), pool, views, 0.99)
         pool = clients.backward(
             pool, pullback, smashed_grad, optimizer, optim.rate(0.06, jax.numpy.zeros(()))
         )
         pool, _ = clients.synchronize(pool, None, clients.FEDAVG)
         return pool, smashed
 
-    pool, views = jax.jit(init)(jax.random.key(0)), settings.views(setting)
-    program = jax.jit(work, donate_argnums=0)
-    return stepper(program, pool, views, jax.numpy.asarray(smashed_gradient(setting)))
+    place = sharding.of_clients(settings.mesh(), setting.clients)
+    pool = jax.jit(init, out_shardings=place)(jax.random.key(0))
+    program = jax.jit(work, donate_argnums=0, in_shardings=place, out_shardings=place)
+    return stepper(
+        program, pool, *jax.device_put((settings.views(setting), smashed_gradient(setting)), place)
+    )
 
 
 def baseline(setting: Setting) -> Call:

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks import settings
 from benchmarks.results import Result, result
 from mocosfl_jax import experiment, loop, monitor, rounds, saving
 from mocosfl_jax.checkpoint import Progress
@@ -60,7 +61,7 @@ def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator
     config = quickstart()
     config.epochs, config.data.name, config.data.dir = count, name, str(folder)
     config.data.image_size, config.data.resident = 32, resident
-    run = experiment.prepare(config)
+    run = experiment.prepare(config, settings.mesh())
     rng_init, rng_views = jax.random.split(jax.random.key(0))
     state = jax.jit(run.algorithm.init)(rng_init)
     encode = monitor.make_encode(run.algorithm, run.dataset.mean, run.dataset.std)

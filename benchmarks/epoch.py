@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import settings
 from benchmarks.results import Result
 from mocosfl_jax import checkpoint, experiment, loop, monitor, rounds, saving
 from mocosfl_jax.checkpoint import Progress
@@ -31,7 +32,7 @@ NEEDS = ()
 def measure(config: Config, case: str, epochs: int) -> Result:
     """Medians over `epochs` epochs, after one that warms up."""
     config.epochs = epochs + 1
-    run = experiment.prepare(config)
+    run = experiment.prepare(config, settings.mesh())
     rng_init, rng_views = jax.random.split(jax.random.key(0))
     state = jax.jit(run.algorithm.init)(rng_init)
     encode = monitor.make_encode(run.algorithm, run.dataset.mean, run.dataset.std)

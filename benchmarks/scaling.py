@@ -7,6 +7,8 @@ temporary arrays. Nothing to compare with: what counts is that both stay level.
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from benchmarks import settings
 from benchmarks.results import Result, result
 from benchmarks.settings import QUICKSTART, Setting, Step
@@ -21,10 +23,10 @@ SETTINGS = (
 
 
 def held_bytes(program: Any) -> int:
-    """Bytes that a compiled program holds at most; donated arguments count once."""
+    """Bytes that a compiled program holds at most, on all devices; donated arguments count once."""
     plan = program.memory_analysis()
     kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return kept + plan.temp_size_in_bytes
+    return jax.device_count() * (kept + plan.temp_size_in_bytes)
 
 
 def measure(setting: Setting, step: Step, repeats: int) -> Result:

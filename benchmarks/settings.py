@@ -1,12 +1,13 @@
-"""What is trained in the benchmarks, and random data for it."""
+"""What is trained in the benchmarks, on all devices as training does, and random data for it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, mocosfl, split_model
+from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, config, mocosfl, sharding, split_model
 from mocosfl_jax.costs import Plan, client_flops, server_flops
 from mocosfl_jax.models.convolution import PLAIN, Lowering
 
@@ -38,6 +39,11 @@ class Setting(NamedTuple):
 QUICKSTART = Setting(clients=20, batch=5, width=16, stem_stride=2, key_dim=128, queue_size=2000)
 
 
+def mesh() -> Mesh | None:
+    """Of all devices, along `data`; None: there is one."""
+    return sharding.make_mesh(config.Mesh())
+
+
 def build(setting: Setting, convolutions: Lowering | None = None) -> tuple[SplitModel, Algorithm]:
     model = split_model(
         "resnet18",
@@ -48,14 +54,20 @@ def build(setting: Setting, convolutions: Lowering | None = None) -> tuple[Split
         key_dim=setting.key_dim,
         convolutions=convolutions,
     )
-    return model, mocosfl(model, num_clients=setting.clients, queue_size=setting.queue_size)
+    algorithm = mocosfl(
+        model,
+        num_clients=setting.clients,
+        queue_size=setting.queue_size,
+        placement=sharding.make_placement(mesh()),
+    )
+    return model, sharding.distribute(algorithm, mesh(), setting.clients)
 
 
 def views(setting: Setting, seed: int = 0) -> Views:
-    """Gaussian images [M, B, H, W, 3]: what is drawn in them does not change the time that they take."""
+    """Gaussian images [M, B, H, W, 3] on every device: what is in them does not change their time."""
     rng = np.random.default_rng(seed)
     shape = (setting.clients, setting.batch, setting.image_size, setting.image_size, 3)
-    return Views(*(jax.numpy.asarray(rng.standard_normal(shape, np.float32)) for _ in range(2)))
+    return Views(*(sharding.replicate(mesh(), rng.standard_normal(shape, np.float32)) for _ in range(2)))
 
 
 class Step(NamedTuple):

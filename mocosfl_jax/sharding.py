@@ -101,6 +101,13 @@ def replicate(mesh: Mesh | None, array: np.ndarray) -> Array:
     return jax.device_put(array, None if mesh is None else NamedSharding(mesh, P()))
 
 
+def of_clients(mesh: Mesh | None, count: int) -> NamedSharding | None:
+    """Where a stack of `count` clients goes: a piece to each device, where they divide."""
+    if mesh is None:
+        return None
+    return NamedSharding(mesh, CLIENTS if count % mesh.size == 0 else P())
+
+
 def of_images(mesh: Mesh | None, places: int, batch: int) -> NamedSharding | None:
     """Where images of steps [s, M, B, H, W, 3] go: to the devices of their clients, where these divide."""
     if mesh is None:
