@@ -82,8 +82,13 @@ def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For client after client in a loop of the program: what one computes with stays in a CPU's cache."""
-    return lambda *stacked: jax.lax.map(lambda client: function(*client), stacked)
+    """For client after client in a loop of the program: what one computes with stays in a CPU's cache.
+
+    A backward pass computes the forward pass of each client again: it takes no longer than to write what it
+    needs of all clients to memory and to read it again, and needs no such memory.
+    """
+    again = jax.checkpoint(function, prevent_cse=False)  # loops keep apart what is computed twice
+    return lambda *stacked: jax.lax.map(lambda client: again(*client), stacked)
 
 
 def over_clients(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,8 +21,8 @@ _FLAGS = {
 _MOST_CPU_DEVICES = 4  # each has the server's parameters, and computes a batch's kernels, by itself
 
 # Parameters of glibc's mallopt (malloc.h) and what they get here.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_KEEP_MEMORY = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0, _ARENA_MAX: 1}
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_KEEP_MEMORY = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
 
 
 def set_up() -> None:
