@@ -13,8 +13,8 @@ mesh has two axes, `data` and `model`.
   2020). So are the rows of the queue that all clients share, but these are never gathered: queries come to
   them.
 
-A number of clients that does not divide by the devices is padded: with clients that are zeros at rest and where
-models are run, and elsewhere by XLA, which masks the padding wherever it sums over it.
+A number of clients that does not divide by the devices is padded: with clients that are zeros at rest and
+where models are run, and elsewhere by XLA, which masks the padding wherever it sums over it.
 """
 
 import math
