@@ -12,11 +12,12 @@ import pytest
 from conftest import make_toy_model, random_views
 from jax import Array, lax
 
-from mocosfl_jax import SplitModel, commandline, costs, experiment, mocosfl, split_model
+from mocosfl_jax import SplitModel, clients, commandline, costs, experiment, mocosfl, split_model
 from mocosfl_jax.config import Data, quickstart
 from mocosfl_jax.costs import Plan, forward_flops
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.convolution import PLAIN
+from mocosfl_jax.placement import ONE_DEVICE
 
 MB = 2**20
 ROOT = pathlib.Path(__file__).parents[1]
@@ -184,12 +185,13 @@ def test_memory_is_that_of_the_training_state(model: str) -> None:
 
 
 def training(model: SplitModel, numbers: Plan) -> tuple[Any, Any, Any, Any]:
-    """Shapes of state, views and cohort, and the step itself."""
+    """Shapes of state, views and cohort, and the step itself, in which nothing is computed twice."""
     algorithm = mocosfl(
         model,
         num_clients=numbers.num_clients,
         queue_size=numbers.queue_size,
         symmetric=numbers.symmetric,
+        placement=ONE_DEVICE._replace(over_clients=clients.at_once),
     )
     views = random_views(0, numbers.cohort, numbers.batch_size)
     size = numbers.image_size
