@@ -9,7 +9,6 @@ baseline's is the same for resident images, which are gathered on the device.
 import contextlib
 import io
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -87,7 +86,7 @@ def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator
     with tqdm(disable=True) as bar:
         for _ in range(count):
             waiting[0], start = 0.0, time.perf_counter()
-            state, progress, _ = loop.run_epoch(run, programs, state, progress, store, threading.Event(), bar)
+            state, progress, _ = loop.run_epoch(run, programs, state, progress, store, lambda: False, bar)
             progress = progress._replace(losses=(), top1s=(), epoch_seconds=0.0)
             yield Epoch(time.perf_counter() - start, waiting[0])
 

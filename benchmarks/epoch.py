@@ -9,7 +9,6 @@ Evaluation and checkpoint, which are an epoch's too if so configured, are measur
 import contextlib
 import io
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -57,7 +56,7 @@ def measure(config: Config, case: str, epochs: int) -> Result:
             for epoch in range(1, epochs + 2):
                 inside[0], start = 0.0, time.perf_counter()
                 state, progress, divergence = loop.run_epoch(
-                    run, programs, state, progress, store, threading.Event(), bar
+                    run, programs, state, progress, store, lambda: False, bar
                 )
                 assert bool(loop.all_finite(state))
                 loop.record(run, progress, loop.epoch_metrics(run, progress, epoch, divergence), output)

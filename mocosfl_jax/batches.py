@@ -6,7 +6,7 @@ Both give the same images in the same order to the same compiled step, so result
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -14,7 +14,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Sharding
 
+from mocosfl_jax import hosts
 from mocosfl_jax.data import Images
+from mocosfl_jax.errors import UserError
 
 # A set up to this share of the device's memory stays there: state and activations need most of it.
 RESIDENT_SHARE = 0.25
@@ -39,7 +41,18 @@ class Residence(NamedTuple):
 
 
 def residence(resident: bool | None, size: int) -> Residence:
-    """Where a training set of `size` bytes is to be; `resident` says so unless it is None."""
+    """Where a training set of `size` bytes is to be; `resident` says so unless it is None.
+
+    Raises:
+      UserError: if several processes are to have it whole.
+    """
+    if hosts.several():
+        if resident:
+            raise UserError(
+                "config.data.resident: found True, allowed: False or None with several processes, of which each "
+                "loads the images of its own clients"
+            )
+        return Residence(False, "each process loads those of its own clients")
     if resident is not None:
         return Residence(resident, f"config.data.resident is {resident}")
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -81,6 +94,11 @@ def resident(images: Array, indices: Indices, piece_steps: int, place: Sharding 
     return feed
 
 
+def _here(shape: tuple[int, ...], place: Sharding | None) -> dict[Any, tuple[slice, ...]]:
+    """Which part of an array [s, M, B] each device of this process gets; None: the only device."""
+    return {None: (slice(None),)} if place is None else place.addressable_devices_indices_map(shape)
+
+
 def streamed(
     images: Images,
     indices: Indices,
@@ -112,10 +130,19 @@ def streamed(
     )
     plan = [piece for steps in rounds for piece in pieces(steps, piece_steps)]  # of each epoch
 
-    def load(count: int) -> np.ndarray:
+    def load(count: int) -> list[np.ndarray]:
+        """What the devices of this process get of a piece."""
         epoch, number = divmod(count, len(plan))
-        steps = plan[number]
-        return images[indices(epoch)[steps.start : steps.stop]]
+        rows = indices(epoch)[plan[number].start : plan[number].stop]
+        return [images[rows[part]] for part in _here(rows.shape, place).values()]
+
+    def put(parts: list[np.ndarray], steps: int) -> Array:
+        if place is None:
+            return jax.device_put(parts[0])
+        shape = (steps, *indices(0).shape[1:], *images.shape[1:])
+        devices = _here(shape[:3], place)
+        pieces = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, place, pieces)
 
     size = math.prod(images.shape[1:]) * indices(0)[0].size * piece_steps
     ahead = max(2, min(2 * _THREADS, _AHEAD_BYTES // size))
@@ -134,6 +161,6 @@ def streamed(
                 source = grain.MapDataset.range(count, epochs * len(plan)).map(load)
                 loading = iter(source.to_iter_dataset(options))
             following = count + 1
-            yield jax.device_put(next(loading), place)
+            yield put(next(loading), len(piece))
 
     return feed

@@ -19,6 +19,7 @@ from absl import logging
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
+from mocosfl_jax import hosts
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.mocosfl import TrainState
 
@@ -47,7 +48,25 @@ def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+    return _Manager(folder.absolute(), options=options, item_handlers=handlers)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Asks nobody whether the run is about to stop.
+
+    With several processes that is asked once a round (`hosts.stop_together`), with numbers that count the calls.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+def _manager_alone(folder: Path) -> ocp.CheckpointManager:
+    """A manager that reads, by which each process finds out for itself what can be read."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    # Without Orbax's read_only, which comes with warnings: a manager that does not save writes nothing.
+    return _manager(folder, ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone))
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
@@ -61,7 +80,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) 
     folder = Path(manager.directory)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _MARGIN
     free = shutil.disk_usage(folder).free
-    if free < needed:
+    if any(hosts.of_first([free < needed])):
         raise DiskFullError(
             f"{folder}: no room to save step {progress.step:,}, {needed / 2**20:,.1f} MiB are needed and "
             f"{free / 2**20:,.1f} MiB free"
@@ -96,6 +115,8 @@ def _full_disk_told(manager: ocp.CheckpointManager) -> Iterator[None]:
     except Exception as error:  # of any kind, by the library that met it
         if not is_disk_full(error):
             raise
+        if hosts.several():  # the others have not met it, and wait
+            raise OSError(f"{manager.directory}: the disk was full before a checkpoint was complete") from error
         folder = Path(manager.directory)
         for begun in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(begun, ignore_errors=True)
@@ -117,13 +138,16 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
     Raises:
       UserError: if there are checkpoints but none can be read, or if it is of another network.
     """
-    steps = sorted(manager.all_steps(), reverse=True)
+    steps = hosts.of_first(sorted(manager.all_steps(), reverse=True))
     if not steps:
         return None
-    state, progress, damaged = _first_readable(manager, steps, like)
     folder = Path(manager.directory)
-    for step in damaged:
-        (folder / str(step)).rename(folder.parent / f"damaged_checkpoint_{step}")
+    with _manager_alone(folder) as reader:
+        state, progress, damaged = _first_readable(reader, steps, like)
+    if hosts.first():
+        for step in damaged:
+            (folder / str(step)).rename(folder.parent / f"damaged_checkpoint_{step}")
+    hosts.everywhere(True)  # they are gone before anybody looks
     manager.reload()
     return state, progress
 
@@ -154,9 +178,7 @@ def restore(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         jax.eval_shape(init, jax.random.key(0)),
     )
-    # Without Orbax's read_only, which comes with warnings: a manager that does not save writes nothing.
-    options = ocp.CheckpointManagerOptions(create=False)
-    with _manager(folder, options) as manager:
+    with _manager_alone(folder) as manager:
         state, progress, _ = _first_readable(manager, steps if step is None else [step], like)
     return state, progress
 
@@ -164,23 +186,34 @@ def restore(
 def _first_readable(
     manager: ocp.CheckpointManager, steps: Sequence[int], like: TrainState
 ) -> tuple[TrainState, Progress, list[int]]:
-    """The first of these checkpoints that can be read, and the damaged ones before it."""
+    """The first of these checkpoints that can be read by all processes, and the damaged ones before it."""
     damaged = []
     for step in steps:
+        found = None
         try:
-            state, progress = _restore(manager, step, like)
+            found = _restore(manager, step, like)
+            reason = "its arrays are not those that were saved"
         except (MemoryError, PermissionError, UserError):
             raise
         except Exception as error:  # whatever Orbax meets in a damaged file
             reason = str(error).split("\n", 1)[0][:120]
+        # What was saved is compared by all processes together.
+        if hosts.everywhere(found is not None):
+            assert found is not None
+            state, record = found
+            if record.pop("fingerprint", None) == int(_fingerprint(state)):
+                lists = {name: tuple(record[name]) for name in ("losses", "top1s", "unwritten")}
+                return state, Progress(**record | lists), damaged
+        if hosts.first():
             logging.warning("checkpoint %d is damaged and skipped (%s)", step, reason)
-            damaged.append(step)
-            continue
-        return state, progress, damaged
+        damaged.append(step)
     raise UserError(f"{manager.directory}: no checkpoint can be read, of {', '.join(map(str, steps))}")
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, Progress]:
+def _restore(
+    manager: ocp.CheckpointManager, step: int, like: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    """State, and the record of its progress with its fingerprint, which is not compared yet."""
     _require_same_shapes(manager, step, like)
     restored = manager.restore(
         step,
@@ -190,12 +223,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tup
             state=ocp.args.StandardRestore(like, strict=False), progress=ocp.args.JsonRestore()
         ),
     )
-    record = json.loads(restored.progress["record"])
-    found = int(_fingerprint(restored.state))
-    if record.pop("fingerprint") != found:
-        raise ValueError("its arrays are not those that were saved")
-    lists = {name: tuple(record[name]) for name in ("losses", "top1s", "unwritten")}
-    return restored.state, Progress(**record | lists)
+    return restored.state, json.loads(restored.progress["record"])
 
 
 def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainState) -> None:

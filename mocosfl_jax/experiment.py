@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mocosfl_jax import augment, batches, data, optim, partition, saving, sharding
+from mocosfl_jax import augment, batches, data, hosts, optim, partition, saving, sharding
 from mocosfl_jax.clients import Sync
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
@@ -162,6 +162,11 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Run:
         mesh=mesh,
     )
     if config.saving.loss_threshold:
+        if hosts.several():
+            raise UserError(
+                f"config.saving.loss_threshold: found {config.saving.loss_threshold:g}, allowed: 0 with several "
+                "processes"
+            )
         needed, limit = saving.gibibytes(run.replay_shape), config.saving.replay_gib
         if needed > limit:
             raise UserError(

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tqdm import tqdm
 
-from mocosfl_jax import batches, checkpoint, monitor, plots, report, rounds, saving, sharding, workdir
+from mocosfl_jax import batches, checkpoint, hosts, monitor, plots, report, rounds, saving, sharding, workdir
 from mocosfl_jax.batches import Feed
 from mocosfl_jax.checkpoint import Progress
 from mocosfl_jax.errors import DiskFullError, NonFiniteError
@@ -23,6 +22,9 @@ from mocosfl_jax.experiment import Run
 from mocosfl_jax.mocosfl import TrainState
 from mocosfl_jax.monitor import Encode
 from mocosfl_jax.saving import Traffic
+
+
+Stop = Callable[[], bool]  # whether the run is to stop; with several processes, at the same call on all of them
 
 
 class Programs(NamedTuple):
@@ -42,14 +44,15 @@ class Output(NamedTuple):
     folder: Path  # the workdir, claimed: metrics.jsonl, checkpoints/ and plots
     say: Callable[[str], None]  # gets lines for a person
     metrics: Callable[[workdir.Metrics], None]  # gets what metrics.jsonl gets
+    writes: bool = True  # the files of the run; with several processes one does, but for the checkpoints
 
 
-def train(run: Run, stop: threading.Event, output: Output) -> bool:
+def train(run: Run, stop: Stop, output: Output) -> bool:
     """Train from the newest checkpoint in the workdir, or from the start.
 
     Args:
       run: of `experiment.prepare`.
-      stop: once set, training ends after the current round, saved.
+      stop: once true, training ends after the current round, saved.
       output: workdir and screen.
 
     Returns:
@@ -65,7 +68,8 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
     dataset, folder = run.dataset, output.folder
     encode = monitor.make_encode(run.algorithm, dataset.mean, dataset.std)
     preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
-    workdir.write_preprocessing(folder, preprocessing)
+    if output.writes:
+        workdir.write_preprocessing(folder, preprocessing)
     store = saving.Store(folder, run.replay_shape)
     if run.config.saving.loss_threshold:
         store.require_space()
@@ -74,22 +78,25 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
         state, progress = restored or (state, Progress())
         ended = progress.step == run.total_steps
         # After the last checkpoint comes only the line of the linear probe, which can stay.
-        workdir.rewind_metrics(folder, progress.metrics_lines, optional=int(ended))
+        with hosts.together():
+            if output.writes:
+                workdir.rewind_metrics(folder, progress.metrics_lines, optional=int(ended))
         if restored is None:
             progress = start(run, state, encode, output)
             save(run, manager, state, progress, output)
         elif not ended:
             output.say(f"going on from step {progress.step:,} of {run.total_steps:,}")
         features = None
-        if not ended and not stop.is_set():
+        if not ended and not stop():
             clock = time.perf_counter()
             programs = compile_programs(run, state, rng_views, encode)
             output.say(f"compiled the step in {time.perf_counter() - clock:.1f} s")
             state, progress, features = run_epochs(
                 run, programs, state, progress, store, manager, stop, output
             )
-    plots.plot_curves(folder / "curves.png", workdir.read_metrics(folder))
-    if progress.step < run.total_steps or (features and stop.is_set()):
+    if output.writes:
+        plots.plot_curves(folder / "curves.png", workdir.read_metrics(folder))
+    if progress.step < run.total_steps or (features and stop()):
         output.say(f"saved at step {progress.step:,} of {run.total_steps:,}")
         return False
     finish(run, progress, features or monitor.features(run, state, encode), rng_probe, output)
@@ -99,7 +106,8 @@ def train(run: Run, stop: threading.Event, output: Output) -> bool:
 def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progress:
     """What comes before the first step: how the deal looks, and how good no training is."""
     names = run.dataset.class_names
-    plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
+    if output.writes:
+        plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
     metrics = {"step": 0, "epoch": 0, **monitor.knn(run, monitor.features(run, state, encode))}
     metrics |= monitor.knn_raw_pixels(run)
     return record(run, Progress(best_knn=metrics["knn_backbone"]), metrics, output)
@@ -156,7 +164,7 @@ def run_epochs(
     progress: Progress,
     store: saving.Store,
     manager: ocp.CheckpointManager,
-    stop: threading.Event,
+    stop: Stop,
     output: Output,
 ) -> tuple[TrainState, Progress, monitor.Evaluated | None]:
     """Epochs until the last, or until `stop`; saved in either case.
@@ -166,9 +174,13 @@ def run_epochs(
     config = run.config
     features = None
     with tqdm(
-        total=run.total_steps, initial=progress.step, unit="step", disable=None, dynamic_ncols=True
+        total=run.total_steps,
+        initial=progress.step,
+        unit="step",
+        disable=None if output.writes else True,
+        dynamic_ncols=True,
     ) as bar:
-        while progress.step < run.total_steps and not stop.is_set():
+        while progress.step < run.total_steps and not stop():
             state, progress, divergence = run_epoch(run, programs, state, progress, store, stop, bar)
             if not bool(all_finite(state)):
                 raise NonFiniteError(f"a parameter is not finite after step {progress.step:,}")
@@ -208,7 +220,7 @@ def run_epoch(
     state: TrainState,
     progress: Progress,
     store: saving.Store,
-    stop: threading.Event,
+    stop: Stop,
     bar: tqdm,
 ) -> tuple[TrainState, Progress, Array | None]:
     """The rounds of one epoch, or those that are left of it; `stop` ends it after a round.
@@ -241,7 +253,7 @@ def run_epoch(
                 programs, store, progress.kept_epoch, state, order[steps.start : steps.stop], cohort
             )
         pending.append(curve)
-        if stop.is_set():
+        if stop():
             break
         if len(pending) > 1:
             progress = fetch(progress, pending.pop(0), clock, bar, run)
@@ -347,12 +359,15 @@ def finish(
     run: Run, progress: Progress, features: monitor.Evaluated, rng_probe: Array, output: Output
 ) -> None:
     """The linear probe, unless it is there already, and the closing summary."""
-    if run.config.eval.probe_epochs and "linear_probe" not in workdir.read_metrics(output.folder)[-1]:
+    probed = output.writes and "linear_probe" in workdir.read_metrics(output.folder)[-1]
+    # All processes compute it, so that none waits for another.
+    if run.config.eval.probe_epochs and not any(hosts.of_first([probed])):
         end = {"step": run.total_steps, "epoch": run.config.total_epochs}
         progress = record(run, progress, end | monitor.linear_probe(run, features, rng_probe), output)
-    if progress.unwritten:
-        workdir.append_metrics(output.folder, progress.unwritten)
-    output.say(report.summary(workdir.read_metrics(output.folder), output.folder))
+    if output.writes:
+        if progress.unwritten:
+            workdir.append_metrics(output.folder, progress.unwritten)
+        output.say(report.summary(workdir.read_metrics(output.folder), output.folder))
 
 
 def record(run: Run, progress: Progress, metrics: workdir.Metrics, output: Output) -> Progress:
@@ -363,6 +378,8 @@ def record(run: Run, progress: Progress, metrics: workdir.Metrics, output: Outpu
     """
     output.metrics(metrics)
     output.say(report.metrics_line(metrics))
+    if not output.writes:
+        return progress
     lines = (*progress.unwritten, dict(metrics))
     with going_on(run, output):
         workdir.append_metrics(output.folder, lines)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mocosfl_jax import sharding
+from mocosfl_jax import hosts, sharding
 from mocosfl_jax.environment import environment
 from mocosfl_jax.experiment import Run
 from mocosfl_jax.mocosfl import TrainState
@@ -22,13 +22,13 @@ def header(run: Run, state: TrainState) -> str:
     pool, sync, optim = config.clients, config.sync, config.optim
     classes = [len(np.unique(dataset.y_train[part])) for part in parts]
     height, width, channels = dataset.x_train.shape[1:]
-    client_params = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
+    client_params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients.params)
     device = jax.devices()[0]
     versions = environment()
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name in _PACKAGES)
     rows = {
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})"
-        f"{sharding.describe(run.mesh)}",
+        f"{f' in {jax.process_count()} processes' if hosts.several() else ''}{sharding.describe(run.mesh)}",
         "versions": f"{packages}; commit {versions['commit'] or 'unknown'}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
@@ -75,7 +75,7 @@ def _span(values: Sequence[int]) -> str:
 def _params(tree: Any) -> str:
     leaves = jax.tree.leaves(tree)
     size = sum(leaf.size for leaf in leaves)
-    return f"{size:,} parameters ({_bytes(sum(leaf.nbytes for leaf in leaves))})"
+    return f"{size:,} parameters ({_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))})"
 
 
 def _bytes(count: float) -> str:

@@ -30,7 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import GetAttrKey
 
-from mocosfl_jax import clients, concatenation, config, moco
+from mocosfl_jax import clients, concatenation, config, hosts, moco
 from mocosfl_jax.augment import Views
 from mocosfl_jax.clients import SmashedData
 from mocosfl_jax.errors import UserError
@@ -74,6 +74,11 @@ def make_mesh(sizes: config.Mesh) -> Mesh | None:
                 )
         model = sizes.model or count // (sizes.data or count)
         data = count // model
+    if hosts.several() and data * model < count:
+        raise UserError(
+            f"config.mesh: found data {data} and model {model}, allowed: a product of {count}, the number of devices, "
+            "where these belong to several processes"
+        )
     if data * model == 1:
         return None
     # Of axis type Auto: XLA partitions the algorithm, from what is said here.

@@ -2,9 +2,11 @@
 
     python -m mocosfl_jax.train [--config=FILE[:PARAMETER]] [--config.FIELD=VALUE ...]
                                 [--workdir=FOLDER] [--tensorboard]
+                                [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 Without arguments: the quickstart, on a sample of images that comes with the package, in runs/quickstart.
-The same command again goes on where the last one stopped.
+The same command again goes on where the last one stopped. Several processes, each with devices of its own, make
+one run where a cluster has started them, or by the last three arguments (docs/hosts.md).
 """
 
 import contextlib
@@ -14,6 +16,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,12 +24,15 @@ from types import FrameType
 import jax
 from absl import flags
 
-from mocosfl_jax import commandline, compiler
+from mocosfl_jax import commandline, compiler, hosts
 from mocosfl_jax.commandline import fail, say
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import NonFiniteError, UserError
 
-USAGE = "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --tensorboard, --help"
+USAGE = (
+    "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --tensorboard, --coordinator=HOST:PORT, "
+    "--num_processes=N, --process_id=I, --help"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -40,40 +46,68 @@ def main(argv: list[str]) -> int:
         say(commandline.help_text(__doc__))
         return 0
     try:
-        config, folder, tensorboard = parse(argv)
+        config, folder, tensorboard, address = parse(argv)
+        compiler.set_up()
+        hosts.join(address)
     except UserError as error:
         return fail(2, error)
     try:
-        compiler.set_up()
         # Imported only here, so that a slip of the pen is answered at once.
         from mocosfl_jax import experiment, loop, sharding, workdir
         from mocosfl_jax.environment import environment
 
-        run = experiment.prepare(config, sharding.make_mesh(config.mesh))
-        changed = workdir.claim(folder, run.config, environment())
+        speaks = hosts.first()
+        tell = say if speaks else lambda line: None
+        with hosts.together():
+            run = experiment.prepare(config, sharding.make_mesh(config.mesh))
+        changed: list[str] = []
+        with hosts.together():
+            if speaks:
+                changed = workdir.claim(folder, run.config, environment())
         if changed:
             say(f"{folder}: the run began elsewhere, so its bits may differ: {'; '.join(changed)}")
-        with tensorboard_writer(folder, tensorboard) as write_metrics, stop_on_signals() as (stop, received):
-            finished = loop.train(run, stop, loop.Output(folder, say, write_metrics))
+        with (
+            tensorboard_writer(folder, tensorboard and speaks) as write_metrics,
+            stop_on_signals() as (stop, received),
+        ):
+            finished = loop.train(run, stop, loop.Output(folder, tell, write_metrics, speaks))
     except UserError as error:
         return fail(2, error)
+    except hosts.ElsewhereError:
+        return 2
+    except NonFiniteError as error:
+        return fail(1, f"{error}; {last_checkpoint(folder)}")
     except KeyboardInterrupt:
-        return fail(130, "interrupted")
-    except (NonFiniteError, OSError, MemoryError) as error:
-        return fail(1, f"{str(error) or type(error).__name__}; {last_checkpoint(folder)}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return fail(1, f"out of memory: {error}; {last_checkpoint(folder)}")
+        return fail_alone(130, "interrupted")
+    except (OSError, MemoryError) as error:
+        return fail_alone(1, f"{str(error) or type(error).__name__}; {last_checkpoint(folder)}")
+    except Exception as error:
+        if hosts.is_lost(error):
+            hosts.leave(1, f"{hosts.LOST}; {hosts.AGAIN}")
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            return fail_alone(1, f"out of memory: {error}; {last_checkpoint(folder)}")
+        if hosts.several():
+            traceback.print_exc()
+            hosts.leave(1)
+        raise
     if finished:
         return 0
     again = f"python -m mocosfl_jax.train {shlex.join(argv[1:])}".strip()
-    say(f"stopped by {received[0].name}; to go on: {again}")
-    return 128 + received[0]
+    # With several processes, JAX hears SIGTERM, on whichever of them, and tells no number.
+    number = received[0] if received else signal.SIGTERM
+    tell(f"stopped by {number.name}; to go on: {again}")
+    return 128 + number
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, Path, bool]:
-    """Configuration, workdir and --tensorboard of a command line.
+def fail_alone(status: int, error: object) -> int:
+    """As `fail`, where the other processes of the run do not fail too."""
+    fail(status, error)
+    hosts.leave(status)
+    return status
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, Path, bool, hosts.Address | None]:
+    """Configuration, workdir, --tensorboard, and where the process meets others, of a command line.
 
     Raises:
       UserError: naming the first argument that is not understood.
@@ -82,10 +116,15 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path, bool]:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
         flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
+        flags.DEFINE_string("coordinator", None, "Address of process 0.", flag_values=values)
+        flags.DEFINE_integer("num_processes", None, "Of the run.", flag_values=values)
+        flags.DEFINE_integer("process_id", None, "Of this one, from 0.", flag_values=values)
 
     arguments = commandline.parse(argv, USAGE, define)
     folder = Path(arguments.flags.workdir or f"runs/{arguments.name}")
-    return arguments.config, folder, arguments.flags.tensorboard
+    values = arguments.flags
+    address = hosts.address(values.coordinator, values.num_processes, values.process_id)
+    return arguments.config, folder, values.tensorboard, address
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -99,8 +138,11 @@ def last_checkpoint(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[tuple[threading.Event, list[signal.Signals]]]:
-    """Within, SIGINT and SIGTERM set the event and are listed; a second one ends the process at once."""
+def stop_on_signals() -> Iterator[tuple[Callable[[], bool], list[signal.Signals]]]:
+    """Within, SIGINT and SIGTERM have the function return True and are listed; a second one ends the process.
+
+    With several processes JAX listens to SIGTERM (`hosts.stop_together`), which is left to it; SIGINT becomes one.
+    """
     stop = threading.Event()
     received: list[signal.Signals] = []
 
@@ -111,11 +153,13 @@ def stop_on_signals() -> Iterator[tuple[threading.Event, list[signal.Signals]]]:
         os.write(2, f"\n{received[0].name}: saving after the current round\n".encode())
         for each in signals:
             signal.signal(each, before[each])
+        if hosts.several():
+            signal.raise_signal(signal.SIGTERM)
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT,) if hosts.several() else (signal.SIGINT, signal.SIGTERM)
     before = {each: signal.signal(each, handle) for each in signals}
     try:
-        yield stop, received
+        yield hosts.stop_together(stop), received
     finally:
         for each in signals:
             signal.signal(each, before[each])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import Array
+from toy import IMAGE, KEY_DIM, make_toy_model
 
 from mocosfl_jax import SplitModel, Views
 from mocosfl_jax.train import main
@@ -26,8 +26,6 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
-IMAGE = (4, 4, 3)
-KEY_DIM = 8
 CLASSES, PER_CLASS = 4, 12  # of the runs that the commands' tests train
 
 
@@ -49,31 +47,6 @@ def x64() -> Iterator[None]:
 @pytest.fixture
 def toy_model() -> SplitModel:
     return make_toy_model()
-
-
-def make_toy_model() -> SplitModel:
-    """Two layers, one on each side of the cut: compiles in no time, and any network fits SplitModel."""
-
-    def init(rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-        rng_client, rng_server, rng_head = jax.random.split(rng, 3)
-        return (
-            {"kernel": 0.5 * jax.random.normal(rng_client, (IMAGE[-1], 5))},
-            {
-                "kernel": 0.3 * jax.random.normal(rng_server, (16 * 5, 12)),
-                "head": 0.3 * jax.random.normal(rng_head, (12, KEY_DIM)),
-            },
-        )
-
-    def client(params: dict[str, Array], images: Array) -> Array:
-        return jnp.tanh(images @ params["kernel"])
-
-    def backbone(params: dict[str, Array], smashed: Array) -> Array:
-        return jnp.tanh(smashed.reshape(*smashed.shape[:-3], -1) @ params["kernel"])
-
-    def head(params: dict[str, Array], backbone: Array) -> Array:
-        return backbone @ params["head"]
-
-    return SplitModel(init, client, backbone, head, KEY_DIM)
 
 
 def random_views(seed: int, clients: int, batch: int) -> Views:

@@ -169,7 +169,7 @@ def test_a_streamed_run_is_the_resident_one_bit_for_bit(
         patch.setattr(loop, "make_feed", make_stopping_feed)
         workdir.claim(tmp_path / "streamed", streamed.config, {})
         output = loop.Output(tmp_path / "streamed", said.append, lambda metrics: None)
-        assert not loop.train(streamed, stop, output)
+        assert not loop.train(streamed, stop.is_set, output)
     stopped = streamed.steps_per_epoch + 2 * streamed.steps_per_round
     assert said[-1] == f"saved at step {stopped} of {streamed.total_steps}"
     assert "streamed from the host: 2.812 KiB; config.data.resident is False" in said[0]

@@ -10,7 +10,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -76,7 +75,7 @@ def train_watched(
     said: list[str] = []
     workdir.claim(folder, run.config, {})
     try:
-        loop.train(run, threading.Event(), loop.Output(folder, said.append, watch))
+        loop.train(run, lambda: False, loop.Output(folder, said.append, watch))
     except DiskFullError as error:
         return said, error
     return said, None

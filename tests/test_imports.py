@@ -30,7 +30,7 @@ def imports(room: str) -> set[str]:
 # Each room may use those in earlier lines, and rooms in the same line do not know each other.
 ORDER = [
     {"errors", "compiler", "concatenation", "environment"},
-    {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim", "torch_file"},
+    {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim", "torch_file", "hosts"},
     {"clients", "server", "probes", "workdir", "plots", "commandline", "official", "encoder_file"},
     {"placement"},
     {"mocosfl", "saving"},

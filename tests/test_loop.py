@@ -52,7 +52,7 @@ def train(run: Run, folder: pathlib.Path, stop_at: Callable[[Metrics], bool] = l
         if stop_at(metrics):
             stop.set()
 
-    return loop.train(run, stop, loop.Output(folder, lambda line: None, watch))
+    return loop.train(run, stop.is_set, loop.Output(folder, lambda line: None, watch))
 
 
 def comparable(folder: pathlib.Path) -> list[dict[str, float]]:

@@ -308,7 +308,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
             if metrics["epoch"] == last_epoch:
                 stop.set()
 
-        return loop.train(run, stop, loop.Output(folder, lambda line: None, watch))
+        return loop.train(run, stop.is_set, loop.Output(folder, lambda line: None, watch))
 
     assert not go(tmp_path / "many", sharding.make_mesh(Mesh()), 1)
     assert not go(tmp_path / "many", sharding.make_mesh(Mesh(data=2, model=4)), 2)

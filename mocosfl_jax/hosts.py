@@ -1,0 +1,240 @@
+"""A run of several processes, one on each host or device: how they meet, agree, stop and part.
+
+JAX's distributed runtime does the work. With one process there is none of it, and the functions here are trivial.
+"""
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, NoReturn
+
+import jax
+import numpy as np
+from jax._src.clusters import ClusterEnv  # what initialize() itself asks; there is no public way
+from jax.experimental import multihost_utils
+
+from mocosfl_jax.errors import UserError
+
+# Seconds. A process that has not been heard of for so long is taken for dead, and the others end.
+HEARTBEAT = 60
+# For all processes to come to the coordinator, at the start.
+MEETING = 300
+# For all processes to end, after the first has.
+PARTING = 60
+
+LOST = "another process of the run has ended or cannot be reached"
+AGAIN = "start all of them again with the same command, which goes on from the newest checkpoint"
+
+
+class Address(NamedTuple):
+    """Where a process meets the others, by the command line."""
+
+    coordinator: str  # HOST:PORT, of process 0
+    num_processes: int
+    process_id: int
+
+
+class ElsewhereError(Exception):
+    """Another process has an error of the user's to tell; this one ends with it."""
+
+
+def address(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Address | None:
+    """What --coordinator, --num_processes and --process_id say; None where none of them is given.
+
+    Raises:
+      UserError: if some are missing or cannot be.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if coordinator is None or num_processes is None or process_id is None:
+        raise UserError(f"{' and '.join(missing)}: found none, allowed: all three of {', '.join(given)} or none")
+    host, colon, port = coordinator.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise UserError(f"--coordinator: found {coordinator!r}, allowed: HOST:PORT of process 0")
+    if num_processes < 1:
+        raise UserError(f"--num_processes: found {num_processes}, allowed: 1 or more")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"--process_id: found {process_id}, allowed: 0 to {num_processes - 1}")
+    return Address(coordinator, num_processes, process_id)
+
+
+def join(where: Address | None) -> None:
+    """Meet the other processes of the run. Call before JAX's first operation.
+
+    Args:
+      where: by the command line; None: as JAX detects it (SLURM, Open MPI, TPU pods, Kubernetes), if that says
+        that there are several processes. With one process, nothing happens.
+
+    Raises:
+      UserError: if they do not meet within `MEETING` seconds, or what is detected cannot be.
+    """
+    if where is None:
+        if _detected_processes() == 1:
+            return
+        _filter_stderr()
+        arguments = {}
+    elif where.num_processes == 1:
+        return
+    else:
+        _filter_stderr()
+        arguments = {
+            "coordinator_address": where.coordinator,
+            "num_processes": where.num_processes,
+            "process_id": where.process_id,
+            "cluster_detection_method": "deactivate",
+        }
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=MEETING,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=PARTING,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        _leave(2, f"the processes of the run do not meet: {error}")
+    if not first():
+        name = f"process {jax.process_index()} of {jax.process_count()}"
+        print(f"{name}: process 0 tells how the run goes", file=sys.stderr, flush=True)
+
+
+def _detected_processes() -> int:
+    """How many processes the surroundings have started, as JAX detects it; 1 where it detects nothing."""
+    try:
+        for cluster in ClusterEnv._cluster_types:
+            if not cluster.opt_in_only_method and cluster.is_env_present():
+                return cluster.get_process_count()
+    except Exception as error:  # of any kind, from a cluster's own library
+        raise UserError(
+            f"found a cluster and not how many processes it has started ({error}), allowed: --coordinator, "
+            "--num_processes and --process_id; --num_processes=1 is a run of this process alone"
+        ) from error
+    return 1
+
+
+def several() -> bool:
+    """Whether the run has several processes."""
+    return jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this is the process that writes files and tells how the run goes."""
+    return jax.process_index() == 0
+
+
+def of_first(values: Sequence[int]) -> list[int]:
+    """What process 0 calls this with (int32), on all processes. All have to call it."""
+    if not several():
+        return list(values)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
+    mine = np.resize(np.array(values, np.int32), count) if first() else np.zeros(count, np.int32)
+    return multihost_utils.broadcast_one_to_all(mine).tolist() if count else []
+
+
+def everywhere(holds: bool) -> bool:
+    """Whether it holds on every process. All have to call it."""
+    return bool(np.all(multihost_utils.process_allgather(np.int32(holds)))) if several() else holds
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is within succeeds on all processes or on none. All have to enter.
+
+    Raises:
+      UserError: that of this process.
+      ElsewhereError: another one has a UserError, and this one has none, or would only repeat that of process 0.
+    """
+    mine: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    if several():
+        failed = multihost_utils.process_allgather(np.int32(mine is not None))
+        if np.any(failed) and (mine is None or (failed[0] and not first())):
+            raise ElsewhereError
+    if mine is not None:
+        raise mine
+
+
+def stop_together(here: threading.Event) -> Callable[[], bool]:
+    """Whether the run is to stop now, with the same answer on all processes.
+
+    Args:
+      here: set when this process is to stop; with several, JAX's preemption service listens to SIGTERM instead.
+
+    Returns:
+      A function that all processes have to call at the same points of the program.
+    """
+    if not several():
+        return here.is_set
+    calls = itertools.count()
+    stopped = False
+
+    def stop() -> bool:
+        nonlocal stopped
+        # The point at which all stop is a number of this call that none has passed.
+        stopped = stopped or multihost_utils.reached_preemption_sync_point(next(calls))
+        return stopped
+
+    return stop
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is that of a collective, or of Orbax, whose other side is gone."""
+    words = str(error).lower()
+    return several() and any(name in words for name in ("gloo", "nccl", "coordination", "socket closed", "barrier"))
+
+
+def leave(status: int, message: str | None = None) -> None:
+    """With several processes, end this one at once: it would wait for the others, which wait for it."""
+    if several():
+        _leave(status, message)
+
+
+def _leave(status: int, message: str | None) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if message is not None:
+        os.write(2, f"error: {' '.join(message.split())[:2000]}\n".encode())
+    os._exit(status)
+
+
+# When a process of the run dies, XLA ends the others from C++, with a stack trace that Python can neither catch
+# nor prevent. What C++ writes passes through a process that says it in one line, once.
+_FILTER = """
+import signal, sys
+for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(each, signal.SIG_IGN)
+lost, meeting, err = sys.argv[1].encode(), sys.argv[2].encode(), sys.stderr.buffer
+told = quiet = False
+for line in sys.stdin.buffer:
+    fatal = b"Terminating process because the JAX distributed service" in line
+    ours = line.startswith(b"error: ")
+    quiet = quiet or fatal or b"coordination_service" in line or b"preemption_sync_manager.cc" in line
+    if fatal or ours:
+        if not told:
+            err.write(line if ours else meeting if b"RegisterTask" in line or b"DEADLINE" in line else lost)
+        told = True
+    elif not quiet:
+        err.write(line)
+    err.flush()
+"""
+
+
+def _filter_stderr() -> None:
+    """Have what C++ writes to stderr pass through `_FILTER`; Python goes on to write there itself."""
+    sys.stderr.flush()
+    messages = (f"error: {LOST}; {AGAIN}\n", f"error: the processes of the run did not meet within {MEETING} s\n")
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", _FILTER, *messages], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert child.stdin is not None
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(child.stdin.fileno(), 2)
+    child.stdin.close()

@@ -1,0 +1,50 @@
+"""A toy network, and the command with it in place of the ResNet: `python tests/toy.py ARGUMENTS of the command`."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mocosfl_jax import SplitModel
+
+IMAGE = (4, 4, 3)
+KEY_DIM = 8
+
+
+def make_toy_model() -> SplitModel:
+    """Two layers, one on each side of the cut: compiles in no time, and any network fits SplitModel."""
+
+    def init(rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+        rng_client, rng_server, rng_head = jax.random.split(rng, 3)
+        return (
+            {"kernel": 0.5 * jax.random.normal(rng_client, (IMAGE[-1], 5))},
+            {
+                "kernel": 0.3 * jax.random.normal(rng_server, (16 * 5, 12)),
+                "head": 0.3 * jax.random.normal(rng_head, (12, KEY_DIM)),
+            },
+        )
+
+    def client(params: dict[str, Array], images: Array) -> Array:
+        return jnp.tanh(images @ params["kernel"])
+
+    def backbone(params: dict[str, Array], smashed: Array) -> Array:
+        return jnp.tanh(smashed.reshape(*smashed.shape[:-3], -1) @ params["kernel"])
+
+    def head(params: dict[str, Array], backbone: Array) -> Array:
+        return backbone @ params["head"]
+
+    return SplitModel(init, client, backbone, head, KEY_DIM)
+
+
+def main() -> int:
+    from mocosfl_jax import experiment, hosts, train
+
+    experiment.build_model = lambda *_, **__: make_toy_model()
+    # A process that is killed is noticed, and one that does not come is given up, within seconds.
+    hosts.HEARTBEAT, hosts.MEETING, hosts.PARTING = 10, 20, 10
+    return train.main(sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
