@@ -43,7 +43,8 @@ class Progress(NamedTuple):
 
 def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:
     """The manager of the checkpoints in `folder`, which keeps the newest `keep` of them."""
-    return _manager(folder, ocp.CheckpointManagerOptions(max_to_keep=keep))
+    # What a killed run has begun to write goes.
+    return _manager(folder, ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True))
 
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:

@@ -115,8 +115,9 @@ def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progre
 
 def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
     """Compile the step, the bulk of all compilation; the others compile when they are first used."""
-    batch = (run.cohort, int(run.batch_sizes.max()), *run.dataset.x_train.shape[1:])
-    place, spread = sharding.of_images(run.mesh, *batch[:2]), sharding.make_spread(run.mesh)
+    batch = (*places(run), *run.dataset.x_train.shape[1:])
+    place = sharding.of_images(run.mesh, run.cohort)
+    spread = sharding.make_spread(run.mesh, run.cohort, int(run.batch_sizes.max()))
     size = 1
     if rounds.scans_steps(jax.default_backend()):
         size = batches.steps_per_piece(math.prod(batch), run.steps_per_round)
@@ -126,7 +127,7 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
         rng_views,
         state=state,
         images=jax.ShapeDtypeStruct((size, *batch), np.uint8, sharding=place),
-        whole_pool=run.whole_pool,
+        cohort=None if run.whole_pool else run.cohort,
         spread=spread,
     )
     return Programs(
@@ -139,16 +140,27 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
     )
 
 
+def places(run: Run) -> tuple[int, int]:
+    """M and B of the images that a step gets, which the devices can share out."""
+    return sharding.padded(run.mesh, run.cohort, int(run.batch_sizes.max()))
+
+
 def make_feed(run: Run, piece_steps: int) -> Feed:
     """The images of the run's steps, from where they are."""
     images = run.dataset.x_train
-    place = sharding.of_images(run.mesh, run.cohort, int(run.batch_sizes.max()))
+    place = sharding.of_images(run.mesh, run.cohort)
+
+    def indices(epoch: int) -> np.ndarray:
+        """What only fills up the devices is the first image: the step does not look at it."""
+        dealt = run.indices(epoch)
+        return np.pad(dealt, [(0, n - m) for n, m in zip((len(dealt), *places(run)), dealt.shape, strict=True)])
+
     if run.residence.resident:
         assert isinstance(images, np.ndarray)
-        return batches.resident(sharding.replicate(run.mesh, images), run.indices, piece_steps, place)
+        return batches.resident(sharding.replicate(run.mesh, images), indices, piece_steps, place)
     return batches.streamed(
         images,
-        run.indices,
+        indices,
         piece_steps,
         place,
         epochs=run.config.total_epochs,

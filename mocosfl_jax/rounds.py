@@ -103,7 +103,7 @@ def make_run_steps(
     *,
     state: TrainState,
     images: jax.ShapeDtypeStruct,
-    whole_pool: bool,
+    cohort: int | None,
     spread: Spread = _as_it_is,
 ) -> RunSteps:
     """Compile the function that runs some steps of training.
@@ -119,14 +119,14 @@ def make_run_steps(
       state: a state as the function will get, for its shapes.
       images: of most pieces, [s, M, B, H, W, 3] uint8, with the sharding of all; s above 1: its steps run as
         one program (see `scans_steps`).
-      whole_pool: every client takes part in every step.
+      cohort: M, which may be less than the images have; None: every client takes part in every step.
       spread: where the images of a step are within its program; of `sharding.make_spread` on several devices.
 
     Returns:
-      state, pieces of images (each of s steps or of one), cohort [M] int32 (None if `whole_pool`) -> new
+      state, pieces of images (each of s steps or of one), cohort [M] int32 (None for the whole pool) -> new
       state and Curve. The state is donated.
     """
-    piece_steps, clients = images.shape[:2]
+    piece_steps = images.shape[0]
 
     def step(state: TrainState, images: Array, rng: Array, cohort: Array | None) -> tuple[TrainState, Curve]:
         views = make_views(jax.random.fold_in(rng, state.step), spread(images))
@@ -144,11 +144,11 @@ def make_run_steps(
 
     run_one: Any = jax.jit(one, donate_argnums=0)
     run_several: Any = jax.jit(several, donate_argnums=0)
-    cohort = None if whole_pool else np.arange(clients, dtype=np.int32)
+    members = None if cohort is None else np.arange(cohort, dtype=np.int32)
     if piece_steps > 1:
-        run_several = run_several.lower(state, images, rng, cohort).compile()
+        run_several = run_several.lower(state, images, rng, members).compile()
     else:
-        run_one = run_one.lower(state, images, rng, cohort).compile()
+        run_one = run_one.lower(state, images, rng, members).compile()
 
     def run(
         state: TrainState, pieces: Iterable[Array], cohort: np.ndarray | None

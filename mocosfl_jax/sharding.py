@@ -113,22 +113,30 @@ def of_clients(mesh: Mesh | None, count: int) -> NamedSharding | None:
     return NamedSharding(mesh, CLIENTS if count % mesh.size == 0 else P())
 
 
-def of_images(mesh: Mesh | None, places: int, batch: int) -> NamedSharding | None:
-    """Where images of steps [s, M, B, H, W, 3] go: to the devices of their clients, where these divide."""
-    if mesh is None:
-        return None
-    if places % mesh.size == 0:
-        return NamedSharding(mesh, P(None, EVERY))
-    if places == 1 and batch % mesh.size == 0:
-        return NamedSharding(mesh, P(None, None, EVERY))
-    return NamedSharding(mesh, P())
+def of_images(mesh: Mesh | None, places: int) -> NamedSharding | None:
+    """Where images of steps [s, M, B, H, W, 3], `padded`, go: to the devices of their clients."""
+    return None if mesh is None else NamedSharding(mesh, P(None, *_of_views(places)))
 
 
-def make_spread(mesh: Mesh | None) -> Callable[[Array], Array]:
-    """How a step spreads its images [M, B, H, W, 3], for `rounds`: to the devices of their clients."""
+def padded(mesh: Mesh | None, places: int, batch: int) -> tuple[int, int]:
+    """M and B of images that `of_images` cuts, with places that only fill up the devices."""
+    size = 1 if mesh is None else mesh.size
+    return (places, _share(batch, size) * size) if places == 1 else (_share(places, size) * size, batch)
+
+
+def make_spread(mesh: Mesh | None, places: int, batch: int) -> Callable[[Array], Array]:
+    """How a step spreads its images, for `rounds`: to the devices of their clients.
+
+    Takes them as `padded` says, and gives [places, batch, H, W, 3].
+    """
     if mesh is None:
         return lambda images: images
-    return lambda images: _at(mesh, images, _views(images))
+
+    def spread(images: Array) -> Array:
+        images = images[:places, :batch]
+        return _at(mesh, images, _views(images))
+
+    return spread
 
 
 def make_placement(mesh: Mesh | None) -> Placement:
@@ -267,8 +275,12 @@ def _pad(x: Array, size: int) -> Array:
 
 
 def _views(x: Array) -> P:
+    return _of_views(len(x))
+
+
+def _of_views(places: int) -> P:
     """Of images [M, B, ...]. One client alone, as in centralised MoCo, has its images shared out instead."""
-    return CLIENTS if len(x) > 1 else VIEWS
+    return CLIENTS if places > 1 else VIEWS
 
 
 def _info(mesh: Mesh, info: StepInfo) -> StepInfo:

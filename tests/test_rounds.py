@@ -39,7 +39,7 @@ def build(
         jax.random.key(2),
         state=state,
         images=jax.ShapeDtypeStruct((size, N if whole_pool else M, B, *IMAGE), jnp.uint8),
-        whole_pool=whole_pool,
+        cohort=None if whole_pool else M,
     )
 
     def run_steps(

@@ -340,21 +340,31 @@ def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
             mesh,
             7,
         )
-        place, size = sharding.of_images(mesh, 5, 2), 3 if scan else 1
+        place, size = sharding.of_images(mesh, 5), 3 if scan else 1
+        places = sharding.padded(mesh, 5, 2)
+        padded = np.pad(indices, [(0, 0), (0, places[0] - 5), (0, 0)])
         state = jax.jit(algorithm.init)(jax.random.key(0))
         run = rounds.make_run_steps(
             algorithm,
             make_views,
             jax.random.key(2),
             state=state,
-            images=jax.ShapeDtypeStruct((size, 5, 2, *pictures.shape[1:]), np.uint8, sharding=place),
-            whole_pool=False,
-            spread=sharding.make_spread(mesh),
+            images=jax.ShapeDtypeStruct((size, *places, *pictures.shape[1:]), np.uint8, sharding=place),
+            cohort=5,
+            spread=sharding.make_spread(mesh, 5, 2),
         )
         feeds = [
-            batches.resident(sharding.replicate(mesh, pictures), lambda epoch: indices, size, place),
+            batches.resident(
+                sharding.replicate(mesh, pictures), lambda epoch, rows=padded: rows, size, place
+            ),
             batches.streamed(
-                pictures, lambda epoch: indices, size, place, epochs=2, steps_per_epoch=3, steps_per_round=3
+                pictures,
+                lambda epoch, rows=padded: rows,
+                size,
+                place,
+                epochs=2,
+                steps_per_epoch=3,
+                steps_per_round=3,
             ),
         ]
         losses = []

@@ -1,9 +1,12 @@
 """A toy network, and the command with it in place of the ResNet: `python tests/toy.py ARGUMENTS of the command`."""
 
+import os
+import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from mocosfl_jax import SplitModel
@@ -37,9 +40,25 @@ def make_toy_model() -> SplitModel:
     return SplitModel(init, client, backbone, head, KEY_DIM)
 
 
-def main() -> int:
-    from mocosfl_jax import experiment, hosts, train
+class Recording:
+    """Images that note in a file of this process which of them are asked for."""
 
+    def __init__(self, images: np.ndarray, folder: str) -> None:
+        self.images, self.shape = images, images.shape
+        self.path = pathlib.Path(folder) / f"rows_{jax.process_index()}"
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        with self.path.open("a") as file:
+            file.write("".join(f"{row}\n" for row in rows.ravel()))
+        return self.images[rows]
+
+
+def main() -> int:
+    from mocosfl_jax import batches, experiment, hosts, train
+
+    if folder := os.environ.get("TOY_ROWS"):
+        streamed = batches.streamed
+        batches.streamed = lambda images, *rest, **how: streamed(Recording(images, folder), *rest, **how)
     experiment.build_model = lambda *_, **__: make_toy_model()
     # A process that is killed is noticed, and one that does not come is given up, within seconds.
     hosts.HEARTBEAT, hosts.MEETING, hosts.PARTING = 10, 20, 10

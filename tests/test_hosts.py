@@ -1,0 +1,334 @@
+"""Two processes on this machine make one run: its results, its files, and what becomes of it when one is lost."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import toy
+import yaml
+from test_loop import comparable
+
+from mocosfl_jax import checkpoint, experiment, hosts, loop, sharding, workdir
+from mocosfl_jax.commandline import parse
+from mocosfl_jax.config import Config
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.train import main
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+ROOT = pathlib.Path(__file__).parents[1]
+EPOCHS = 12
+FIELDS = {
+    "epochs": EPOCHS,
+    "data.name": "npz",
+    "clients.num": 5,  # which two devices cannot share evenly
+    "clients.cohort": 4,
+    "clients.batch_size": 2,
+    "clients.noniid_ratio": 1.0,
+    "sync.frequency": 4,
+    "moco.queue_size": 20,
+    "eval.every": 6,
+    "eval.knn_k": 3,
+    "eval.probe_epochs": 2,
+    "mesh.data": 2,
+    "mesh.model": 1,
+}
+
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    pictures = rng.integers(0, 256, (60, *toy.IMAGE)).astype(np.uint8)
+    np.savez(path, x_train=pictures, y_train=labels, x_test=pictures[:20], y_test=labels[:20])
+    return path
+
+
+def arguments(data: pathlib.Path, folder: pathlib.Path, *more: str) -> list[str]:
+    fields = [f"--config.{name}={value}" for name, value in (FIELDS | {"data.dir": str(data)}).items()]
+    return ["train", *fields, f"--workdir={folder}", *more]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def start(
+    argv: list[str], processes: int = 2, environment: Mapping[str, str] | None = None
+) -> list[subprocess.Popen]:
+    """The processes of a run with the toy network, one CPU device each."""
+    where = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | (environment or {})
+    command = [sys.executable, toy.__file__, *argv[1:], *where]
+    return [
+        subprocess.Popen(
+            [*command, f"--process_id={i}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
+        for i in range(processes)
+    ]
+
+
+def ends(processes: list[subprocess.Popen]) -> list[Ended]:
+    ended = []
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        ended.append(Ended(process.returncode, out, err))
+    return ended
+
+
+def errors(ended: Ended) -> list[str]:
+    return [line for line in ended.err.splitlines() if line.startswith("error: ")]
+
+
+def wait_for_epoch(folder: pathlib.Path, epoch: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(comparable(folder)) <= epoch:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def newest(folder: pathlib.Path) -> int:
+    return max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def parameters(argv: list[str], folder: pathlib.Path) -> list[np.ndarray]:
+    """All arrays of the newest checkpoint, read by this process on one device."""
+    config: Config = parse([a for a in argv if not a.startswith("--workdir")], "").config
+    model = toy.make_toy_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "build_model", lambda *_, **__: model)
+        run = experiment.prepare(config)
+    state, _ = checkpoint.restore(folder / "checkpoints", None, run.algorithm.init)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def assert_same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("rows")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    data: pathlib.Path, rows: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, list[Ended]]:
+    """A whole run of two processes."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    ended = ends(start(arguments(data, folder), environment={"TOY_ROWS": str(rows)}))
+    assert [process.status for process in ended] == [0, 0], ended
+    return folder, ended
+
+
+def train_here(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None
+) -> None:
+    """The command in this process alone, on two of its devices; until the end of an epoch, if that is given."""
+    monkeypatch.setattr(experiment, "build_model", lambda *_, **__: toy.make_toy_model())
+    if stop_after is not None:
+        record = loop.record
+
+        def stopping(run: experiment.Run, progress: checkpoint.Progress, metrics: dict, output: loop.Output):  # type: ignore[no-untyped-def]
+            if metrics["epoch"] == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+            return record(run, progress, metrics, output)
+
+        monkeypatch.setattr(loop, "record", stopping)
+    assert main(argv) == (0 if stop_after is None else 128 + signal.SIGTERM)
+
+
+def test_two_processes_train_what_one_trains(
+    data: pathlib.Path,
+    undisturbed: tuple[pathlib.Path, list[Ended]],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit: on a mesh of the same shape the program is the same, and a sum of two has one order."""
+    argv = arguments(data, tmp_path / "one")
+    train_here(argv, monkeypatch)
+    assert comparable(tmp_path / "one") == comparable(undisturbed[0])
+    assert_same(parameters(argv, tmp_path / "one"), parameters(argv, undisturbed[0]))
+
+
+def test_process_0_alone_tells_and_each_loads_its_own_clients_images(
+    data: pathlib.Path, rows: pathlib.Path, undisturbed: tuple[pathlib.Path, list[Ended]]
+) -> None:
+    folder, (told, silent) = undisturbed
+    assert re.search(r"devices +2 x .* in 2 processes, mesh of data 2 x model 1\n", told.out)
+    assert "each process loads those of its own clients" in told.out and "linear probe" in told.out
+    assert not told.err
+    assert not [line for line in silent.out.splitlines() if not line.startswith("[Gloo]")]
+    assert silent.err == "process 1 of 2: process 0 tells how the run goes\n"
+    config: Config = parse(arguments(data, folder)[:-1], "").config
+    run = experiment.prepare(config)
+    wanted = [set(), set()]  # type: list[set[int]]
+    for epoch in range(EPOCHS):
+        dealt = run.indices(epoch)
+        wanted[0] |= set(dealt[:, :2].ravel().tolist())
+        wanted[1] |= set(dealt[:, 2:].ravel().tolist())
+    for process in range(2):
+        assert {int(row) for row in (rows / f"rows_{process}").read_text().split()} == wanted[process]
+
+
+def test_a_run_stopped_killed_and_moved_ends_as_an_undisturbed_one(
+    data: pathlib.Path,
+    undisturbed: tuple[pathlib.Path, list[Ended]],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "run"
+    argv = arguments(data, folder)
+
+    # SIGTERM on one: both save the same step and end.
+    processes = start(argv)
+    wait_for_epoch(folder, 1)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = ends(processes)
+    assert [process.status for process in ended] == [128 + signal.SIGTERM] * 2, ended
+    (saved,) = re.findall(r"saved at step (\d+) of", ended[0].out)
+    assert newest(folder) == int(saved) and "stopped by SIGTERM; to go on: " in ended[0].out
+
+    # SIGKILL on one: the other ends by itself and says so in one line.
+    processes = start(argv)
+    wait_for_epoch(folder, len(comparable(folder)))
+    processes[1].kill()
+    survivor, _ = ends(processes)
+    assert survivor.status and errors(survivor) == [f"error: {hosts.LOST}; {hosts.AGAIN}"], survivor
+    assert "Traceback" not in survivor.err and "stack trace" not in survivor.err
+    assert newest(folder) >= int(saved)
+
+    # What two have saved one restores, and the reverse.
+    train_here(argv, monkeypatch, stop_after=EPOCHS - 2)
+    ended = ends(start(argv))
+    assert [process.status for process in ended] == [0, 0], ended
+    assert comparable(folder) == comparable(undisturbed[0])
+    assert_same(parameters(argv, folder), parameters(argv, undisturbed[0]))
+
+
+def test_a_mistake_that_process_0_finds_ends_all(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    told, silent = ends(start(arguments(data, tmp_path / "run")))
+    assert (told.status, silent.status) == (2, 2)
+    assert len(errors(told)) == 1 and "holds metrics.jsonl but no config.json" in told.err
+    assert silent.err == "process 1 of 2: process 0 tells how the run goes\n"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--coordinator=host:1"], "--num_processes and --process_id: found none, allowed: all three of"),
+        (["--num_processes=2", "--process_id=0"], "--coordinator: found none, allowed: all three of"),
+        (["--coordinator=host", "--num_processes=2", "--process_id=0"], "--coordinator: found 'host', allowed:"),
+        (["--coordinator=host:0", "--num_processes=2", "--process_id=0"], "--coordinator: found 'host:0'"),
+        (["--coordinator=h:1", "--num_processes=0", "--process_id=0"], "--num_processes: found 0, allowed: 1"),
+        (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "--process_id: found 2, allowed: 0 to 1"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    given: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["train", *given]) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_stays_alone_says_so_in_one_line(
+    process: int, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Longer than the 20 seconds that toy.py gives it, by what XLA needs."""
+    both = start(arguments(data, tmp_path / "run"))
+    both[1 - process].kill()
+    alone = ends(both)[process]
+    assert alone.status and errors(alone) == ["error: the processes of the run did not meet within 20 s"]
+    assert len(alone.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_cluster_counts_if_it_has_started_several_processes(
+    several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM's variables, as srun sets them; elsewhere there are none, and no distributed runtime."""
+    assert hosts._detected_processes() == 1
+    slurm = {"JOB_ID": 7, "STEP_NODELIST": "node[1-2]", "NTASKS": 2 if several else 1, "PROCID": 0, "LOCALID": 0}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert hosts._detected_processes() == slurm["NTASKS"]
+    if not several:
+        hosts.join(None)
+    assert not jax.distributed.is_initialized() and not hosts.several()
+
+
+def test_what_several_processes_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    with pytest.raises(UserError, match=r"config\.mesh: found data 4 and model 1, allowed: a product of 8"):
+        sharding.make_mesh(Config().mesh.__class__(data=4, model=1))
+
+
+@pytest.mark.parametrize("name", ["one_node.sh", "slurm.sh", "tpu_pod.sh"])
+def test_launch_scripts_are_shell(name: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "launch" / name)], check=True)
+    assert "python -m mocosfl_jax.train" in (ROOT / "launch" / name).read_text()
+
+
+def test_launch_of_gke_is_yaml() -> None:
+    documents = list(yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text()))
+    kinds = [document["kind"] for document in documents]
+    assert kinds == ["Service", "Job"]
+    job = documents[1]["spec"]
+    assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] > 1
+    assert job["template"]["spec"]["subdomain"] == documents[0]["metadata"]["name"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_quickstart_network(tmp_path: pathlib.Path) -> None:
+    """Against one process on one device: other kernels and another order of sums, so to rounding."""
+    fields = {
+        "epochs": 1,
+        "clients.num": 4,
+        "clients.batch_size": 2,
+        "sync.frequency": 200,
+        "eval.every": 0,
+        "eval.probe_epochs": 0,
+    }
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    losses = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        argv = [sys.executable, "-m", "mocosfl_jax.train", f"--workdir={folder}"]
+        argv += [f"--config.{name}={value}" for name, value in fields.items()]
+        port = free_port()
+        started = [
+            subprocess.Popen(
+                [*argv, f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"],
+                env=env,
+            )
+            for i in range(processes)
+        ]
+        assert [process.wait(1200) for process in started] == [0] * processes
+        losses.append(workdir.read_metrics(folder)[-1]["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
