@@ -49,8 +49,8 @@ def residence(resident: bool | None, size: int) -> Residence:
     if hosts.several():
         if resident:
             raise UserError(
-                "config.data.resident: found True, allowed: False or None with several processes, of which each "
-                "loads the images of its own clients"
+                "config.data.resident: found True, allowed: False or None with several processes, of which "
+                "each loads the images of its own clients"
             )
         return Residence(False, "each process loads those of its own clients")
     if resident is not None:
@@ -94,9 +94,9 @@ def resident(images: Array, indices: Indices, piece_steps: int, place: Sharding 
     return feed
 
 
-def _here(shape: tuple[int, ...], place: Sharding | None) -> dict[Any, tuple[slice, ...]]:
+def _here(shape: tuple[int, ...], place: Sharding | None) -> dict[Any, Any]:
     """Which part of an array [s, M, B] each device of this process gets; None: the only device."""
-    return {None: (slice(None),)} if place is None else place.addressable_devices_indices_map(shape)
+    return {None: ...} if place is None else dict(place.addressable_devices_indices_map(shape))
 
 
 def streamed(

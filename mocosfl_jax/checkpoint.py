@@ -55,7 +55,7 @@ def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
 class _Manager(ocp.CheckpointManager):
     """Asks nobody whether the run is about to stop.
 
-    With several processes that is asked once a round (`hosts.stop_together`), with numbers that count the calls.
+    With several processes that is asked once a round (`hosts.stop_together`), with the number of the call.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -117,7 +117,9 @@ def _full_disk_told(manager: ocp.CheckpointManager) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         if hosts.several():  # the others have not met it, and wait
-            raise OSError(f"{manager.directory}: the disk was full before a checkpoint was complete") from error
+            raise OSError(
+                f"{manager.directory}: the disk was full before a checkpoint was complete"
+            ) from error
         folder = Path(manager.directory)
         for begun in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(begun, ignore_errors=True)
@@ -188,7 +190,7 @@ def _first_readable(
     manager: ocp.CheckpointManager, steps: Sequence[int], like: TrainState
 ) -> tuple[TrainState, Progress, list[int]]:
     """The first of these checkpoints that can be read by all processes, and the damaged ones before it."""
-    damaged = []
+    damaged: list[int] = []
     for step in steps:
         found = None
         try:

@@ -164,8 +164,8 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Run:
     if config.saving.loss_threshold:
         if hosts.several():
             raise UserError(
-                f"config.saving.loss_threshold: found {config.saving.loss_threshold:g}, allowed: 0 with several "
-                "processes"
+                f"config.saving.loss_threshold: found {config.saving.loss_threshold:g}, allowed: 0 with "
+                "several processes"
             )
         needed, limit = saving.gibibytes(run.replay_shape), config.saving.replay_gib
         if needed > limit:

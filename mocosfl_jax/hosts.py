@@ -1,6 +1,6 @@
 """A run of several processes, one on each host or device: how they meet, agree, stop and part.
 
-JAX's distributed runtime does the work. With one process there is none of it, and the functions here are trivial.
+JAX's distributed runtime does the work. With one process there is none of it.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -53,7 +53,9 @@ def address(coordinator: str | None, num_processes: int | None, process_id: int 
     if len(missing) == len(given):
         return None
     if coordinator is None or num_processes is None or process_id is None:
-        raise UserError(f"{' and '.join(missing)}: found none, allowed: all three of {', '.join(given)} or none")
+        raise UserError(
+            f"{' and '.join(missing)}: found none, allowed: all three of {', '.join(given)} or none"
+        )
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator: found {coordinator!r}, allowed: HOST:PORT of process 0")
@@ -68,8 +70,8 @@ def join(where: Address | None) -> None:
     """Meet the other processes of the run. Call before JAX's first operation.
 
     Args:
-      where: by the command line; None: as JAX detects it (SLURM, Open MPI, TPU pods, Kubernetes), if that says
-        that there are several processes. With one process, nothing happens.
+      where: by the command line; None: as JAX detects it (SLURM, Open MPI, TPU pods, Kubernetes), if that
+        says that there are several processes. With one process, nothing happens.
 
     Raises:
       UserError: if they do not meet within `MEETING` seconds, or what is detected cannot be.
@@ -78,7 +80,7 @@ def join(where: Address | None) -> None:
         if _detected_processes() == 1:
             return
         _filter_stderr()
-        arguments = {}
+        arguments: dict[str, Any] = {}
     elif where.num_processes == 1:
         return
     else:
@@ -147,7 +149,7 @@ def together() -> Iterator[None]:
 
     Raises:
       UserError: that of this process.
-      ElsewhereError: another one has a UserError, and this one has none, or would only repeat that of process 0.
+      ElsewhereError: another one has a UserError, and this one none, or it would only repeat process 0's.
     """
     mine: UserError | None = None
     try:
@@ -166,7 +168,7 @@ def stop_together(here: threading.Event) -> Callable[[], bool]:
     """Whether the run is to stop now, with the same answer on all processes.
 
     Args:
-      here: set when this process is to stop; with several, JAX's preemption service listens to SIGTERM instead.
+      here: set when this process is to stop; with several, JAX's preemption service hears SIGTERM instead.
 
     Returns:
       A function that all processes have to call at the same points of the program.
@@ -188,7 +190,9 @@ def stop_together(here: threading.Event) -> Callable[[], bool]:
 def is_lost(error: BaseException) -> bool:
     """Whether an error is that of a collective, or of Orbax, whose other side is gone."""
     words = str(error).lower()
-    return several() and any(name in words for name in ("gloo", "nccl", "coordination", "socket closed", "barrier"))
+    return several() and any(
+        name in words for name in ("gloo", "nccl", "coordination", "socket closed", "barrier")
+    )
 
 
 def leave(status: int, message: str | None = None) -> None:
@@ -205,8 +209,8 @@ def _leave(status: int, message: str | None) -> NoReturn:
     os._exit(status)
 
 
-# When a process of the run dies, XLA ends the others from C++, with a stack trace that Python can neither catch
-# nor prevent. What C++ writes passes through a process that says it in one line, once.
+# When a process of the run dies, XLA ends the others from C++, with a stack trace that Python can neither
+# catch nor prevent. What C++ writes passes through a process that says it in one line, once.
 _FILTER = """
 import signal, sys
 for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -230,7 +234,10 @@ for line in sys.stdin.buffer:
 def _filter_stderr() -> None:
     """Have what C++ writes to stderr pass through `_FILTER`; Python goes on to write there itself."""
     sys.stderr.flush()
-    messages = (f"error: {LOST}; {AGAIN}\n", f"error: the processes of the run did not meet within {MEETING} s\n")
+    messages = (
+        f"error: {LOST}; {AGAIN}\n",
+        f"error: the processes of the run did not meet within {MEETING} s\n",
+    )
     child = subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", _FILTER, *messages], stdin=subprocess.PIPE, start_new_session=True
     )

@@ -23,8 +23,9 @@ from mocosfl_jax.mocosfl import TrainState
 from mocosfl_jax.monitor import Encode
 from mocosfl_jax.saving import Traffic
 
-
-Stop = Callable[[], bool]  # whether the run is to stop; with several processes, at the same call on all of them
+Stop = Callable[
+    [], bool
+]  # whether the run is to stop; with several processes, at the same call on all of them
 
 
 class Programs(NamedTuple):
@@ -153,7 +154,9 @@ def make_feed(run: Run, piece_steps: int) -> Feed:
     def indices(epoch: int) -> np.ndarray:
         """What only fills up the devices is the first image: the step does not look at it."""
         dealt = run.indices(epoch)
-        return np.pad(dealt, [(0, n - m) for n, m in zip((len(dealt), *places(run)), dealt.shape, strict=True)])
+        return np.pad(
+            dealt, [(0, n - m) for n, m in zip((len(dealt), *places(run)), dealt.shape, strict=True)]
+        )
 
     if run.residence.resident:
         assert isinstance(images, np.ndarray)

@@ -22,7 +22,9 @@ def header(run: Run, state: TrainState) -> str:
     pool, sync, optim = config.clients, config.sync, config.optim
     classes = [len(np.unique(dataset.y_train[part])) for part in parts]
     height, width, channels = dataset.x_train.shape[1:]
-    client_params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients.params)
+    client_params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients.params
+    )
     device = jax.devices()[0]
     versions = environment()
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name in _PACKAGES)

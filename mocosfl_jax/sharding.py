@@ -76,8 +76,8 @@ def make_mesh(sizes: config.Mesh) -> Mesh | None:
         data = count // model
     if hosts.several() and data * model < count:
         raise UserError(
-            f"config.mesh: found data {data} and model {model}, allowed: a product of {count}, the number of devices, "
-            "where these belong to several processes"
+            f"config.mesh: found data {data} and model {model}, allowed: a product of {count}, the number of "
+            "devices, where these belong to several processes"
         )
     if data * model == 1:
         return None

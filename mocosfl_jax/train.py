@@ -5,8 +5,8 @@
                                 [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 Without arguments: the quickstart, on a sample of images that comes with the package, in runs/quickstart.
-The same command again goes on where the last one stopped. Several processes, each with devices of its own, make
-one run where a cluster has started them, or by the last three arguments (docs/hosts.md).
+The same command again goes on where the last one stopped. Several processes, each with devices of its own,
+make one run where a cluster has started them, or by the last three arguments (docs/hosts.md).
 """
 
 import contextlib
@@ -141,7 +141,7 @@ def last_checkpoint(folder: Path) -> str:
 def stop_on_signals() -> Iterator[tuple[Callable[[], bool], list[signal.Signals]]]:
     """Within, SIGINT and SIGTERM have the function return True and are listed; a second one ends the process.
 
-    With several processes JAX listens to SIGTERM (`hosts.stop_together`), which is left to it; SIGINT becomes one.
+    With several processes SIGTERM is left to JAX (`hosts.stop_together`), and SIGINT becomes one.
     """
     stop = threading.Event()
     received: list[signal.Signals] = []

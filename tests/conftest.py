@@ -14,10 +14,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mocosfl_jax_tests_")
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import IMAGE, KEY_DIM, make_toy_model
+from toy import IMAGE, make_toy_model
 
 from mocosfl_jax import SplitModel, Views
 from mocosfl_jax.train import main

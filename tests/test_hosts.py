@@ -1,4 +1,4 @@
-"""Two processes on this machine make one run: its results, its files, and what becomes of it when one is lost."""
+"""Two processes on this machine make one run: its results, its files, and what it survives."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -72,27 +72,36 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def start(
-    argv: list[str], processes: int = 2, environment: Mapping[str, str] | None = None
-) -> list[subprocess.Popen]:
-    """The processes of a run with the toy network, one CPU device each."""
-    where = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | (environment or {})
-    command = [sys.executable, toy.__file__, *argv[1:], *where]
-    return [
-        subprocess.Popen(
-            [*command, f"--process_id={i}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-        )
-        for i in range(processes)
-    ]
+class Process(NamedTuple):
+    """One of two of a run with the toy network, with a CPU device."""
+
+    running: subprocess.Popen
+    out: pathlib.Path
+    err: pathlib.Path
+
+    def end(self, timeout: float = 120) -> Ended:
+        self.running.wait(timeout)
+        return Ended(self.running.returncode, self.out.read_text(), self.err.read_text())
 
 
-def ends(processes: list[subprocess.Popen]) -> list[Ended]:
-    ended = []
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        ended.append(Ended(process.returncode, out, err))
-    return ended
+def start(argv: list[str], logs: pathlib.Path) -> list[Process]:
+    """Both processes; what they say goes to files in `logs`, and which images they read."""
+    port = free_port()
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "TOY_ROWS": str(logs)}
+    processes = []
+    for i in range(2):
+        where = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
+        out, err = logs / f"out_{i}", logs / f"err_{i}"
+        with out.open("w") as to_out, err.open("w") as to_err:
+            command = [sys.executable, toy.__file__, *argv[1:], *where]
+            processes.append(
+                Process(subprocess.Popen(command, stdout=to_out, stderr=to_err, env=env), out, err)
+            )
+    return processes
+
+
+def ends(processes: list[Process]) -> list[Ended]:
+    return [process.end() for process in processes]
 
 
 def errors(ended: Ended) -> list[str]:
@@ -126,111 +135,90 @@ def assert_same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("rows")
+def train_here(argv: list[str], stop_after: int | None = None) -> None:
+    """The command in this process alone, on two of its devices; until the end of an epoch, if given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "build_model", lambda *_, **__: toy.make_toy_model())
+        if stop_after is not None:
+            patch.setattr(loop, "record", stopping(stop_after))
+        assert main(argv) == (0 if stop_after is None else 128 + signal.SIGTERM)
+
+
+def stopping(epoch: int) -> Callable[..., checkpoint.Progress]:
+    """`loop.record`, with a SIGTERM at the end of the epoch."""
+    record = loop.record
+
+    def stopping(
+        run: experiment.Run, progress: checkpoint.Progress, metrics: workdir.Metrics, output: loop.Output
+    ) -> checkpoint.Progress:
+        if metrics["epoch"] == epoch:
+            signal.raise_signal(signal.SIGTERM)
+        return record(run, progress, metrics, output)
+
+    return stopping
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    data: pathlib.Path, rows: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[pathlib.Path, list[Ended]]:
-    """A whole run of two processes."""
+def undisturbed(data: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The workdir of a run of one process, on a mesh of the same shape."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    ended = ends(start(arguments(data, folder), environment={"TOY_ROWS": str(rows)}))
-    assert [process.status for process in ended] == [0, 0], ended
-    return folder, ended
+    train_here(arguments(data, folder))
+    return folder
 
 
-def train_here(
-    argv: list[str], monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None
-) -> None:
-    """The command in this process alone, on two of its devices; until the end of an epoch, if that is given."""
-    monkeypatch.setattr(experiment, "build_model", lambda *_, **__: toy.make_toy_model())
-    if stop_after is not None:
-        record = loop.record
-
-        def stopping(run: experiment.Run, progress: checkpoint.Progress, metrics: dict, output: loop.Output):  # type: ignore[no-untyped-def]
-            if metrics["epoch"] == stop_after:
-                signal.raise_signal(signal.SIGTERM)
-            return record(run, progress, metrics, output)
-
-        monkeypatch.setattr(loop, "record", stopping)
-    assert main(argv) == (0 if stop_after is None else 128 + signal.SIGTERM)
-
-
-def test_two_processes_train_what_one_trains(
-    data: pathlib.Path,
-    undisturbed: tuple[pathlib.Path, list[Ended]],
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
+    data: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Bit for bit: on a mesh of the same shape the program is the same, and a sum of two has one order."""
-    argv = arguments(data, tmp_path / "one")
-    train_here(argv, monkeypatch)
-    assert comparable(tmp_path / "one") == comparable(undisturbed[0])
-    assert_same(parameters(argv, tmp_path / "one"), parameters(argv, undisturbed[0]))
+    folder = tmp_path / "run"
+    argv = arguments(data, folder)
 
+    # SIGTERM on one: both save the same step and end.
+    processes = start(argv, tmp_path)
+    wait_for_epoch(folder, 1)
+    processes[1].running.terminate()
+    told, silent = ends(processes)
+    assert told.status == silent.status == 128 + signal.SIGTERM, (told, silent)
+    (saved,) = re.findall(r"saved at step (\d+) of", told.out)
+    assert newest(folder) == int(saved) and "stopped by SIGTERM; to go on: " in told.out
 
-def test_process_0_alone_tells_and_each_loads_its_own_clients_images(
-    data: pathlib.Path, rows: pathlib.Path, undisturbed: tuple[pathlib.Path, list[Ended]]
-) -> None:
-    folder, (told, silent) = undisturbed
+    # What two have saved one restores, and the reverse.
+    train_here(argv, stop_after=len(comparable(folder)))
+    saved_by_one = newest(folder)
+
+    # SIGKILL on one: the other ends by itself and says so in one line.
+    processes = start(argv, tmp_path)
+    wait_for_epoch(folder, len(comparable(folder)))
+    processes[1].running.kill()
+    survivor, _ = ends(processes)
+    assert f"going on from step {saved_by_one}" in survivor.out
+    assert survivor.status and errors(survivor) == [f"error: {hosts.LOST}; {hosts.AGAIN}"], survivor
+    assert "Traceback" not in survivor.err and "stack trace" not in survivor.err
+
+    # Nothing of that is left at the end; process 0 alone has told it.
+    told, silent = ends(start(argv, tmp_path))
+    assert told.status == silent.status == 0, (told, silent)
+    assert comparable(folder) == comparable(undisturbed)
+    assert_same(parameters(argv, folder), parameters(argv, undisturbed))
     assert re.search(r"devices +2 x .* in 2 processes, mesh of data 2 x model 1\n", told.out)
     assert "each process loads those of its own clients" in told.out and "linear probe" in told.out
     assert not told.err
     assert not [line for line in silent.out.splitlines() if not line.startswith("[Gloo]")]
     assert silent.err == "process 1 of 2: process 0 tells how the run goes\n"
-    config: Config = parse(arguments(data, folder)[:-1], "").config
+
+    # Each has loaded images of its own clients, a half of the cohort, and no others.
+    config: Config = parse(argv[:-1], "").config
     run = experiment.prepare(config)
-    wanted = [set(), set()]  # type: list[set[int]]
-    for epoch in range(EPOCHS):
-        dealt = run.indices(epoch)
-        wanted[0] |= set(dealt[:, :2].ravel().tolist())
-        wanted[1] |= set(dealt[:, 2:].ravel().tolist())
-    for process in range(2):
-        assert {int(row) for row in (rows / f"rows_{process}").read_text().split()} == wanted[process]
-
-
-def test_a_run_stopped_killed_and_moved_ends_as_an_undisturbed_one(
-    data: pathlib.Path,
-    undisturbed: tuple[pathlib.Path, list[Ended]],
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder = tmp_path / "run"
-    argv = arguments(data, folder)
-
-    # SIGTERM on one: both save the same step and end.
-    processes = start(argv)
-    wait_for_epoch(folder, 1)
-    processes[1].send_signal(signal.SIGTERM)
-    ended = ends(processes)
-    assert [process.status for process in ended] == [128 + signal.SIGTERM] * 2, ended
-    (saved,) = re.findall(r"saved at step (\d+) of", ended[0].out)
-    assert newest(folder) == int(saved) and "stopped by SIGTERM; to go on: " in ended[0].out
-
-    # SIGKILL on one: the other ends by itself and says so in one line.
-    processes = start(argv)
-    wait_for_epoch(folder, len(comparable(folder)))
-    processes[1].kill()
-    survivor, _ = ends(processes)
-    assert survivor.status and errors(survivor) == [f"error: {hosts.LOST}; {hosts.AGAIN}"], survivor
-    assert "Traceback" not in survivor.err and "stack trace" not in survivor.err
-    assert newest(folder) >= int(saved)
-
-    # What two have saved one restores, and the reverse.
-    train_here(argv, monkeypatch, stop_after=EPOCHS - 2)
-    ended = ends(start(argv))
-    assert [process.status for process in ended] == [0, 0], ended
-    assert comparable(folder) == comparable(undisturbed[0])
-    assert_same(parameters(argv, folder), parameters(argv, undisturbed[0]))
+    dealt = np.concatenate([run.indices(epoch) for epoch in range(EPOCHS)])
+    for process, members in enumerate((slice(2), slice(2, 4))):
+        loaded = {int(row) for row in (tmp_path / f"rows_{process}").read_text().split()}
+        assert len(loaded) > 10 and loaded <= set(dealt[:, members].ravel().tolist())
 
 
 def test_a_mistake_that_process_0_finds_ends_all(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    told, silent = ends(start(arguments(data, tmp_path / "run")))
+    told, silent = ends(start(arguments(data, tmp_path / "run"), tmp_path))
     assert (told.status, silent.status) == (2, 2)
     assert len(errors(told)) == 1 and "holds metrics.jsonl but no config.json" in told.err
     assert silent.err == "process 1 of 2: process 0 tells how the run goes\n"
@@ -241,15 +229,22 @@ def test_a_mistake_that_process_0_finds_ends_all(data: pathlib.Path, tmp_path: p
     [
         (["--coordinator=host:1"], "--num_processes and --process_id: found none, allowed: all three of"),
         (["--num_processes=2", "--process_id=0"], "--coordinator: found none, allowed: all three of"),
-        (["--coordinator=host", "--num_processes=2", "--process_id=0"], "--coordinator: found 'host', allowed:"),
+        (
+            ["--coordinator=host", "--num_processes=2", "--process_id=0"],
+            "--coordinator: found 'host', allowed:",
+        ),
         (["--coordinator=host:0", "--num_processes=2", "--process_id=0"], "--coordinator: found 'host:0'"),
-        (["--coordinator=h:1", "--num_processes=0", "--process_id=0"], "--num_processes: found 0, allowed: 1"),
-        (["--coordinator=h:1", "--num_processes=2", "--process_id=2"], "--process_id: found 2, allowed: 0 to 1"),
+        (
+            ["--coordinator=h:1", "--num_processes=0", "--process_id=0"],
+            "--num_processes: found 0, allowed: 1",
+        ),
+        (
+            ["--coordinator=h:1", "--num_processes=2", "--process_id=2"],
+            "--process_id: found 2, allowed: 0 to 1",
+        ),
     ],
 )
-def test_wrong_arguments_are_one_line(
-    given: list[str], message: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_wrong_arguments_are_one_line(given: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["train", *given]) == 2
     err = capsys.readouterr().err
     assert message in err and len(err.splitlines()) == 1
@@ -261,9 +256,9 @@ def test_a_process_that_stays_alone_says_so_in_one_line(
     process: int, data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Longer than the 20 seconds that toy.py gives it, by what XLA needs."""
-    both = start(arguments(data, tmp_path / "run"))
-    both[1 - process].kill()
-    alone = ends(both)[process]
+    both = start(arguments(data, tmp_path / "run"), tmp_path)
+    both[1 - process].running.kill()
+    alone = both[process].end()
     assert alone.status and errors(alone) == ["error: the processes of the run did not meet within 20 s"]
     assert len(alone.err.splitlines()) == 1
 
@@ -274,7 +269,13 @@ def test_a_cluster_counts_if_it_has_started_several_processes(
 ) -> None:
     """SLURM's variables, as srun sets them; elsewhere there are none, and no distributed runtime."""
     assert hosts._detected_processes() == 1
-    slurm = {"JOB_ID": 7, "STEP_NODELIST": "node[1-2]", "NTASKS": 2 if several else 1, "PROCID": 0, "LOCALID": 0}
+    slurm = {
+        "JOB_ID": 7,
+        "STEP_NODELIST": "node[1-2]",
+        "NTASKS": 2 if several else 1,
+        "PROCID": 0,
+        "LOCALID": 0,
+    }
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert hosts._detected_processes() == slurm["NTASKS"]
@@ -324,7 +325,12 @@ def test_two_processes_train_the_quickstart_network(tmp_path: pathlib.Path) -> N
         port = free_port()
         started = [
             subprocess.Popen(
-                [*argv, f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"],
+                [
+                    *argv,
+                    f"--coordinator=127.0.0.1:{port}",
+                    f"--num_processes={processes}",
+                    f"--process_id={i}",
+                ],
                 env=env,
             )
             for i in range(processes)

@@ -1,6 +1,6 @@
 """One run of two processes that is killed again and again: `pytest -m soak -n 0 -s tests/test_soak.py`.
 
-SOAK_KILLS says how often (200), SOAK_SEED which ones.
+SOAK_KILLS says how often (200), SOAK_SEED by which random numbers.
 """
 
 import collections
@@ -8,80 +8,121 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
 import time
 
 import numpy as np
 import pytest
-from test_hosts import arguments, assert_same, data, newest, parameters, start
+import test_hosts
+from test_hosts import Process, arguments, assert_same, newest, parameters, start
 from test_loop import comparable
 
-from mocosfl_jax import workdir
-
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("compilation_cache")]
-__all__ = ["data"]  # a fixture
+data = test_hosts.data  # a fixture
 
 KILLS, SEED = int(os.environ.get("SOAK_KILLS", "200")), int(os.environ.get("SOAK_SEED", "0"))
-SHARE_IN_SAVES = 0.4  # of the kills that wait for a checkpoint to be begun
-TRAINING = 4.0  # seconds after the start of a run's first step within which the others come
-PATIENCE = 90  # seconds for the other process to end
+EPOCHS = 2 * KILLS  # so that the run is not over before the kills are
+STARTING, TRAINING, SAVING = 10.0, 3.0, 0.05  # seconds within which a kill comes
+PATIENCE = 120  # seconds in which the other process has to end by itself
+FIELDS = {"epochs": EPOCHS, "eval.every": 0, "eval.probe_epochs": 0, "checkpoint.keep": 2}
 
 
-def begin(argv: list[str], folder: pathlib.Path) -> list[subprocess.Popen]:
-    """Start both; what they say goes to files."""
-    return start(argv, said=folder.parent)
+def saving(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint is begun and not complete."""
+    return any((folder / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
-def said(folder: pathlib.Path, process: int) -> str:
-    return (folder.parent / f"out_{process}").read_text()
+def training(processes: list[Process]) -> bool:
+    return "compiled the step" in processes[0].out.read_text()
 
 
-def begun(folder: pathlib.Path) -> set[str]:
-    """Checkpoints that are not complete."""
-    return {path.name for path in (folder / "checkpoints").glob("*tmp*")}
+def over(processes: list[Process]) -> bool:
+    return all(process.running.poll() is not None for process in processes)
 
 
-def complete(folder: pathlib.Path) -> int:
-    """The step of the newest complete checkpoint, -1 before the first."""
+def wait_for_moment(processes: list[Process], folder: pathlib.Path, rng: np.random.Generator) -> None:
+    """A random moment during the start, in training, or while a checkpoint is written."""
+    moment, part = rng.choice(["start", "training", "save"]), rng.random()
+    clock = time.monotonic()
+    if moment == "start":
+        while time.monotonic() < clock + part * STARTING and not over(processes):
+            time.sleep(0.01)
+        return
+    while not training(processes) and not over(processes):
+        time.sleep(0.01)
+    if moment == "training":
+        time.sleep(part * TRAINING)
+        return
+    while not saving(folder) and not over(processes):
+        time.sleep(0.0005)
+    time.sleep(part * SAVING)
+
+
+def where(processes: list[Process], folder: pathlib.Path) -> str:
+    """What the run is doing now."""
+    if over(processes):
+        return "after the end"
+    if not training(processes):
+        return "before the first step"
+    return "in a save" if saving(folder) else "in training"
+
+
+def steps_saved(folder: pathlib.Path) -> int:
+    """Of the newest complete checkpoint; -1 before the first."""
     try:
         return newest(folder)
     except (FileNotFoundError, ValueError):
         return -1
 
 
-def where(processes: list[subprocess.Popen], folder: pathlib.Path, left: set[str]) -> str:
-    """What the run is doing now."""
-    if all(process.poll() is not None for process in processes):
-        return "after the end"
-    if begun(folder) - left:
-        return "in a save"
-    return "in training" if "compiled the step" in said(folder, 0) else "before the first step"
+def test_a_run_survives_kills(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """No completed save is lost, each epoch is told once, and the end is that of an undisturbed run."""
+    more = [f"--config.{name}={value}" for name, value in FIELDS.items()]
+    undisturbed = arguments(data, tmp_path / "undisturbed", *more)
+    for process in start(undisturbed, tmp_path):
+        assert process.end(3600).status == 0
+    rng = np.random.default_rng(SEED)
+    folder = tmp_path / "run"
+    argv = arguments(data, folder, *more)
+    kills: collections.Counter[tuple[str, str]] = collections.Counter()
+    alone: collections.Counter[str] = collections.Counter()  # how the other process ended
+    slowest, began = 0.0, time.monotonic()
+    for number in range(KILLS):
+        before = steps_saved(folder)
+        processes = start(argv, tmp_path)
+        wait_for_moment(processes, folder, rng)
+        kind, victim = signal.Signals(rng.choice([signal.SIGKILL, signal.SIGTERM])), int(rng.integers(2))
+        moment = where(processes, folder)
+        kills[moment, kind.name] += 1
+        processes[victim].running.send_signal(kind)
+        clock = time.monotonic()
+        victim_status = processes[victim].end(PATIENCE).status
+        other = processes[1 - victim].end(PATIENCE)
+        slowest = max(slowest, time.monotonic() - clock)
+        alone[f"{kind.name} {moment}: status {victim_status}, the other {other.status}"] += 1
+        told = [line for line in other.err.splitlines() if line.startswith("error: ")]
+        assert len(told) == (other.status not in (0, 128 + signal.SIGTERM)), other
+        assert "Traceback" not in other.err and "stack trace" not in other.err, other
 
+        # Nothing is behind what was saved before, and the start was from there.
+        after = steps_saved(folder)
+        assert after >= before, (number, before, after)
+        out = processes[0].out.read_text()
+        for step in re.findall(r"going on from step ([\d,]+) of", out):
+            assert int(step.replace(",", "")) == before, (number, before, out)
+        if (folder / "metrics.jsonl").exists():
+            epochs = [line["epoch"] for line in comparable(folder)]
+            assert epochs == list(range(len(epochs))), (number, epochs)
+        print(f"{number + 1:4} {kind.name} on {victim} {moment}: {before} -> {after}", flush=True)
 
-def wait_for_the_moment(
-    processes: list[subprocess.Popen], folder: pathlib.Path, rng: np.random.Generator, left: set[str]
-) -> None:
-    """Until a random moment: while a checkpoint is written, or any within the start and some rounds."""
-    clock = time.monotonic()
-    if rng.random() < SHARE_IN_SAVES:
-        while not begun(folder) - left and any(process.poll() is None for process in processes):
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05))
-        return
-    wait = rng.uniform(0, 1)
-    started = None
-    while any(process.poll() is None for process in processes):
-        now = time.monotonic()
-        if started is None and "compiled the step" in said(folder, 0):
-            started = now
-        # One in four comes during the start, whose length is that of the starts before.
-        if wait < 0.25 and now - clock > wait * 4 * wait_for_the_moment.start:  # type: ignore[attr-defined]
-            return
-        if started is not None:
-            wait_for_the_moment.start = started - clock  # type: ignore[attr-defined]
-            if now - started > (wait - 0.25) / 0.75 * TRAINING:
-                return
-        time.sleep(0.005)
-
-
-wait_for_the_moment.start = 10.0  # type: ignore[attr-defined]
+    for process in start(argv, tmp_path):
+        assert process.end(3600).status == 0
+    assert comparable(folder) == comparable(tmp_path / "undisturbed")
+    assert_same(parameters(argv, folder), parameters(undisturbed, tmp_path / "undisturbed"))
+    assert not list(folder.glob("damaged_*"))
+    for (moment, name), count in sorted(kills.items()):
+        print(f"{moment:<22} {name} {count:4}")
+    for line, count in sorted(alone.items()):
+        print(f"{count:4} {line}")
+    print(
+        f"{KILLS} kills in {(time.monotonic() - began) / 60:.1f} min; the other ended within {slowest:.0f} s"
+    )

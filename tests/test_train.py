@@ -33,7 +33,7 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 
 def final_state(argv: list[str]) -> list[np.ndarray]:
-    config, workdir, _ = parse(argv)
+    config, workdir, *_ = parse(argv)
     run = experiment.prepare(config)
     like = jax.jit(run.algorithm.init)(jax.random.key(0))
     with checkpoint.open_manager(workdir / "checkpoints", keep=3) as manager:
@@ -380,7 +380,7 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture) -> None:
 def test_workdir_is_named_after_the_config_file() -> None:
     assert parse(["train"])[1] == pathlib.Path("runs/quickstart")
     path = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_smoke.py"
-    config, workdir, _ = parse(["train", f"--config={path}", "--config.epochs=1"])
+    config, workdir, *_ = parse(["train", f"--config={path}", "--config.epochs=1"])
     assert (workdir, config.epochs, config.data.name) == (pathlib.Path("runs/cifar10_smoke"), 1, "cifar10")
 
 

@@ -1,4 +1,4 @@
-"""A toy network, and the command with it in place of the ResNet: `python tests/toy.py ARGUMENTS of the command`."""
+"""A toy network, and the command with it in place of the ResNet: `python tests/toy.py ARGUMENTS`."""
 
 import os
 import pathlib
@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array
 
 from mocosfl_jax import SplitModel
+from mocosfl_jax.data import Images
+from mocosfl_jax.data.images import OnDisk
 
 IMAGE = (4, 4, 3)
 KEY_DIM = 8
@@ -40,17 +42,16 @@ def make_toy_model() -> SplitModel:
     return SplitModel(init, client, backbone, head, KEY_DIM)
 
 
-class Recording:
-    """Images that note in a file of this process which of them are asked for."""
+def recording(images: Images, folder: str) -> OnDisk:
+    """Images that note in a file of this process which of them are read."""
+    path = pathlib.Path(folder) / f"rows_{jax.process_index()}"
 
-    def __init__(self, images: np.ndarray, folder: str) -> None:
-        self.images, self.shape = images, images.shape
-        self.path = pathlib.Path(folder) / f"rows_{jax.process_index()}"
+    def read(rows: np.ndarray) -> np.ndarray:
+        with path.open("a") as file:
+            file.write("".join(f"{row}\n" for row in rows))
+        return images[rows]
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        with self.path.open("a") as file:
-            file.write("".join(f"{row}\n" for row in rows.ravel()))
-        return self.images[rows]
+    return OnDisk(images.shape, read, lambda: images[:])
 
 
 def main() -> int:
@@ -58,10 +59,10 @@ def main() -> int:
 
     if folder := os.environ.get("TOY_ROWS"):
         streamed = batches.streamed
-        batches.streamed = lambda images, *rest, **how: streamed(Recording(images, folder), *rest, **how)
+        batches.streamed = lambda images, *rest, **how: streamed(recording(images, folder), *rest, **how)
     experiment.build_model = lambda *_, **__: make_toy_model()
     # A process that is killed is noticed, and one that does not come is given up, within seconds.
-    hosts.HEARTBEAT, hosts.MEETING, hosts.PARTING = 10, 20, 10
+    hosts.HEARTBEAT, hosts.MEETING, hosts.PARTING = 20, 20, 20
     return train.main(sys.argv)
 
 
