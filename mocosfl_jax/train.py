@@ -59,6 +59,8 @@ def main(argv: list[str]) -> int:
         speaks = hosts.first()
         tell = say if speaks else lambda line: None
         with hosts.together():
+            if tensorboard:
+                require_tensorboard()
             run = experiment.prepare(config, sharding.make_mesh(config.mesh))
         changed: list[str] = []
         with hosts.together():
@@ -165,16 +167,20 @@ def stop_on_signals() -> Iterator[tuple[Callable[[], bool], list[signal.Signals]
             signal.signal(each, before[each])
 
 
+def require_tensorboard() -> None:
+    """Raise UserError unless the extra is installed."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise UserError(
+            "--tensorboard: tensorboardX is not installed; pip install 'mocosfl-jax[tensorboard]'"
+        )
+
+
 @contextlib.contextmanager
 def tensorboard_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """A function that writes one line of metrics as TensorBoard scalars, or does nothing."""
     if not enabled:
         yield lambda metrics: None
         return
-    if importlib.util.find_spec("tensorboardX") is None:
-        raise UserError(
-            "--tensorboard: tensorboardX is not installed; pip install 'mocosfl-jax[tensorboard]'"
-        )
     from tensorboardX import SummaryWriter
 
     with SummaryWriter(str(folder / "tensorboard")) as writer:

@@ -18,9 +18,9 @@ import toy
 import yaml
 from test_loop import comparable
 
-from mocosfl_jax import checkpoint, experiment, hosts, loop, sharding, workdir
+from mocosfl_jax import batches, checkpoint, experiment, hosts, loop, sharding, workdir
 from mocosfl_jax.commandline import parse
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Config, Mesh
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.train import main
 
@@ -195,16 +195,26 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
     assert survivor.status and errors(survivor) == [f"error: {hosts.LOST}; {hosts.AGAIN}"], survivor
     assert "Traceback" not in survivor.err and "stack trace" not in survivor.err
 
-    # Nothing of that is left at the end; process 0 alone has told it.
+    # A damaged checkpoint is moved away by one of them, and both go on from the one before.
+    damaged = newest(folder)
+    files = [path for path in (folder / "checkpoints" / str(damaged)).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    largest.write_bytes(content)
+
+    # Nothing of all that is left at the end; process 0 alone has told it.
     told, silent = ends(start(argv, tmp_path))
     assert told.status == silent.status == 0, (told, silent)
     assert comparable(folder) == comparable(undisturbed)
     assert_same(parameters(argv, folder), parameters(argv, undisturbed))
     assert re.search(r"devices +2 x .* in 2 processes, mesh of data 2 x model 1\n", told.out)
     assert "each process loads those of its own clients" in told.out and "linear probe" in told.out
-    assert not told.err
+    assert f"checkpoint {damaged} is damaged and skipped" in told.err
+    assert (folder / f"damaged_checkpoint_{damaged}").is_dir()
     assert not [line for line in silent.out.splitlines() if not line.startswith("[Gloo]")]
-    assert silent.err == "process 1 of 2: process 0 tells how the run goes\n"
+    assert silent.err.startswith("process 1 of 2: process 0 tells how the run goes\n")
+    assert "damaged" not in silent.err
 
     # Each has loaded images of its own clients, a half of the cohort, and no others.
     config: Config = parse(argv[:-1], "").config
@@ -255,11 +265,11 @@ def test_wrong_arguments_are_one_line(given: list[str], message: str, capsys: py
 def test_a_process_that_stays_alone_says_so_in_one_line(
     process: int, data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Longer than the 20 seconds that toy.py gives it, by what XLA needs."""
+    """It waits for the 10 seconds that toy.py gives it, and for what XLA adds."""
     both = start(arguments(data, tmp_path / "run"), tmp_path)
     both[1 - process].running.kill()
     alone = both[process].end()
-    assert alone.status and errors(alone) == ["error: the processes of the run did not meet within 20 s"]
+    assert alone.status and errors(alone) == ["error: the processes of the run did not meet within 10 s"]
     assert len(alone.err.splitlines()) == 1
 
 
@@ -287,7 +297,10 @@ def test_a_cluster_counts_if_it_has_started_several_processes(
 def test_what_several_processes_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "several", lambda: True)
     with pytest.raises(UserError, match=r"config\.mesh: found data 4 and model 1, allowed: a product of 8"):
-        sharding.make_mesh(Config().mesh.__class__(data=4, model=1))
+        sharding.make_mesh(Mesh(data=4, model=1))
+    with pytest.raises(UserError, match=r"config\.data\.resident: found True, allowed: False or None"):
+        batches.residence(True, 1)
+    assert batches.residence(None, 1) == (False, "each process loads those of its own clients")
 
 
 @pytest.mark.parametrize("name", ["one_node.sh", "slurm.sh", "tpu_pod.sh"])
