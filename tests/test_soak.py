@@ -1,6 +1,7 @@
 """One run of two processes that is killed again and again: `pytest -m soak -n 0 -s tests/test_soak.py`.
 
-SOAK_KILLS says how often (200), SOAK_SEED by which random numbers.
+SOAK_KILLS says how often (200), SOAK_SEED by which random numbers. Where processes are halted for a while, a
+larger TOY_HEARTBEAT (20 s) keeps them from taking each other for dead.
 """
 
 import collections

@@ -62,7 +62,7 @@ def main() -> int:
         batches.streamed = lambda images, *rest, **how: streamed(recording(images, folder), *rest, **how)
     experiment.build_model = lambda *_, **__: make_toy_model()
     # A process that is killed is noticed, and one that does not come is given up, within seconds.
-    hosts.HEARTBEAT, hosts.MEETING, hosts.PARTING = 20, 10, 20
+    hosts.HEARTBEAT, hosts.MEETING, hosts.PARTING = int(os.environ.get("TOY_HEARTBEAT", "20")), 10, 20
     return train.main(sys.argv)
 
 
