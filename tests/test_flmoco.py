@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY_DIM, random_views
+from conftest import random_views
 from test_mocosfl import assert_trees_close, client
+from toy import KEY_DIM
 
 from mocosfl_jax import SplitModel, Views, flmoco, mocosfl
 from mocosfl_jax.clients import Sync

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import KEY_DIM, random_views
+from conftest import random_views
 from test_mocosfl import B, K, N, assert_trees_close, build, client, diverse
+from toy import KEY_DIM
 
 from mocosfl_jax import SplitModel, TrainState, Views, moco
 from mocosfl_jax.clients import SmashedData, Sync

@@ -353,13 +353,12 @@ def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
             cohort=5,
             spread=sharding.make_spread(mesh, 5, 2),
         )
+        dealt = {epoch: padded for epoch in range(2)}
         feeds = [
-            batches.resident(
-                sharding.replicate(mesh, pictures), lambda epoch, rows=padded: rows, size, place
-            ),
+            batches.resident(sharding.replicate(mesh, pictures), dealt.__getitem__, size, place),
             batches.streamed(
                 pictures,
-                lambda epoch, rows=padded: rows,
+                dealt.__getitem__,
                 size,
                 place,
                 epochs=2,
