@@ -82,7 +82,7 @@ def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator
             curves.append(curve)
 
     programs = compiled._replace(run_steps=run_steps)
-    progress, store = Progress(), saving.Store(folder, (1,))
+    progress, store = Progress(), saving.Store(folder, run.replay)  # never written
     with tqdm(disable=True) as bar:
         for _ in range(count):
             waiting[0], start = 0.0, time.perf_counter()

@@ -51,7 +51,7 @@ def measure(config: Config, case: str, epochs: int) -> Result:
     times: list[tuple[float, float, float, float]] = []
     with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
         output = loop.Output(Path(folder), lambda line: None, lambda metrics: None)
-        store = saving.Store(Path(folder) / "replay.npy", (1,))
+        store = saving.Store(Path(folder), run.replay)  # never written
         with checkpoint.open_manager(Path(folder) / "checkpoints", 1) as manager:
             for epoch in range(1, epochs + 2):
                 inside[0], start = 0.0, time.perf_counter()

@@ -93,6 +93,9 @@ class Model:
     weight_standardisation: bool = True
     # group, layer or instance.
     norm: str = "group"
+    # float32, or bfloat16: mixed precision, for accelerators. Convolutions, activations and smashed data are
+    # then bfloat16; parameters, momentum models, queue, statistics of norms, head and losses stay float32.
+    compute_dtype: str = "float32"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

@@ -48,18 +48,19 @@ class Run(NamedTuple):
         return self.cohort == self.config.clients.num
 
     @property
-    def smashed_shape(self) -> tuple[int, ...]:
-        """[n, h, w, c] of the smashed data of one kind of view that a step concatenates."""
+    def smashed(self) -> jax.ShapeDtypeStruct:
+        """Shape [n, h, w, c] and dtype of the smashed data of one kind of view that a step concatenates."""
         size, channels = self.dataset.x_train.shape[2:]
         rows = self.images_per_step * (2 if self.config.moco.full_symmetric else 1)
         images = jax.ShapeDtypeStruct((rows, size, size, channels), np.float32)
         client_params, _ = jax.eval_shape(self.model.init, jax.random.key(0))
-        return jax.eval_shape(self.model.client, client_params, images).shape
+        return jax.eval_shape(self.model.client, client_params, images)
 
     @property
-    def replay_shape(self) -> tuple[int, ...]:
-        """[S, 2, n, h, w, c] of the smashed data of an epoch, of query and key views."""
-        return (self.steps_per_epoch, 2, *self.smashed_shape)
+    def replay(self) -> jax.ShapeDtypeStruct:
+        """Shape [S, 2, n, h, w, c] and dtype of the smashed data of an epoch, of query and key views."""
+        one = self.smashed
+        return jax.ShapeDtypeStruct((self.steps_per_epoch, 2, *one.shape), one.dtype)
 
     def members(self, epoch: int) -> np.ndarray:
         """The cohort of an epoch: [M] int32, sorted, so that rich clients come first."""
@@ -100,6 +101,7 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Run:
         stem_stride=config.model.stem_stride,
         bottleneck=config.model.bottleneck,
         norm=config.model.norm,
+        compute_dtype=config.model.compute_dtype,
         head=moco.head,
     )
     if config.algorithm == "mocosfl" and moco.feature_sharing:
@@ -167,7 +169,7 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Run:
                 f"config.saving.loss_threshold: found {config.saving.loss_threshold:g}, allowed: 0 with "
                 "several processes"
             )
-        needed, limit = saving.gibibytes(run.replay_shape), config.saving.replay_gib
+        needed, limit = saving.gibibytes(run.replay), config.saving.replay_gib
         if needed > limit:
             raise UserError(
                 f"config.saving.replay_gib: found {limit:g}, allowed: {needed:.3g} or more "
@@ -264,6 +266,7 @@ def network(config: Config, image_size: int) -> dict[str, Any]:
         "client_residual": model.client_residual,
         "weight_standardisation": model.weight_standardisation,
         "norm": model.norm,
+        "compute_dtype": model.compute_dtype,
     }
 
 

@@ -71,7 +71,7 @@ def train(run: Run, stop: Stop, output: Output) -> bool:
     preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
     if output.writes:
         workdir.write_preprocessing(folder, preprocessing)
-    store = saving.Store(folder, run.replay_shape)
+    store = saving.Store(folder, run.replay)
     if run.config.saving.loss_threshold:
         store.require_space()
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
@@ -363,7 +363,7 @@ def epoch_metrics(run: Run, progress: Progress, epoch: int, divergence: Array | 
     if divergence is not None:
         metrics["divergence"] = float(np.mean(divergence))
     if run.config.saving.loss_threshold:
-        one_way = 4 * math.prod(run.smashed_shape) * len(progress.losses)
+        one_way = run.smashed.size * run.smashed.dtype.itemsize * len(progress.losses)
         traffic = Traffic(progress.traffic)
         metrics["smashed_up_bytes"] = 0 if traffic is Traffic.NONE else 2 * one_way
         metrics["smashed_down_bytes"] = one_way if traffic is Traffic.BOTH_WAYS else 0

@@ -30,7 +30,8 @@ def header(run: Run, state: TrainState) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name in _PACKAGES)
     rows = {
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})"
-        f"{f' in {jax.process_count()} processes' if hosts.several() else ''}{sharding.describe(run.mesh)}",
+        f"{f' in {jax.process_count()} processes' if hosts.several() else ''}{sharding.describe(run.mesh)}"
+        + (f", computing in {dtype}" if (dtype := config.model.compute_dtype) != "float32" else ""),
         "versions": f"{packages}; commit {versions['commit'] or 'unknown'}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
@@ -46,7 +47,7 @@ def header(run: Run, state: TrainState) -> str:
             f"{config.moco.queue_size:,} keys a client"
         )
     else:
-        smashed_bytes = 4 * math.prod(run.smashed_shape)
+        smashed_bytes = run.smashed.size * run.smashed.dtype.itemsize
         frozen = optim.client_lr == 0
         extras = [config.model.bottleneck and f"bottleneck {config.model.bottleneck}", frozen and "frozen"]
         network = config.model.name + (f" width {config.model.width}" if config.model.width else "")

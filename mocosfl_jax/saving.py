@@ -5,11 +5,11 @@ after that sends nothing: the server trains on smashed data that it has kept, in
 """
 
 import enum
-import math
 import os
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from mocosfl_jax.clients import SmashedData
@@ -44,9 +44,9 @@ def next_traffic(
     return Traffic.UP_ONLY if traffic is Traffic.BOTH_WAYS else Traffic.NONE
 
 
-def gibibytes(shape: tuple[int, ...]) -> float:
-    """Size of a store of this shape."""
-    return 4 * math.prod(shape) / 2**30
+def gibibytes(arrays: jax.ShapeDtypeStruct) -> float:
+    """Size of a store of this shape and dtype."""
+    return arrays.size * arrays.dtype.itemsize / 2**30
 
 
 class Store:
@@ -56,15 +56,15 @@ class Store:
     that resumes from before another one was kept cannot replay the wrong one.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, ...]) -> None:
-        self.folder, self.shape = folder, shape
+    def __init__(self, folder: Path, arrays: jax.ShapeDtypeStruct) -> None:
+        self.folder, self.arrays = folder, arrays
 
     def path(self, epoch: int) -> Path:
         return self.folder / f"replay_{epoch}.npy"
 
     def require_space(self) -> None:
         """Raise UserError if the disk has no room for the file."""
-        size = gibibytes(self.shape)
+        size = gibibytes(self.arrays)
         there = sum(path.stat().st_size for path in self._kept()) / 2**30
         free = shutil.disk_usage(self.folder).free / 2**30
         if size > free + there:
@@ -96,16 +96,19 @@ class Store:
     def _open(self, path: Path, mode: str) -> np.memmap:
         if mode == "w+":
             try:
-                file = np.lib.format.open_memmap(path, mode, np.float32, self.shape)
+                file = np.lib.format.open_memmap(path, mode, self.arrays.dtype, self.arrays.shape)
                 # A write into a mapped file that finds no room kills the process.
                 if hasattr(os, "posix_fallocate"):
                     with path.open("r+b") as whole:
                         os.posix_fallocate(whole.fileno(), 0, path.stat().st_size)
             except OSError as error:
                 path.unlink(missing_ok=True)
-                raise DiskFullError(f"{path}: {gibibytes(self.shape):.3g} GiB, {error.strerror}") from error
+                raise DiskFullError(f"{path}: {gibibytes(self.arrays):.3g} GiB, {error.strerror}") from error
             return file
         file = np.lib.format.open_memmap(path, mode)
-        if file.shape != self.shape:
-            raise UserError(f"{path}: found {file.shape}, the run's smashed data are {self.shape}")
-        return file
+        shape, dtype = self.arrays.shape, self.arrays.dtype
+        if file.shape != shape:
+            raise UserError(f"{path}: found {file.shape}, the run's smashed data are {shape}")
+        if file.dtype.itemsize != dtype.itemsize:
+            raise UserError(f"{path}: found {file.dtype}, the run's smashed data are {dtype}")
+        return file.view(dtype)  # NumPy's format has no name for bfloat16: it is read as two bytes

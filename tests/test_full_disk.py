@@ -196,7 +196,7 @@ def test_metrics_are_appended_whole_or_not_at_all(tmp_path: pathlib.Path) -> Non
 
 def test_smashed_data_without_room_are_refused_before_they_are_mapped(tmp_path: pathlib.Path) -> None:
     """A write into a mapped file would end the process."""
-    store = saving.Store(tmp_path, (3, 2, 1000))
+    store = saving.Store(tmp_path, jax.ShapeDtypeStruct((3, 2, 1000), "float32"))
     smashed = SmashedData(jax.numpy.ones(1000), jax.numpy.ones(1000))
     with largest_file(10_000), pytest.raises(DiskFullError, match=r"replay_1\.npy: .* GiB, File too large"):
         store.write(1, 0, smashed)

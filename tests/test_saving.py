@@ -20,6 +20,10 @@ from mocosfl_jax.saving import Traffic
 EPOCHS = 7
 
 
+def floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, "float32")
+
+
 @pytest.mark.parametrize(
     "losses, states",
     [
@@ -47,7 +51,7 @@ def test_without_a_threshold_everything_is_always_sent() -> None:
 
 
 def test_store_gives_back_what_was_kept(tmp_path: pathlib.Path) -> None:
-    store = saving.Store(tmp_path, (3, 2, 4, 2, 2, 1))
+    store = saving.Store(tmp_path, floats(3, 2, 4, 2, 2, 1))
     rng = np.random.default_rng(0)
     kept = [SmashedData(*jnp.asarray(rng.normal(size=(2, 4, 2, 2, 1)), jnp.float32)) for _ in range(3)]
     for step in (2, 0, 1):
@@ -55,13 +59,27 @@ def test_store_gives_back_what_was_kept(tmp_path: pathlib.Path) -> None:
     for step in range(3):
         for a, b in zip(store.read(5, step), kept[step], strict=True):
             np.testing.assert_array_equal(a, b)
-    other = saving.Store(tmp_path, (4, 2, 4, 2, 2, 1))
+    other = saving.Store(tmp_path, floats(4, 2, 4, 2, 2, 1))
     with pytest.raises(UserError, match=r"replay_5.npy: found \(3, 2, 4, 2, 2, 1\), the run's"):
         other.read(5, 0)
 
 
+def test_store_keeps_bfloat16_bit_for_bit_in_half_the_bytes(tmp_path: pathlib.Path) -> None:
+    arrays = jax.ShapeDtypeStruct((2, 2, 512), jnp.bfloat16)
+    store = saving.Store(tmp_path, arrays)
+    kept = SmashedData(*jax.random.normal(jax.random.key(0), (2, 512), jnp.bfloat16))
+    store.write(0, 1, kept)
+    for found, sent in zip(store.read(0, 1), kept, strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, sent)
+    header = store.path(0).stat().st_size - saving.gibibytes(arrays) * 2**30
+    assert saving.gibibytes(arrays) * 2**30 == 2 * 2 * 512 * 2 and 0 < header <= 128
+    with pytest.raises(UserError, match=r"replay_0.npy: found \|V2, the run's smashed data are float32"):
+        saving.Store(tmp_path, floats(*arrays.shape)).read(0, 1)
+
+
 def test_an_epoch_is_not_taken_for_another(tmp_path: pathlib.Path) -> None:
-    store = saving.Store(tmp_path, (1, 2, 1))
+    store = saving.Store(tmp_path, floats(1, 2, 1))
     store.write(3, 0, SmashedData(jnp.ones(1), jnp.ones(1)))
     store.write(7, 0, SmashedData(jnp.zeros(1), jnp.zeros(1)))
     assert [path.name for path in tmp_path.iterdir()] == ["replay_7.npy"]
@@ -75,9 +93,9 @@ def test_a_store_beyond_its_budget_is_refused(tmp_path: pathlib.Path) -> None:
     # 60 steps of 2 x 100 x 16 x 16 x 16 floats.
     with pytest.raises(UserError, match=r"config\.saving\.replay_gib: found 0.1, allowed: 0.183 or more"):
         experiment.prepare(config)
-    saving.Store(tmp_path, (1024, 2, 1024, 16, 16, 1)).require_space()
+    saving.Store(tmp_path, floats(1024, 2, 1024, 16, 16, 1)).require_space()
     with pytest.raises(UserError, match=r"2.15e\+09 GiB are needed, .* GiB are free"):
-        saving.Store(tmp_path, (2**29, 2, 2**29)).require_space()
+        saving.Store(tmp_path, floats(2**29, 2, 2**29)).require_space()
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,7 @@ def windows(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
 def depthwise_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
     """Convolution of each channel of `x` [n, H, W, C] with its own slice of `kernel` [kh, kw, 1, C].
 
+    Products and sums have the dtype of the kernel, the result that of `x`, which may be bfloat16.
     Shifts, multiplications and additions: on a CPU seventeen times as fast as a grouped convolution
     (8 and 132 ms for [200, 16, 16, 96] on two cores), and still faster with its gradients.
     """
@@ -85,7 +86,7 @@ def depthwise_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Arr
     return sum(
         (window * weight for window, weight in zip(windows(x, kh, kw, stride), weights, strict=True)),
         start=jnp.zeros((), x.dtype),
-    )
+    ).astype(x.dtype)
 
 
 def transposed_conv(x: Array, kernel: Array, conv: Convolution) -> Array:
@@ -127,7 +128,8 @@ def _suits_winograd(x: Array, kernel: Array, stride: int, padding: int) -> bool:
     _, height, width, channels = x.shape
     even = height % 2 == width % 2 == 0
     many = min(channels, kernel.shape[-1]) >= LEAST_CHANNELS
-    return kernel.shape[:2] == (3, 3) and stride == padding == 1 and even and many
+    exact = x.dtype.itemsize >= 4  # the sums of its transforms would be rounded to bfloat16
+    return kernel.shape[:2] == (3, 3) and stride == padding == 1 and even and many and exact
 
 
 @jax.custom_vjp

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from mocosfl_jax.models.convolution import Convolution, depthwise_conv, transposed_conv, windows
 
@@ -51,7 +52,8 @@ def group_norm(
     """Group normalisation (Wu and He 2018) of `x` [n, H, W, C] with `group` channels a group.
 
     `scale` and `bias` are [C]. The variance takes two passes, since the difference of two large means
-    would cancel in float32.
+    would cancel in float32. All is computed in their dtype; the result and the gradient of `x` are
+    rounded to that of `x`, which may be bfloat16.
     """
     return _group_norm_fwd(x, scale, bias, group, epsilon)[0]
 
@@ -63,18 +65,22 @@ def group_norm(
 def _group_norm_fwd(
     x: Array, scale: Array, bias: Array, group: int, epsilon: float
 ) -> tuple[Array, tuple[Array, ...]]:
+    dtype, x_as_given = x.dtype, x
+    x = x.astype(scale.dtype)
     mean = _group_mean(_pixel_mean(x), group)
     variance = _group_mean(_pixel_mean(jnp.square(x - mean)), group)
     inverse = jax.lax.rsqrt(variance + epsilon)
     scale, bias = scale.reshape(1, 1, 1, -1), bias.reshape(1, 1, 1, -1)
     a = scale * inverse
-    return x * a + (bias - mean * a), (x, mean, inverse, scale)
+    return (x * a + (bias - mean * a)).astype(dtype), (x_as_given, mean, inverse, scale)
 
 
 def _group_norm_bwd(
     group: int, epsilon: float, saved: tuple[Array, ...], grad: Array
 ) -> tuple[Array, Array, Array]:
     x, mean, inverse, scale = saved
+    dtype = x.dtype
+    x, grad = x.astype(scale.dtype), grad.astype(scale.dtype)
     pixels = x.shape[1] * x.shape[2]
     of_bias = _pixel_mean(grad)  # of each image
     of_scale = _pixel_mean(grad * (x - mean)) * inverse
@@ -83,7 +89,7 @@ def _group_norm_bwd(
     stretch = _group_mean(scale * of_scale, group) * inverse
     of_x = inverse * (grad * scale - shift - (x - mean) * stretch)
     of_scale, of_bias = (pixels * jnp.sum(mean, axis=(0, 1, 2)) for mean in (of_scale, of_bias))
-    return of_x, of_scale, of_bias
+    return of_x.astype(dtype), of_scale, of_bias
 
 
 group_norm.defvjp(_group_norm_fwd, _group_norm_bwd)
@@ -122,10 +128,15 @@ class Options:
     weight_standardisation: bool
     norm: str  # one of NORMS
     residual: bool  # whether blocks have shortcuts
+    dtype: DTypeLike | None = None  # of activations and products; None: that of the parameters and images
 
     def standardised(self, yes: bool = True) -> "Options":
         """The same with weight standardisation, or without."""
         return dataclasses.replace(self, weight_standardisation=yes)
+
+    def cast(self, x: Array) -> Array:
+        """`x` in the dtype of the activations."""
+        return x if self.dtype is None else x.astype(self.dtype)
 
 
 class Layer(NamedTuple):
@@ -136,7 +147,10 @@ class Layer(NamedTuple):
 
 
 class Conv(nn.Module):
-    """Convolution zero-padded by kernel_size // 2, weight-standardised if the options say so."""
+    """Convolution zero-padded by kernel_size // 2, weight-standardised if the options say so.
+
+    The kernel is kept and standardised in its own dtype, and rounded to the options' only for the product.
+    """
 
     features: int
     kernel_size: int
@@ -150,6 +164,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
         if self.options.weight_standardisation:
             kernel = standardise(kernel)
+        x, kernel = self.options.cast(x), self.options.cast(kernel)
         x = self.options.conv(x, kernel, stride=self.stride, padding=self.kernel_size // 2)
         return _add_bias(self, x) if self.bias else x
 
@@ -165,7 +180,7 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (3, 3, 1, x.shape[-1]))
         if self.options.weight_standardisation:
             kernel = standardise(kernel)
-        return depthwise_conv(x, kernel, stride=self.stride, padding=1)
+        return depthwise_conv(self.options.cast(x), kernel, stride=self.stride, padding=1)
 
 
 class TransposedConv(nn.Module):
@@ -178,12 +193,14 @@ class TransposedConv(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
+        x, kernel = self.options.cast(x), self.options.cast(kernel)
         return _add_bias(self, transposed_conv(x, kernel, self.options.conv))
 
 
 def _add_bias(module: nn.Module, x: Array) -> Array:
     bias = module.param("bias", nn.initializers.zeros, (x.shape[-1],))
-    return x + bias.reshape(1, 1, 1, -1)
+    # Only the sum is rounded, so that the gradient of the bias, a sum over all pixels, is not.
+    return (x + bias.reshape(1, 1, 1, -1)).astype(x.dtype)
 
 
 class Norm(nn.Module):

@@ -21,8 +21,8 @@ Params = Any  # a tree of arrays
 class Features(NamedTuple):
     """What the whole network says of n images."""
 
-    backbone: Array  # [..., n, D], globally average-pooled
-    projection: Array  # [..., n, key_dim], output of the head, not normalised
+    backbone: Array  # [..., n, D], globally average-pooled; float32 at least
+    projection: Array  # [..., n, key_dim], output of the head, not normalised; float32 at least
 
 
 class SplitModel(NamedTuple):
@@ -53,14 +53,14 @@ class SplitModel(NamedTuple):
 
 
 class _Client(nn.Module):
-    """The layers before the cut; without any, the identity."""
+    """The layers before the cut; without any, the identity (in the dtype of the activations)."""
 
     layers: Sequence[Callable[..., nn.Module]]
     options: Options
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        x = images
+        x = self.options.cast(images)
         for layer in self.layers:
             x = layer(options=self.options)(x)
         return x
@@ -81,8 +81,13 @@ class _Server(nn.Module):
         x = smashed.reshape(-1, *smashed.shape[-3:])
         for layer in self.layers:
             x = layer(options=self.options)(x)
+        # Pooled features and projections are not rounded: the loss and the evaluation are made of them.
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return jnp.mean(x, axis=(1, 2)).reshape(*smashed.shape[:-3], -1)
 
+
+# What config.model.compute_dtype stands for, as Options.dtype.
+COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
 NAMES = (*resnet.DEPTHS, *vgg.ENTRIES, mobilenetv2.NAME)
 
@@ -113,6 +118,7 @@ def check_model(
     head: str = "mlp",
     bottleneck: str | None = None,
     norm: str = "group",
+    compute_dtype: str = "float32",
 ) -> None:
     """Raise UserError, which says what is allowed, if there is no such network or no such cut.
 
@@ -152,6 +158,10 @@ def check_model(
         )
     if norm not in NORMS:
         raise UserError(f"config.model.norm: found {norm!r}, allowed: {', '.join(NORMS)}")
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise UserError(
+            f"config.model.compute_dtype: found {compute_dtype!r}, allowed: {', '.join(COMPUTE_DTYPES)}"
+        )
     if head not in HEADS:
         raise UserError(f"config.moco.head: found {head!r}, allowed: {', '.join(HEADS)}")
     if bottleneck is not None:
@@ -175,6 +185,7 @@ def split_model(
     client_residual: bool = True,
     weight_standardisation: bool = True,
     norm: str = "group",
+    compute_dtype: str = "float32",
     stacked_server: bool = False,
     convolutions: Lowering | None = None,
 ) -> SplitModel:
@@ -200,6 +211,10 @@ def split_model(
       weight_standardisation: of the kernels of all convolutions but those of the bottleneck layers and of
         MobileNetV2's shortcuts. A ResNet's stem and the shortcuts of its bottleneck blocks have it anyway.
       norm: "group" of four channels, "layer" (all channels together) or "instance" (each by itself).
+      compute_dtype: "float32", or "bfloat16": mixed precision, for accelerators. Convolutions, activations and
+        the smashed data are then bfloat16; parameters, the statistics of norms, pooled features and the
+        projection head stay float32. (Where JAX's float64 is on, "float32" computes in that.) A CPU gains
+        nothing: its bfloat16 convolutions can be slower.
       stacked_server: the server too is to be vmapped over stacked parameters, as clients are.
       convolutions: the form that they take; None: what is fast on JAX's default backend.
 
@@ -215,6 +230,7 @@ def split_model(
         head=head,
         bottleneck=bottleneck,
         norm=norm,
+        compute_dtype=compute_dtype,
     )
     layers = _layers(name, width=width or _paper_width(name), image_size=image_size, stem_stride=stem_stride)
     client_layers = [layer.module for layer in layers[:cut_layer]]
@@ -227,12 +243,16 @@ def split_model(
     mlp_dim = key_dim * (resnet.BOTTLENECK_EXPANSION if is_deep else 1)
     hidden_dim = {"linear": None, "mlp": mlp_dim, "mlp_bn": 2 * key_dim}[head]
     single, stacked = convolutions or lowering(jax.default_backend())
+    dtype = COMPUTE_DTYPES[compute_dtype]
     client = _Client(
-        tuple(client_layers), Options(stacked, weight_standardisation, norm, residual=client_residual)
+        tuple(client_layers),
+        Options(stacked, weight_standardisation, norm, residual=client_residual, dtype=dtype),
     )
     server = _Server(
         tuple(server_layers),
-        Options(stacked if stacked_server else single, weight_standardisation, norm, residual=True),
+        Options(
+            stacked if stacked_server else single, weight_standardisation, norm, residual=True, dtype=dtype
+        ),
         ProjectionHead(key_dim, hidden_dim, batch_norm=head == "mlp_bn", name="head"),
     )
 
