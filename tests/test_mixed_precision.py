@@ -11,14 +11,30 @@ import pytest
 from conftest import arguments
 from jax import Array
 from jax.extend import core
+from PIL import Image
 
-from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, costs, encode, experiment, export, flmoco
-from mocosfl_jax import load_encoder, mocosfl, split_model, train, workdir
+from mocosfl_jax import (
+    Algorithm,
+    SplitModel,
+    TrainState,
+    Views,
+    costs,
+    encode,
+    export,
+    flmoco,
+    load_encoder,
+    mocosfl,
+    normalise,
+    split_model,
+    train,
+    workdir,
+)
 from mocosfl_jax.config import quickstart
+from mocosfl_jax.models import layers, resnet
 from mocosfl_jax.models.convolution import PLAIN, cpu_conv, direct_conv
 
 CLIENTS, BATCH, SIZE = 3, 4, 16
-STEPS = 50
+STEPS, LR = 50, 0.003
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet18": {"name": "resnet18", "cut_layer": 2, "width": 4, "bottleneck": "C4S2"},
     "resnet50": {"name": "resnet50", "cut_layer": 0, "width": 4, "norm": "layer", "head": "mlp_bn"},
@@ -27,14 +43,16 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(compute_dtype: str, lr: float = 0.01, **changes: Any) -> tuple[SplitModel, Algorithm]:
-    network = NETWORKS["resnet18"] | {"image_size": SIZE, "key_dim": 16} | changes
+def build(compute_dtype: str, **changes: Any) -> tuple[SplitModel, Algorithm]:
+    network = {"image_size": SIZE, "key_dim": 16} | (changes or NETWORKS["resnet18"])
     model = split_model(**network, compute_dtype=compute_dtype)
-    return model, mocosfl(model, num_clients=CLIENTS, queue_size=48, temperature=1.0, server_lr=lr, client_lr=lr)
+    return model, mocosfl(
+        model, num_clients=CLIENTS, queue_size=48, temperature=1.0, server_lr=LR, client_lr=LR
+    )
 
 
 def shapes(algorithm: Algorithm, size: int) -> tuple[TrainState, Views]:
-    view = jax.ShapeDtypeStruct((CLIENTS, BATCH, size, size, 3), "float32")
+    view: Any = jax.ShapeDtypeStruct((CLIENTS, BATCH, size, size, 3), "float32")
     return jax.eval_shape(algorithm.init, jax.random.key(0)), Views(view, view)
 
 
@@ -47,8 +65,9 @@ def products(jaxpr: core.Jaxpr, name: str) -> list[tuple[set[str], str]]:
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == name:
-            factors = {str(var.aval.dtype) for var in eqn.invars}
-            found.append((factors, str(eqn.outvars[0].aval.dtype)))
+            avals: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
+            *factors, result = (str(aval.dtype) for aval in avals)
+            found.append((set(factors), result))
         for inner in core.jaxprs_in_params(eqn.params):
             found += products(inner, name)
     return found
@@ -82,7 +101,7 @@ def views_of_one(views: Views) -> jax.ShapeDtypeStruct:
 
 def test_only_head_and_contrast_multiply_in_float32() -> None:
     """With clients and server in the form of matmuls: those in float32 are as many as without a body."""
-    model, algorithm = build("bfloat16")
+    _, algorithm = build("bfloat16")
     state, views = shapes(algorithm, SIZE)
     found = products(jax.make_jaxpr(algorithm.step)(state, views).jaxpr, "dot_general")
     exact = [p for p in found if p != ({"bfloat16"}, "bfloat16")]
@@ -92,7 +111,7 @@ def test_only_head_and_contrast_multiply_in_float32() -> None:
 
 
 def test_fl_moco_and_queues_per_client_keep_float32() -> None:
-    model, _ = build("bfloat16", cut_layer=1, bottleneck=None, stacked_server=True)
+    model, _ = build("bfloat16", name="resnet18", cut_layer=1, width=4, stacked_server=True)
     for algorithm in (
         flmoco(model, num_clients=CLIENTS, queue_size=16),
         mocosfl(model, num_clients=CLIENTS, queue_size=48, feature_sharing=False),
@@ -103,9 +122,15 @@ def test_fl_moco_and_queues_per_client_keep_float32() -> None:
         assert info.loss.dtype == jnp.float32
 
 
-def trained(compute_dtype: str, lr: float = 0.01) -> tuple[TrainState, TrainState, np.ndarray]:
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ResNet of two blocks, which compiles in seconds."""
+    monkeypatch.setitem(resnet.DEPTHS, "resnet18", ((1, 1), False))
+
+
+def trained(compute_dtype: str) -> tuple[TrainState, TrainState, np.ndarray]:
     """First and last state, and the losses, of `STEPS` steps with FedAvg after every fifth."""
-    _, algorithm = build(compute_dtype, lr=lr)
+    _, algorithm = build(compute_dtype)
     step, sync = jax.jit(algorithm.step), jax.jit(algorithm.sync)
     first = state = jax.jit(algorithm.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -123,3 +148,101 @@ def trained(compute_dtype: str, lr: float = 0.01) -> tuple[TrainState, TrainStat
 
 def flat(tree: Any) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def test_fifty_steps_drift_little_from_float32(short: None) -> None:
+    """Losses near 7.7 stay within 0.005 of each other, and parameters arrive at the same place: what parts
+    them is a small share of the way that they have gone (larger learning rates part them further)."""
+    first, exact, exact_losses = trained("float32")
+    _, rounded, losses = trained("bfloat16")
+    assert dtypes(rounded) == {"float32", "int32"}
+    apart = np.abs(losses - exact_losses)
+    assert 1e-5 < apart.max() < 5e-3
+    for side, share in (("clients", 0.15), ("server", 0.05)):
+        for model in ("params", "key_params"):
+            start, there, here = (flat(getattr(getattr(s, side), model)) for s in (first, exact, rounded))
+            drift = np.linalg.norm(here - there) / np.linalg.norm(there - start)
+            assert 0 < drift < share, (side, model)
+    cosines = np.sum(np.asarray(exact.server.queue.keys) * np.asarray(rounded.server.queue.keys), axis=1)
+    assert cosines.min() > 0.999
+
+
+def test_norm_of_bfloat16_rounds_only_its_result() -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(100.0, 3.0, size=(2, 6, 6, 8)), jnp.bfloat16)
+    weight = jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16)
+    scale, bias = (jnp.asarray(rng.normal(size=8), jnp.float32) for _ in range(2))
+
+    def norm(x: Array, scale: Array, bias: Array) -> tuple[Array, Any]:
+        out, pullback = jax.vjp(layers.group_norm, x, scale, bias)
+        return out, pullback(weight.astype(out.dtype))
+
+    exact, (of_x, *of_rest) = norm(x.astype(jnp.float32), scale, bias)
+    found, (of_x_found, *of_rest_found) = norm(x, scale, bias)
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(of_x_found, of_x.astype(jnp.bfloat16))
+    for got, expected in zip(of_rest_found, of_rest, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_cpu_takes_winograd_for_float32_only() -> None:
+    rng = np.random.default_rng(1)
+    x, kernel = rng.normal(size=(1, 8, 8, 32)), rng.normal(size=(3, 3, 32, 32))
+    conv = functools.partial(cpu_conv, stride=1, padding=1)
+    counts = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        jaxpr = jax.make_jaxpr(conv)(jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)).jaxpr
+        counts[dtype] = len(products(jaxpr, "dot_general")), len(products(jaxpr, "conv_general_dilated"))
+    assert counts == {jnp.float32: (16, 0), jnp.bfloat16: (0, 1)}
+    # Half a unit in the last place of 8 binary digits.
+    exact = direct_conv(
+        *(jnp.asarray(a, jnp.bfloat16).astype(jnp.float32) for a in (x, kernel)), stride=1, padding=1
+    )
+    found = conv(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16))
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-3)
+
+
+def test_half_the_traffic_is_counted() -> None:
+    config = quickstart().resolved()
+    exact = costs.from_config(config)
+    config.model.compute_dtype = "bfloat16"
+    rounded = costs.from_config(config)
+    assert 2 * rounded.client.up.step == exact.client.up.step
+    assert 2 * rounded.client.down.step == exact.client.down.step
+    assert 2 * rounded.paper.smashed == exact.paper.smashed
+    assert rounded.paper.weights == exact.paper.weights
+    assert rounded.server.flops == exact.server.flops
+    assert rounded.server.memory.parameters == exact.server.memory.parameters
+    assert rounded.server.memory.activations < 0.75 * exact.server.memory.activations
+
+
+def test_commands_train_replay_encode_and_export(short: None, images: str, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "run"
+    fields = {"model.compute_dtype": "bfloat16", "saving.loss_threshold": 1e6, "saving.warmup_epochs": 1}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    assert train.main(arguments(images, folder, *overrides, "--config.epochs=4")) == 0
+    sent = [m["smashed_up_bytes"] for m in workdir.read_metrics(folder) if "smashed_up_bytes" in m]
+    # 48 images of 16 x 16 x 4 numbers of two bytes, both views; the last epoch replays.
+    assert sent == [2 * 48 * 16 * 16 * 4 * 2] * 3 + [0]
+    (replay,) = folder.glob("replay_*.npy")
+    assert 0 <= replay.stat().st_size - sent[0] <= 128
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    x = np.load(images)["x_test"]
+    for i in range(3):
+        Image.fromarray(x[i]).save(pictures / f"{i}.png")
+    out = tmp_path / "features.npz"
+    assert encode.main(["encode", f"--workdir={folder}", f"--images={pictures}", f"--out={out}"]) == 0
+    features = np.load(out)
+    assert features["backbone"].dtype == features["projection"].dtype == np.float32
+
+    file = tmp_path / "encoder.safetensors"
+    assert export.main(["export", f"--workdir={folder}", f"--out={file}"]) == 0
+    model, (client, server), metadata = load_encoder(file)
+    assert metadata.network["compute_dtype"] == "bfloat16"
+    assert dtypes((client, server)) == {"float32"}
+    smashed = model.client(client, normalise(x[:3], metadata.mean, metadata.std))
+    assert smashed.dtype == jnp.bfloat16
+    # Another program rounds in other places.
+    np.testing.assert_allclose(model.server(server, smashed).backbone, features["backbone"], atol=0.02)

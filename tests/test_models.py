@@ -269,6 +269,7 @@ def test_bottlenecks_are_read(text: str, expected: Bottleneck) -> None:
         ({"name": "vgg13", "stem_stride": 2}, r"config.model.stem_stride: found 2, allowed: None for vgg13"),
         ({"name": "vgg13", "image_size": 16}, r"config.data.image_size: found 16, allowed: 32 or more"),
         ({"norm": "batch"}, r"config.model.norm: found 'batch', allowed: group, layer, instance"),
+        ({"compute_dtype": "float16"}, r"config.model.compute_dtype: found 'float16', allowed: float32, bfl"),
         ({"head": "mlp3"}, r"config.moco.head: found 'mlp3', allowed: linear, mlp, mlp_bn"),
         ({"bottleneck": "C4S3"}, r"config.model.bottleneck: found 'C4S3', allowed: CxS1, CxS2 or CxS4"),
         ({"bottleneck": "K2C4S1"}, r"config.model.bottleneck: found 'K2C4S1'"),

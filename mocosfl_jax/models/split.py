@@ -211,8 +211,8 @@ def split_model(
       weight_standardisation: of the kernels of all convolutions but those of the bottleneck layers and of
         MobileNetV2's shortcuts. A ResNet's stem and the shortcuts of its bottleneck blocks have it anyway.
       norm: "group" of four channels, "layer" (all channels together) or "instance" (each by itself).
-      compute_dtype: "float32", or "bfloat16": mixed precision, for accelerators. Convolutions, activations and
-        the smashed data are then bfloat16; parameters, the statistics of norms, pooled features and the
+      compute_dtype: "float32", or "bfloat16": mixed precision, for accelerators. Convolutions, activations
+        and the smashed data are then bfloat16; parameters, the statistics of norms, pooled features and the
         projection head stay float32. (Where JAX's float64 is on, "float32" computes in that.) A CPU gains
         nothing: its bfloat16 convolutions can be slower.
       stacked_server: the server too is to be vmapped over stacked parameters, as clients are.
