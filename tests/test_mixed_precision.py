@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from mocosfl_jax import (
 )
 from mocosfl_jax.config import quickstart
 from mocosfl_jax.models import layers, resnet
-from mocosfl_jax.models.convolution import PLAIN, cpu_conv, direct_conv
+from mocosfl_jax.models.convolution import PLAIN, cpu_conv, depthwise_conv, direct_conv
 
 CLIENTS, BATCH, SIZE = 3, 4, 16
 STEPS, LR = 50, 0.003
@@ -75,7 +76,7 @@ def products(jaxpr: core.Jaxpr, name: str) -> list[tuple[set[str], str]]:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks_multiply_in_bfloat16_and_keep_float32(network: str) -> None:
-    """Every convolution of forward and backward pass; of the matmuls all but the head's."""
+    """Every convolution of forward and backward pass, and all matmuls but the head's; sums stay float32."""
     settings = {"image_size": SIZE} | NETWORKS[network]
     model, algorithm = build("bfloat16", **settings, convolutions=PLAIN)
     state, views = shapes(algorithm, settings["image_size"])
@@ -90,6 +91,9 @@ def test_networks_multiply_in_bfloat16_and_keep_float32(network: str) -> None:
     jaxpr = jax.make_jaxpr(algorithm.step)(state, views).jaxpr
     convolutions = products(jaxpr, "conv_general_dilated")
     assert convolutions and all(p == ({"bfloat16"}, "bfloat16") for p in convolutions)
+    for name in ("reduce_sum", "rsqrt", "sqrt", "exp", "log"):  # of norms, standardisation, pool and loss
+        rounded = [p for p in products(jaxpr, name) if "bfloat16" in p[0] | {p[1]}]
+        assert not rounded, name
     client_params = jax.eval_shape(model.init, jax.random.key(0))[0]
     client = jax.make_jaxpr(model.client)(client_params, views_of_one(views)).jaxpr
     assert all(p == ({"bfloat16"}, "bfloat16") for p in products(client, "dot_general"))
@@ -151,37 +155,54 @@ def flat(tree: Any) -> np.ndarray:
 
 
 def test_fifty_steps_drift_little_from_float32(short: None) -> None:
-    """Losses near 7.7 stay within 0.005 of each other, and parameters arrive at the same place: what parts
-    them is a small share of the way that they have gone (larger learning rates part them further)."""
+    """Losses stay together, and parameters arrive at the same place: what parts them is a small share of the
+    way that they have gone. The bounds are two to ten times the largest that five seeds gave.
+
+    Largest of seeds 0 to 4: losses (near 7.7) 0.0025 apart, clients 0.14 of their way, server 0.033, a key
+    of the queue 1 - 5e-5 in cosine. At the quickstart's learning rate, 0.01, one seed is in an unsteady place
+    and gives 0.12, 0.22, 0.13 and 1 - 0.016; the other four 0.0052, 0.12, 0.041 and 1 - 5e-5.
+    Momentum models rounded to bfloat16 would be 2.9 or more of the clients' way off and 0.96 of the server's,
+    parameters rounded so 1.1 and 0.62, at every seed. Statistics, loss or SGD buffers in bfloat16 would not
+    show here beside the rounding of activations: the tests of dtypes and of single layers find them.
+    """
     first, exact, exact_losses = trained("float32")
     _, rounded, losses = trained("bfloat16")
     assert dtypes(rounded) == {"float32", "int32"}
     apart = np.abs(losses - exact_losses)
-    assert 1e-5 < apart.max() < 5e-3
-    for side, share in (("clients", 0.15), ("server", 0.05)):
+    assert 1e-5 < apart.max() < 0.01
+    for side, share in (("clients", 0.3), ("server", 0.1)):
         for model in ("params", "key_params"):
             start, there, here = (flat(getattr(getattr(s, side), model)) for s in (first, exact, rounded))
             drift = np.linalg.norm(here - there) / np.linalg.norm(there - start)
             assert 0 < drift < share, (side, model)
     cosines = np.sum(np.asarray(exact.server.queue.keys) * np.asarray(rounded.server.queue.keys), axis=1)
-    assert cosines.min() > 0.999
+    assert cosines.min() > 0.9995
 
 
-def test_norm_of_bfloat16_rounds_only_its_result() -> None:
+@pytest.mark.parametrize(
+    "layer, shapes",
+    [
+        (layers.group_norm, [(8,), (8,)]),
+        (functools.partial(depthwise_conv, stride=1, padding=1), [(3, 3, 1, 8)]),
+    ],
+)
+def test_elementwise_layers_round_only_their_results(
+    layer: Callable[..., Array], shapes: list[tuple[int, ...]]
+) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(100.0, 3.0, size=(2, 6, 6, 8)), jnp.bfloat16)
     weight = jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16)
-    scale, bias = (jnp.asarray(rng.normal(size=8), jnp.float32) for _ in range(2))
+    params = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
-    def norm(x: Array, scale: Array, bias: Array) -> tuple[Array, Any]:
-        out, pullback = jax.vjp(layers.group_norm, x, scale, bias)
+    def run(x: Array) -> tuple[Array, Any]:
+        out, pullback = jax.vjp(layer, x, *params)
         return out, pullback(weight.astype(out.dtype))
 
-    exact, (of_x, *of_rest) = norm(x.astype(jnp.float32), scale, bias)
-    found, (of_x_found, *of_rest_found) = norm(x, scale, bias)
+    exact, (of_x, *of_params) = run(x.astype(jnp.float32))
+    found, (of_x_found, *of_params_found) = run(x)
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
     np.testing.assert_array_equal(of_x_found, of_x.astype(jnp.bfloat16))
-    for got, expected in zip(of_rest_found, of_rest, strict=True):
+    for got, expected in zip(of_params_found, of_params, strict=True):
         np.testing.assert_array_equal(got, expected)
 
 

@@ -76,17 +76,19 @@ def windows(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
 def depthwise_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
     """Convolution of each channel of `x` [n, H, W, C] with its own slice of `kernel` [kh, kw, 1, C].
 
-    Products and sums have the dtype of the kernel, the result that of `x`, which may be bfloat16.
+    All is computed in the dtype of the kernel; the result and the gradient of `x` are rounded to that of
+    `x`, which may be bfloat16.
     Shifts, multiplications and additions: on a CPU seventeen times as fast as a grouped convolution
     (8 and 132 ms for [200, 16, 16, 96] on two cores), and still faster with its gradients.
     """
     kh, kw, _, channels = kernel.shape
+    dtype, x = x.dtype, x.astype(kernel.dtype)
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     weights = kernel.reshape(kh * kw, 1, 1, 1, channels)
     return sum(
         (window * weight for window, weight in zip(windows(x, kh, kw, stride), weights, strict=True)),
         start=jnp.zeros((), x.dtype),
-    ).astype(x.dtype)
+    ).astype(dtype)
 
 
 def transposed_conv(x: Array, kernel: Array, conv: Convolution) -> Array:
