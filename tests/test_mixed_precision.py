@@ -243,8 +243,8 @@ def test_commands_train_replay_encode_and_export(short: None, images: str, tmp_p
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     assert train.main(arguments(images, folder, *overrides, "--config.epochs=4")) == 0
     sent = [m["smashed_up_bytes"] for m in workdir.read_metrics(folder) if "smashed_up_bytes" in m]
-    # 48 images of 16 x 16 x 4 numbers of two bytes, both views; the last epoch replays.
-    assert sent == [2 * 48 * 16 * 16 * 4 * 2] * 3 + [0]
+    # 48 images of 8 x 8 x 4 numbers of two bytes, both views; the last epoch replays.
+    assert sent == [2 * 48 * 8 * 8 * 4 * 2] * 3 + [0]
     (replay,) = folder.glob("replay_*.npy")
     assert 0 <= replay.stat().st_size - sent[0] <= 128
 
