@@ -13,6 +13,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 # The commands keep what they compile in the user's cache folder, which is not theirs to fill here.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mocosfl_jax_tests_")
 
+# Nor do they keep freed memory, of which a thousand tests leave gigabytes (glibc's own value).
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")
+
 import jax
 import numpy as np
 import pytest
