@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv  # what initialize() itself asks; there is no public way
 from jax.experimental import multihost_utils
 
 from mocosfl_jax.errors import UserError
@@ -107,6 +106,10 @@ def join(where: Address | None) -> None:
 
 def _detected_processes() -> int:
     """How many processes the surroundings have started, as JAX detects it; 1 where it detects nothing."""
+    try:
+        from jax._src.clusters import ClusterEnv  # what initialize() itself asks; there is no public way
+    except ImportError:  # of a JAX to come: the command line can still say it
+        return 1
     try:
         for cluster in ClusterEnv._cluster_types:
             if not cluster.opt_in_only_method and cluster.is_env_present():

@@ -23,9 +23,8 @@ from mocosfl_jax.mocosfl import TrainState
 from mocosfl_jax.monitor import Encode
 from mocosfl_jax.saving import Traffic
 
-Stop = Callable[
-    [], bool
-]  # whether the run is to stop; with several processes, at the same call on all of them
+# Whether the run is to stop; with several processes, the same answer at the same call on all of them.
+Stop = Callable[[], bool]
 
 
 class Programs(NamedTuple):
