@@ -2,12 +2,12 @@
 
 Both make two views of every image of a step: crop, jitter, grayscale, blur (v2), flip, normalise.
 
-Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
+Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=7
 
                     ours_s  baseline_s  ratio  ours_views_per_s  baseline_views_per_s
-    v1 100 images   0.01288     0.08314  6.456            15,530                 2,406
-    v2 100 images   0.01149     0.09287  8.079            17,400                 2,154
-    v2 1000 images  0.08727      0.9169  10.51            22,920                 2,181
+    v1 100 images   0.006362     0.08928  14.03            31,440                 2,240
+    v2 100 images   0.006657     0.09427  14.16            30,040                 2,122
+    v2 1000 images  0.07449      0.9834   13.2            26,850                 2,034
 """
 
 from collections.abc import Iterator

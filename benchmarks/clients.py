@@ -4,9 +4,13 @@ Views in, smashed data out, gradient in, SGD, momentum update and synchronizatio
 
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
-                             ours_s  baseline_s  ratio  clients_per_s
-    resnet18 cut1 100x1 f32  0.0627      0.1232  1.964          1,595
-    resnet18 cut2 100x1 f32  0.6533      0.8269  1.266          153.1
+                              ours_s  baseline_s  ratio  clients_per_s
+    resnet18 cut1 10x1 f32    0.006094     0.03106  5.097          1,641
+    resnet18 cut1 100x1 f32   0.0291      0.1137  3.907          3,437
+    resnet18 cut1 1000x1 f32   0.435       1.105   2.54          2,299
+    resnet18 cut2 10x1 f32    0.04695     0.08412  1.792            213
+    resnet18 cut2 100x1 f32   0.4624      0.8045   1.74          216.3
+    resnet18 cut2 1000x1 f32   5.594       9.296  1.662          178.8
 """
 
 from collections.abc import Iterator

@@ -4,6 +4,11 @@ The step gathers its images, augments them and trains. Outside are the deal of t
 synchronization, fetching of losses and logging. The benchmark waits for every round of steps, which
 training does not: there the host works while the device does, so the share outside is an upper limit.
 Evaluation and checkpoint, which are an epoch's too if so configured, are measured by themselves.
+
+Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
+
+                ours_s  steps_s  outside_share  images_per_s  checkpoint_s  evaluation_s
+    quickstart   11.25    11.18       0.005601         533.4        0.5234         1.134
 """
 
 import contextlib

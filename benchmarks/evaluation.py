@@ -1,6 +1,13 @@
 """Features of un-augmented images, and weighted kNN on them, against the same in PyTorch.
 
 kNN has the size of CIFAR-10 and the backbone features of ResNet-18: 10,000 queries among 50,000, k = 200.
+
+Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
+
+                                ours_s  baseline_s  ratio  images_per_s
+    features resnet18            5.154       5.886  1.142           194
+    features resnet18/16         1.102        1.45  1.316         6,352
+    kNN 10,000 in 50,000 x 512   5.297       4.853  0.9161
 """
 
 from collections.abc import Iterator

@@ -3,11 +3,13 @@
 FLOPs of a step are those of the algorithm (`mocosfl_jax.costs`): products and convolutions, each once,
 whatever the compiler computes again.
 
-Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-22
+Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
-                             ours_s  jax_gflop_per_s  numpy_gflop_per_s  gflop  gflop_per_s  share_of_peak
-    matmul 4096 f32           0.774            177.6              202.7
-    resnet18 cut1 100x1 f32   7.517                                      894.3          119         0.5869
+                               ours_s  jax_gflop_per_s  numpy_gflop_per_s  gflop  gflop_per_s  share_of_peak
+    matmul 4096 f32            0.8494            161.8              190.5
+    resnet18 cut1 100x1 f32     4.965                                      894.3        180.1         0.9456
+    resnet18 cut2 100x1 f32     4.306                                      833.9        193.7          1.017
+    resnet18/16 cut1 20x5 f32  0.1995                                      14.16           71         0.3727
 """
 
 from collections.abc import Iterator

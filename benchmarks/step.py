@@ -3,9 +3,11 @@
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
                                ours_s  baseline_s  ratio  images_per_s
-    resnet18/16 cut1 20x5 f32  0.1745       0.166  0.9514         573.1
-    resnet18 cut1 100x1 f32     6.588       5.097  0.7736         15.18
-    resnet18 cut2 100x1 f32     6.187       4.951  0.8001         16.16
+    resnet18 cut1 100x1 f32     5.438        5.63  1.035         18.39
+    resnet18 cut2 100x1 f32     4.902       5.385  1.098          20.4
+    resnet18 cut1 20x5 f32      5.675       6.678  1.177         17.62
+    resnet18 cut1 5x20 f32      5.146       5.444  1.058         19.43
+    resnet18/16 cut1 20x5 f32  0.1919      0.2154  1.122           521
 """
 
 from collections.abc import Iterator
