@@ -82,6 +82,8 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return fail_alone(130, "interrupted")
     except (OSError, MemoryError) as error:
+        if hosts.is_lost(error):  # as a barrier's time that is over
+            hosts.leave(1, f"{hosts.LOST}; {hosts.AGAIN}")
         return fail_alone(1, f"{str(error) or type(error).__name__}; {last_checkpoint(folder)}")
     except Exception as error:
         if hosts.is_lost(error):
