@@ -115,7 +115,7 @@ def of_clients(mesh: Mesh | None, count: int) -> NamedSharding | None:
 
 def of_images(mesh: Mesh | None, places: int) -> NamedSharding | None:
     """Where images of steps [s, M, B, H, W, 3], `padded`, go: to the devices of their clients."""
-    return None if mesh is None else NamedSharding(mesh, P(None, *_of_views(places)))
+    return None if mesh is None else NamedSharding(mesh, P(None, *_views(places)))
 
 
 def padded(mesh: Mesh | None, places: int, batch: int) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def make_spread(mesh: Mesh | None, places: int, batch: int) -> Callable[[Array],
 
     def spread(images: Array) -> Array:
         images = images[:places, :batch]
-        return _at(mesh, images, _views(images))
+        return _at(mesh, images, _views(places))
 
     return spread
 
@@ -179,7 +179,7 @@ def distribute(algorithm: Algorithm, mesh: Mesh | None, num_clients: int) -> Alg
     def step(
         state: TrainState, views: Views, cohort: Array | None = None, **options: Any
     ) -> tuple[TrainState, StepInfo]:
-        views = Views(*(_at(mesh, x, _views(x)) for x in views))
+        views = Views(*(_at(mesh, x, _views(len(x))) for x in views))
         state, info = algorithm.step(inside(state), views, whole(cohort), **options)
         return rest(mesh, state), _info(mesh, info)
 
@@ -274,11 +274,7 @@ def _pad(x: Array, size: int) -> Array:
     return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
 
 
-def _views(x: Array) -> P:
-    return _of_views(len(x))
-
-
-def _of_views(places: int) -> P:
+def _views(places: int) -> P:
     """Of images [M, B, ...]. One client alone, as in centralised MoCo, has its images shared out instead."""
     return CLIENTS if places > 1 else VIEWS
 
@@ -471,8 +467,7 @@ def _over_clients(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any
 
 def _over_rows(mesh: Mesh, model: RowsModel) -> RowsModel:
     def run(params: Any, views: Array) -> Array:
-        missing = _share(views.shape[1], mesh.size) * mesh.size - views.shape[1]
-        padded = jnp.pad(views, [(0, 0), (0, missing)] + [(0, 0)] * (views.ndim - 2)) if missing else views
+        padded = jax.vmap(lambda rows: _pad(rows, mesh.size))(views)
         results = jax.shard_map(model, mesh=mesh, in_specs=(P(), VIEWS), out_specs=VIEWS, check_vma=False)(
             params, padded
         )

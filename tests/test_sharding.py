@@ -32,6 +32,7 @@ from mocosfl_jax import (
 from mocosfl_jax.clients import Sync
 from mocosfl_jax.config import Clients, Config, Data, Eval, Mesh, Moco, Model
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.models import convolution
 from mocosfl_jax.models.convolution import direct_conv, patches_conv
 from mocosfl_jax.models.layers import batch_norm, group_norm
 from mocosfl_jax.train import main
@@ -257,6 +258,43 @@ def assert_nothing_large_is_gathered(name: str, data: int, model: int) -> None:
     assert [c.kind for c in averaged] == trees * ["all-reduce"], averaged
     few = 3 * case.num_clients  # numbers beside them, such as weights and divergences
     assert 0 <= sum(sum(c.sizes) for c in averaged) - trees * sum(client) <= few, averaged
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_convolution_in_chunks_stays_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Winograd's loop over images, on rows that do not divide, with its gradients; nothing is gathered."""
+    monkeypatch.setattr(convolution, "CACHE_ELEMENTS", 1)
+    mesh = sharding.make_mesh(Mesh(data=4, model=2))
+
+    def server(conv: Any) -> Any:
+        def model(kernel: Array, x: Array) -> Array:
+            y = jnp.sin(conv(x.reshape(-1, *x.shape[-3:]), kernel))
+            return jnp.mean(y, axis=(1, 2)).reshape(*x.shape[:-3], -1)
+
+        return model
+
+    def loss(model: Any, kernel: Array, x: Array) -> Array:
+        return jnp.sum(model(kernel, x) ** 2)
+
+    rng = np.random.default_rng(0)
+    kernel, x = (sharding.replicate(mesh, rng.normal(size=s)) for s in ((3, 3, 2, 3), (2, 29, 8, 8, 2)))
+    on_mesh = sharding.make_placement(mesh).over_rows(server(convolution.winograd_conv))
+    plain = server(partial(direct_conv, stride=1, padding=1))
+    found, expected = (
+        jax.jit(jax.value_and_grad(partial(loss, model), (0, 1)))(kernel, x) for model in (on_mesh, plain)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+    def used(kernel: Array, x: Array) -> tuple[Array, Array]:
+        """The gradients as a step uses them: that of the rows stays where they are."""
+        of_kernel, of_x = jax.grad(partial(loss, on_mesh), (0, 1))(kernel, jnp.cos(x))
+        return of_kernel, jnp.sum(of_x**2)
+
+    text: Any = jax.jit(used).lower(kernel, x).compile().as_text()
+    assert "while(" in text
+    passed = [c for c in collectives(text) if max(c.sizes) > 1]
+    assert passed and all(c.kind == "all-reduce" and max(c.sizes) <= kernel.size for c in passed), passed
 
 
 def test_state_is_cut_into_equal_pieces() -> None:
