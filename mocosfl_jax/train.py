@@ -81,13 +81,11 @@ def main(argv: list[str]) -> int:
         return fail(1, f"{error}; {last_checkpoint(folder)}")
     except KeyboardInterrupt:
         return fail_alone(130, "interrupted")
-    except (OSError, MemoryError) as error:
-        if hosts.is_lost(error):  # as a barrier's time that is over
-            hosts.leave(1, f"{hosts.LOST}; {hosts.AGAIN}")
-        return fail_alone(1, f"{str(error) or type(error).__name__}; {last_checkpoint(folder)}")
     except Exception as error:
         if hosts.is_lost(error):
             hosts.leave(1, f"{hosts.LOST}; {hosts.AGAIN}")
+        if isinstance(error, OSError | MemoryError):
+            return fail_alone(1, f"{str(error) or type(error).__name__}; {last_checkpoint(folder)}")
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             return fail_alone(1, f"out of memory: {error}; {last_checkpoint(folder)}")
         if hosts.several():
