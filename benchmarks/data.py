@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from benchmarks import settings
 from benchmarks.results import Result, result
-from mocosfl_jax import experiment, loop, monitor, rounds, saving
+from mocosfl_jax import loop, rounds, saving
 from mocosfl_jax.checkpoint import Progress
 from mocosfl_jax.config import quickstart
 from mocosfl_jax.mocosfl import TrainState
@@ -66,11 +66,7 @@ def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator
     config = quickstart()
     config.epochs, config.data.name, config.data.dir = count, name, str(folder)
     config.data.image_size, config.data.resident = 32, resident
-    run = experiment.prepare(config, settings.mesh())
-    rng_init, rng_views = jax.random.split(jax.random.key(0))
-    state = jax.jit(run.algorithm.init)(rng_init)
-    encode = monitor.make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
-    compiled = loop.compile_programs(run, state, rng_views, encode)
+    run, state, compiled = settings.prepare(config)
     waiting = [0.0]
 
     def run_steps(

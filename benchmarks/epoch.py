@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import settings
 from benchmarks.results import Result
-from mocosfl_jax import checkpoint, experiment, loop, monitor, rounds, saving
+from mocosfl_jax import checkpoint, loop, monitor, rounds, saving
 from mocosfl_jax.checkpoint import Progress
 from mocosfl_jax.config import Config, quickstart
 from mocosfl_jax.mocosfl import TrainState
@@ -36,11 +36,7 @@ NEEDS = ()
 def measure(config: Config, case: str, epochs: int) -> Result:
     """Medians over `epochs` epochs, after one that warms up."""
     config.epochs = epochs + 1
-    run = experiment.prepare(config, settings.mesh())
-    rng_init, rng_views = jax.random.split(jax.random.key(0))
-    state = jax.jit(run.algorithm.init)(rng_init)
-    encode = monitor.make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
-    compiled = loop.compile_programs(run, state, rng_views, encode)
+    run, state, compiled = settings.prepare(config)
     inside = [0.0]
 
     def run_steps(
@@ -70,7 +66,7 @@ def measure(config: Config, case: str, epochs: int) -> Result:
                 checkpoint.save(manager, state, progress)
                 manager.wait_until_finished()
                 saved = time.perf_counter() - start
-                monitor.knn(run, monitor.features(run, state, encode))
+                monitor.knn(run, monitor.features(run, state, compiled.encode))
                 evaluated = time.perf_counter() - start
                 times.append((whole, inside[0], saved - whole, evaluated - saved))
     whole, step, save, evaluation = (median(each) for each in zip(*times[1:], strict=True))

@@ -7,8 +7,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, config, mocosfl, sharding, split_model
+from mocosfl_jax import (
+    Algorithm,
+    SplitModel,
+    TrainState,
+    Views,
+    config,
+    experiment,
+    loop,
+    mocosfl,
+    monitor,
+    sharding,
+    split_model,
+)
 from mocosfl_jax.costs import Plan, client_flops, server_flops
+from mocosfl_jax.experiment import Run
+from mocosfl_jax.loop import Programs
 from mocosfl_jax.models.convolution import PLAIN, Lowering
 
 
@@ -68,6 +82,23 @@ def views(setting: Setting, seed: int = 0) -> Views:
     rng = np.random.default_rng(seed)
     shape = (setting.clients, setting.batch, setting.image_size, setting.image_size, 3)
     return Views(*(sharding.replicate(mesh(), rng.standard_normal(shape, np.float32)) for _ in range(2)))
+
+
+class Training(NamedTuple):
+    """A run of the training loop, made ready."""
+
+    run: Run
+    state: TrainState
+    programs: Programs
+
+
+def prepare(run_config: config.Config) -> Training:
+    """The run of a configuration, on all devices, with its first state and its programs compiled."""
+    run = experiment.prepare(run_config, mesh())
+    rng_init, rng_views = jax.random.split(jax.random.key(0))
+    state = jax.jit(run.algorithm.init)(rng_init)
+    encode = monitor.make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
+    return Training(run, state, loop.compile_programs(run, state, rng_views, encode))
 
 
 class Step(NamedTuple):
