@@ -18,7 +18,8 @@ _FLAGS = {
     "xla_cpu_collective_call_terminate_timeout_seconds": ("86400", (0, 12)),
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": ("3600", (0, 12)),
 }
-_MOST_CPU_DEVICES = 4  # each has the server's parameters, and computes a batch's kernels, by itself
+# Each holds all of the server's parameters and updates them by itself. More than two have not been measured.
+_MOST_CPU_DEVICES = 4
 
 # Parameters of glibc's mallopt (malloc.h) and what they get here.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -71,8 +72,9 @@ def keep_memory() -> None:
     """Have freed memory stay with the process, on Linux with glibc.
 
     XLA takes the memory of a step's intermediate results anew for each step on a CPU, and the system would
-    clear every page of it again: some ten percent of a step of ResNet-18. Any of glibc's own variables
-    (MALLOC_ARENA_MAX, GLIBC_TUNABLES, ...) leaves the choice to the user.
+    clear every page of it again. Blocks of more than 64 MiB, as of a step of ResNet-18, are still taken anew
+    wherever it is not the first thread that wants them. Any of glibc's own variables (MALLOC_ARENA_MAX,
+    GLIBC_TUNABLES, ...) leaves the choice to the user.
     """
     chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if chosen or not sys.platform.startswith("linux"):
