@@ -4,9 +4,11 @@ A checkpoint appears under its step number when it is complete, never before.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,9 @@ from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.mocosfl import TrainState
 
 _MARGIN = 2**20  # bytes that a checkpoint takes beside the arrays, at most
+# Seconds in which all processes, having written, say that they could. Longer than `hosts.HEARTBEAT`, so that
+# one that has died is told as such.
+AGREEING = 90
 
 
 class Progress(NamedTuple):
@@ -43,8 +48,16 @@ class Progress(NamedTuple):
 
 def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:
     """The manager of the checkpoints in `folder`, which keeps the newest `keep` of them."""
+    together: dict[str, Any] = {}
+    if hosts.several():
+        # Folders are made while all processes look on: afterwards one that failed could not be met.
+        together["async_options"] = ocp.options.AsyncOptions(
+            barrier_sync_fn=_Barriers(), create_directories_asynchronously=False
+        )
     # What a killed run has begun to write goes.
-    return _manager(folder, ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True))
+    return _manager(
+        folder, ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, **together)
+    )
 
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
@@ -60,6 +73,43 @@ class _Manager(ocp.CheckpointManager):
 
     def reached_preemption(self, step: int) -> bool:
         return False
+
+
+class _Barriers:
+    """Where the processes of a run wait for each other while Orbax saves, so that a failure is known to all.
+
+    All wait twice: until each has written, and until process 0 has made the checkpoint complete. A process
+    that cannot do its part would not come, and the others would wait for it for twenty minutes. Here it comes
+    as well, on its way to the end of the save, and then stays away from a second barrier, by which the others
+    know. The three names are Orbax's; of others, each barrier would be the plain one.
+    """
+
+    def __init__(self) -> None:
+        self._wait = ocp.multihost.get_barrier_sync_fn()
+        self._saves, self._passed, self._failed = 0, 0, False
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        if "async_write_complete" in key or "async_commit_complete" in key:
+            place = self._meet(timeout_ms)
+            try:
+                self._wait(key=f"{place}/all_could", timeout_ms=1000 * AGREEING)
+            except Exception:
+                self._failed = True
+                raise
+            self._passed += 1
+            return
+        if "set_value_start" in key:
+            if threading.current_thread() is threading.main_thread():  # a save begins
+                self._saves, self._passed, self._failed = self._saves + 1, 0, False
+            elif self._passed < 2 and not self._failed:  # it ends here, before its time
+                self._failed = True
+                self._meet(timeout_ms)
+        self._wait(key=key, timeout_ms=timeout_ms)
+
+    def _meet(self, timeout_ms: int) -> str:
+        place = f"mocosfl_jax/save_{self._saves}/{self._passed}"
+        self._wait(key=place, timeout_ms=timeout_ms)
+        return place
 
 
 def _manager_alone(folder: Path) -> ocp.CheckpointManager:
@@ -87,7 +137,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) 
             f"{free / 2**20:,.1f} MiB free"
         )
     record = progress._asdict() | {"fingerprint": int(_fingerprint(state))}
-    with _full_disk_told(manager):
+    with _full_disk_told(manager, agreed=False):
         manager.save(
             progress.step,
             args=ocp.args.Composite(
@@ -104,28 +154,35 @@ def finish(manager: ocp.CheckpointManager) -> None:
     Raises:
       DiskFullError: it found no room; what was saved before is as it was.
     """
-    with _full_disk_told(manager):
+    with _full_disk_told(manager, agreed=True):
         manager.wait_until_finished()
 
 
 @contextlib.contextmanager
-def _full_disk_told(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turn what Orbax raises on a full disk into DiskFullError, and give back the room of what it began."""
+def _full_disk_told(manager: ocp.CheckpointManager, *, agreed: bool) -> Iterator[None]:
+    """Turn what Orbax raises on a full disk into DiskFullError, and give back the room of what it began.
+
+    With several processes it is DiskFullError on all of them, if `agreed`: what is within fails on all or on
+    none (`_Barriers`). Otherwise it is OSError, since the others have not met it and wait.
+    """
     try:
         yield
     except Exception as error:  # of any kind, by the library that met it
-        if not is_disk_full(error):
+        here = is_disk_full(error)
+        full = not hosts.everywhere(not here) if agreed else here
+        if not full:
             raise
-        if hosts.several():  # the others have not met it, and wait
-            raise OSError(
-                f"{manager.directory}: the disk was full before a checkpoint was complete"
-            ) from error
         folder = Path(manager.directory)
-        for begun in folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(begun, ignore_errors=True)
+        message = f"{folder}: the disk was full before a checkpoint was complete"
+        if hosts.several() and not agreed:
+            raise OSError(message) from error
+        if hosts.first():
+            for begun in folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(begun, ignore_errors=True)
+        hosts.everywhere(True)  # it is gone before anybody looks
         # Of older ones it has already forgotten those that were to make way.
         manager.reload()
-        raise DiskFullError(f"{folder}: the disk was full before a checkpoint was complete") from error
+        raise DiskFullError(message) from error
 
 
 def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, Progress] | None:
@@ -149,10 +206,16 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
         state, progress, damaged = _first_readable(reader, steps, like)
     if hosts.first():
         for step in damaged:
-            (folder / str(step)).rename(folder.parent / f"damaged_checkpoint_{step}")
+            (folder / str(step)).rename(_free(folder.parent / f"damaged_checkpoint_{step}"))
     hosts.everywhere(True)  # they are gone before anybody looks
     manager.reload()
     return state, progress
+
+
+def _free(path: Path) -> Path:
+    """`path`, or where there is something already, with a number behind it."""
+    others = (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
+    return next(p for p in itertools.chain([path], others) if not p.exists())
 
 
 def restore(
@@ -199,6 +262,8 @@ def _first_readable(
         except (MemoryError, PermissionError, UserError):
             raise
         except Exception as error:  # whatever Orbax meets in a damaged file
+            if "RESOURCE_EXHAUSTED" in str(error):  # the checkpoint is as good as it was
+                raise
             reason = str(error).split("\n", 1)[0][:120]
         # What was saved is compared by all processes together.
         if hosts.everywhere(found is not None):

@@ -6,6 +6,7 @@ JAX's distributed runtime does the work. With one process there is none of it.
 import contextlib
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -44,6 +45,8 @@ class ElsewhereError(Exception):
 def address(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Address | None:
     """What --coordinator, --num_processes and --process_id say; None where none of them is given.
 
+    --num_processes=1 needs no other.
+
     Raises:
       UserError: if some are missing or cannot be.
     """
@@ -51,9 +54,12 @@ def address(coordinator: str | None, num_processes: int | None, process_id: int 
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return None
+    if num_processes == 1 and coordinator is process_id is None:
+        return Address("", 1, 0)
     if coordinator is None or num_processes is None or process_id is None:
         raise UserError(
-            f"{' and '.join(missing)}: found none, allowed: all three of {', '.join(given)} or none"
+            f"{' and '.join(missing)}: found none, allowed: all three of {', '.join(given)} or none, or "
+            "--num_processes=1"
         )
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
@@ -91,17 +97,28 @@ def join(where: Address | None) -> None:
             "cluster_detection_method": "deactivate",
         }
     try:
-        jax.distributed.initialize(
-            **arguments,
-            initialization_timeout=MEETING,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=PARTING,
-        )
+        with _ended_by_ctrl_c():
+            jax.distributed.initialize(
+                **arguments,
+                initialization_timeout=MEETING,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=PARTING,
+            )
     except (RuntimeError, ValueError, OSError) as error:
         _leave(2, f"the processes of the run do not meet: {error}")
     if not first():
         name = f"process {jax.process_index()} of {jax.process_count()}"
         print(f"{name}: process 0 tells how the run goes", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Within, SIGINT ends the process: Python would hear of it only when C++ has waited to the end."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _detected_processes() -> int:
@@ -192,10 +209,18 @@ def stop_together(here: threading.Event) -> Callable[[], bool]:
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error is that of a collective, or of Orbax, whose other side is gone."""
+    if isinstance(error, OSError) and error.filename is not None:  # the names below may be in a path
+        return False
     words = str(error).lower()
     return several() and any(
         name in words for name in ("gloo", "nccl", "coordination", "socket closed", "barrier")
     )
+
+
+def lost(error: BaseException) -> str:
+    """What is told of an error that `is_lost`; its first line may say that it was a network, say."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{LOST} ({reason[:300]}); {AGAIN}"
 
 
 def leave(status: int, message: str | None = None) -> None:
@@ -213,22 +238,25 @@ def _leave(status: int, message: str | None) -> NoReturn:
 
 
 # When a process of the run dies, XLA ends the others from C++, with a stack trace that Python can neither
-# catch nor prevent. What C++ writes passes through a process that says it in one line, once.
+# catch nor prevent. What C++ writes passes through a process that says it in one line, once, and leaves out
+# what the coordination service has to say besides.
 _FILTER = """
-import signal, sys
+import re, signal, sys
 for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(each, signal.SIG_IGN)
 lost, meeting, err = sys.argv[1].encode(), sys.argv[2].encode(), sys.stderr.buffer
-told = quiet = False
+told = quiet = ended = False
 for line in sys.stdin.buffer:
     fatal = b"Terminating process because the JAX distributed service" in line
     ours = line.startswith(b"error: ")
-    quiet = quiet or fatal or b"coordination_service" in line or b"preemption_sync_manager.cc" in line
+    ended = ended or fatal
+    if re.match(rb"[IWEF][0-9]{4} ", line):  # a message begins, and may have more lines
+        quiet = b"coordination_service" in line or b"preemption_sync_manager.cc" in line
     if fatal or ours:
         if not told:
             err.write(line if ours else meeting if b"RegisterTask" in line or b"DEADLINE" in line else lost)
         told = True
-    elif not quiet:
+    elif not (quiet or ended):
         err.write(line)
     err.flush()
 """

@@ -373,7 +373,7 @@ def finish(
     run: Run, progress: Progress, features: monitor.Evaluated, rng_probe: Array, output: Output
 ) -> None:
     """The linear probe, unless it is there already, and the closing summary."""
-    probed = output.writes and "linear_probe" in workdir.read_metrics(output.folder)[-1]
+    probed = output.writes and any("linear_probe" in line for line in workdir.read_metrics(output.folder))
     # All processes compute it, so that none waits for another.
     if run.config.eval.probe_epochs and not any(hosts.of_first([probed])):
         end = {"step": run.total_steps, "epoch": run.config.total_epochs}

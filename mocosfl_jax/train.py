@@ -27,7 +27,7 @@ from absl import flags
 from mocosfl_jax import commandline, compiler, hosts
 from mocosfl_jax.commandline import fail, say
 from mocosfl_jax.config import Config
-from mocosfl_jax.errors import NonFiniteError, UserError
+from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
 
 USAGE = (
     "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --tensorboard, --coordinator=HOST:PORT, "
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
         hosts.join(address)
     except UserError as error:
         return fail(2, error)
+    agreed = True  # on a mistake of the user's, by all processes
     try:
         # Imported only here, so that a slip of the pen is answered at once.
         from mocosfl_jax import experiment, loop, sharding, workdir
@@ -62,28 +63,29 @@ def main(argv: list[str]) -> int:
             if tensorboard:
                 require_tensorboard()
             run = experiment.prepare(config, sharding.make_mesh(config.mesh))
-        changed: list[str] = []
-        with hosts.together():
-            if speaks:
-                changed = workdir.claim(folder, run.config, environment())
-        if changed:
-            say(f"{folder}: the run began elsewhere, so its bits may differ: {'; '.join(changed)}")
-        with (
-            tensorboard_writer(folder, tensorboard and speaks) as write_metrics,
-            stop_on_signals() as (stop, received),
-        ):
+        with contextlib.ExitStack() as stack:
+            changed: list[str] = []
+            with hosts.together():
+                if speaks:
+                    stack.enter_context(workdir.locked(folder))
+                    changed = workdir.claim(folder, run.config, environment())
+            if changed:
+                say(f"{folder}: the run began elsewhere, so its bits may differ: {'; '.join(changed)}")
+            write_metrics = stack.enter_context(tensorboard_writer(folder, tensorboard and speaks))
+            stop, received = stack.enter_context(stop_on_signals())
+            agreed = False
             finished = loop.train(run, stop, loop.Output(folder, tell, write_metrics, speaks))
     except UserError as error:
-        return fail(2, error)
+        return fail(2, error) if agreed else fail_alone(2, error)
     except hosts.ElsewhereError:
         return 2
-    except NonFiniteError as error:
-        return fail(1, f"{error}; {last_checkpoint(folder)}")
+    except (NonFiniteError, DiskFullError) as error:
+        return fail_alike(1, f"{error}; {last_checkpoint(folder)}")
     except KeyboardInterrupt:
         return fail_alone(130, "interrupted")
     except Exception as error:
         if hosts.is_lost(error):
-            hosts.leave(1, f"{hosts.LOST}; {hosts.AGAIN}")
+            hosts.leave(1, hosts.lost(error))
         if isinstance(error, OSError | MemoryError):
             return fail_alone(1, f"{str(error) or type(error).__name__}; {last_checkpoint(folder)}")
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
@@ -108,6 +110,14 @@ def fail_alone(status: int, error: object) -> int:
     return status
 
 
+def fail_alike(status: int, error: object) -> int:
+    """As `fail`, where all processes of the run that fail do so for the same reason: process 0 tells it."""
+    if hosts.first():
+        fail(status, error)
+    hosts.leave(status)
+    return status
+
+
 def parse(argv: Sequence[str]) -> tuple[Config, Path, bool, hosts.Address | None]:
     """Configuration, workdir, --tensorboard, and where the process meets others, of a command line.
 
@@ -119,7 +129,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path, bool, hosts.Address | None
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
         flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
         flags.DEFINE_string("coordinator", None, "Address of process 0.", flag_values=values)
-        flags.DEFINE_integer("num_processes", None, "Of the run.", flag_values=values)
+        flags.DEFINE_integer("num_processes", None, "Of the run; 1: this one alone.", flag_values=values)
         flags.DEFINE_integer("process_id", None, "Of this one, from 0.", flag_values=values)
 
     arguments = commandline.parse(argv, USAGE, define)

@@ -1,9 +1,11 @@
 """The files of a run: config.json, preprocessing.json, metrics.jsonl and evaluation.json."""
 
 import contextlib
+import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,36 @@ from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
 _ENVIRONMENT = "environment"  # in config.json, beside the fields of the configuration
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Within, no other process that asks for it trains in `workdir`, which is made if it is not there.
+
+    The system gives the lock up with the process, however that ends. A file system may have no locks: then
+    nothing is refused.
+
+    Raises:
+      UserError: if another process trains there, or the folder cannot be written to.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"--workdir: {error}") from error
+    with file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise UserError(
+                        f"--workdir: found another process that trains in {workdir}, allowed: one run "
+                        "(several processes of one need --coordinator, --num_processes and --process_id)"
+                    ) from error
+        yield
 
 
 def claim(workdir: Path, config: Config, environment: Environment) -> list[str]:
@@ -186,5 +218,8 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _write(path: Path, text: str) -> None:
     """Replace the file in one go: a reader, or a kill, sees the old or the new one."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

@@ -7,9 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import jax
 import numpy as np
@@ -45,6 +46,10 @@ FIELDS = {
 }
 
 
+FATAL = "Terminating process because the JAX distributed service detected fatal errors."
+LOST = "error: lost"
+
+
 class Ended(NamedTuple):
     status: int
     out: str
@@ -78,26 +83,43 @@ class Process(NamedTuple):
     running: subprocess.Popen
     out: pathlib.Path
     err: pathlib.Path
+    copying: list[threading.Thread]
 
     def end(self, timeout: float = 120) -> Ended:
         self.running.wait(timeout)
+        for stream in self.copying:
+            stream.join(timeout)
         return Ended(self.running.returncode, self.out.read_text(), self.err.read_text())
 
 
-def start(argv: list[str], logs: pathlib.Path) -> list[Process]:
+def start(argv: list[str], logs: pathlib.Path, **settings: str) -> list[Process]:
     """Both processes; what they say goes to files in `logs`, and which images they read."""
     port = free_port()
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "TOY_ROWS": str(logs)}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "TOY_ROWS": str(logs)} | settings
     processes = []
     for i in range(2):
         where = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
         out, err = logs / f"out_{i}", logs / f"err_{i}"
-        with out.open("w") as to_out, err.open("w") as to_err:
-            command = [sys.executable, toy.__file__, *argv[1:], *where]
-            processes.append(
-                Process(subprocess.Popen(command, stdout=to_out, stderr=to_err, env=env), out, err)
-            )
+        command = [sys.executable, toy.__file__, *argv[1:], *where]
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+        copying = [copy(running.stdout, out), copy(running.stderr, err)]
+        processes.append(Process(running, out, err, copying))
     return processes
+
+
+def copy(stream: IO[bytes] | None, path: pathlib.Path) -> threading.Thread:
+    """Write what comes to a file, until nobody is left who could send more."""
+    file = path.open("wb", buffering=0)
+
+    def run() -> None:
+        assert stream is not None
+        with stream, file:
+            for line in stream:
+                file.write(line)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
 
 
 def ends(processes: list[Process]) -> list[Ended]:
@@ -192,7 +214,8 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
     processes[1].running.kill()
     survivor, _ = ends(processes)
     assert f"going on from step {saved_by_one}" in survivor.out
-    assert survivor.status and errors(survivor) == [f"error: {hosts.LOST}; {hosts.AGAIN}"], survivor
+    assert survivor.status and len(errors(survivor)) == 1, survivor
+    assert re.fullmatch(rf"error: {hosts.LOST}( \(.*\))?; {hosts.AGAIN}", errors(survivor)[0]), survivor
     assert "Traceback" not in survivor.err and "stack trace" not in survivor.err
 
     # A damaged checkpoint is moved away by one of them, and both go on from the one before.
@@ -225,6 +248,36 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
         assert len(loaded) > 10 and loaded <= set(dealt[:, members].ravel().tolist())
 
 
+@pytest.mark.parametrize(
+    "process, on_full_disk",
+    [
+        (1, "continue"),
+        pytest.param(0, "stop", marks=pytest.mark.slow),
+        pytest.param(1, "stop", marks=pytest.mark.slow),
+    ],
+)
+def test_a_disk_that_one_finds_full_while_it_writes_is_full_for_both(
+    data: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path, process: int, on_full_disk: str
+) -> None:
+    """Both stop with the checkpoint before it, or go on; the one that can write does not wait for ever."""
+    folder = tmp_path / "run"
+    argv = arguments(data, folder, f"--config.checkpoint.on_full_disk={on_full_disk}")
+    told, silent = ends(start(argv, tmp_path, TOY_FULL_DISK=f"{process} 18 31"))  # at steps 18, 24 and 30
+    full = f"{folder}/checkpoints: the disk was full before a checkpoint was complete"
+    if on_full_disk == "stop":
+        assert told.status == silent.status == 1, (told, silent)
+        assert errors(told) == [f"error: {full}; the last good checkpoint is {folder}/checkpoints/12"]
+        assert not errors(silent)
+        assert newest(folder) == 12
+        assert [end.status for end in ends(start(argv, tmp_path))] == [0, 0]
+    else:
+        assert told.status == silent.status == 0, (told, silent)
+        assert told.out.count(f"{full}; the run goes on, and saves again when there is room\n") == 3
+    assert not list((folder / "checkpoints").glob("*tmp*"))
+    assert comparable(folder) == comparable(undisturbed)
+    assert_same(parameters(argv, folder), parameters(argv, undisturbed))
+
+
 def test_a_mistake_that_process_0_finds_ends_all(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
@@ -248,6 +301,7 @@ def test_a_mistake_that_process_0_finds_ends_all(data: pathlib.Path, tmp_path: p
             ["--coordinator=h:1", "--num_processes=0", "--process_id=0"],
             "--num_processes: found 0, allowed: 1",
         ),
+        (["--num_processes=2"], "--coordinator and --process_id: found none, allowed: all three of"),
         (
             ["--coordinator=h:1", "--num_processes=2", "--process_id=2"],
             "--process_id: found 2, allowed: 0 to 1",
@@ -258,6 +312,51 @@ def test_wrong_arguments_are_one_line(given: list[str], message: str, capsys: py
     assert main(["train", *given]) == 2
     err = capsys.readouterr().err
     assert message in err and len(err.splitlines()) == 1
+
+
+def test_one_process_needs_no_address() -> None:
+    where = hosts.address(None, 1, None)
+    hosts.join(where)
+    assert where is not None and where.num_processes == 1
+    assert not jax.distributed.is_initialized() and not hosts.several()
+
+
+@pytest.mark.parametrize(
+    "written, passed",
+    [
+        (["F1125 00:00:00.1 7 client.h:80] " + FATAL, "*** Check failure", "E1125 more"], [LOST]),
+        (["error: disk", "F1125 00:00:00.1 7 client.h:80] " + FATAL, "    @ 0x7f3f"], ["error: disk"]),
+        (
+            [
+                "E1125 00:00:00.1 7 coordination_service.cc:1549] x",
+                "1",
+                "W1125 00:00:00.1 7 other.cc:1] y",
+                "z",
+            ],
+            ["W1125 00:00:00.1 7 other.cc:1] y", "z"],
+        ),
+        (
+            ["I1125 00:00:00.1 7 preemption_sync_manager.cc:3] x", "F1125 00:00:00.1 7 other.cc:1] y", "z"],
+            ["F1125 00:00:00.1 7 other.cc:1] y", "z"],
+        ),
+        (["[Gloo] Rank 0", "", "E1125 00:00:00.1 7 other.cc:1] y"], 3 * [None]),
+    ],
+)
+def test_what_cpp_says_when_another_is_lost_is_one_line(written: list[str], passed: list[str | None]) -> None:
+    """And what it says of other things passes, also after it has spoken of the coordination service."""
+    command = [sys.executable, "-c", hosts._FILTER, f"{LOST}\n", "no meeting\n"]
+    text = "".join(f"{line}\n" for line in written)
+    ended = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    expected = [line if line is not None else told for line, told in zip(passed, written, strict=False)]
+    assert ended.stderr.splitlines() == expected
+
+
+def test_a_lost_process_is_told_from_a_file_that_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    gone = jax.errors.JaxRuntimeError("Gloo all-reduce failed: Connection closed by peer\nmore")
+    assert hosts.is_lost(gone) and hosts.is_lost(TimeoutError("waiting for async_write_complete barrier"))
+    assert hosts.lost(gone).startswith(f"{hosts.LOST} (Gloo all-reduce failed: Connection closed by peer); ")
+    assert not hosts.is_lost(FileNotFoundError(2, "No such file or directory", "nccl_test/barrier.npz"))
 
 
 @pytest.mark.slow

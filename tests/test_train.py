@@ -19,9 +19,11 @@ import pytest
 from conftest import CLASSES, PER_CLASS, arguments
 from PIL import Image
 
-from mocosfl_jax import checkpoint, experiment
+from mocosfl_jax import checkpoint, experiment, hosts, loop
 from mocosfl_jax.environment import environment
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.train import main, parse, tensorboard_writer
+from mocosfl_jax.workdir import locked
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -217,9 +219,11 @@ def test_a_damaged_newest_checkpoint_is_skipped(
     else:
         content[len(content) // 2] ^= 0x40
         largest.write_bytes(content)
+    (tmp_path / f"damaged_checkpoint_{newest.name}" / "of an earlier time").mkdir(parents=True)
     with caplog.at_level(logging.WARNING):
         assert main(argv) == 0
     assert f"checkpoint {newest.name} is damaged and skipped" in caplog.text
+    assert any((tmp_path / f"damaged_checkpoint_{newest.name}_2").iterdir())
     assert_same_run(argv, tmp_path, finished)
 
 
@@ -237,6 +241,31 @@ def test_nothing_readable_is_not_silently_started_anew(
     assert main(argv) == 2
     assert "no checkpoint can be read, of 18, 12, 6" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    images: str, finished: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    with locked(finished):
+        assert main(arguments(images, finished)) == 2
+    error = capsys.readouterr().err
+    assert f"found another process that trains in {finished}" in error and error.count("\n") == 1
+    assert main(arguments(images, finished)) == 0
+
+
+def test_a_mistake_that_one_of_several_processes_meets_in_training_ends_it_at_once(
+    images: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A usual end would wait for the others, which wait for this one."""
+    left: list[int] = []
+
+    def train(run: experiment.Run, *rest: object) -> bool:
+        raise UserError("one.png: found 3x3 pixels")
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(hosts, "leave", left.append)
+    assert main(arguments(images, tmp_path)) == 2
+    assert left == [2] and capsys.readouterr().err == "error: one.png: found 3x3 pixels\n"
 
 
 def test_a_loss_that_is_no_number_stops_the_run(

@@ -2,14 +2,16 @@
 
 import os
 import pathlib
+import resource
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mocosfl_jax import SplitModel
+from mocosfl_jax import SplitModel, checkpoint
 from mocosfl_jax.data import Images
 from mocosfl_jax.data.images import OnDisk
 
@@ -54,12 +56,30 @@ def recording(images: Images, folder: str) -> OnDisk:
     return OnDisk(images.shape, read, lambda: images[:])
 
 
+def fill_disk(process: int, steps: range) -> None:
+    """Have the operating system let no file of a process become large while it saves one of these steps."""
+    save = checkpoint.save
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def saving(manager: Any, state: Any, progress: checkpoint.Progress) -> None:
+        checkpoint.finish(manager)
+        full = jax.process_index() == process and progress.step in steps
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if full else hard, hard))
+        save(manager, state, progress)
+
+    checkpoint.save = saving
+    checkpoint.AGREEING = 2
+
+
 def main() -> int:
     from mocosfl_jax import batches, experiment, hosts, train
 
     if folder := os.environ.get("TOY_ROWS"):
         streamed = batches.streamed
         batches.streamed = lambda images, *rest, **how: streamed(recording(images, folder), *rest, **how)
+    if full := os.environ.get("TOY_FULL_DISK"):
+        process, first, end = map(int, full.split())
+        fill_disk(process, range(first, end))
     experiment.build_model = lambda *_, **__: make_toy_model()
     # A process that is killed is noticed, and one that does not come is given up, within seconds.
     hosts.HEARTBEAT, hosts.MEETING, hosts.PARTING = int(os.environ.get("TOY_HEARTBEAT", "20")), 10, 20
