@@ -44,16 +44,9 @@ MODULES = {  # each has NEEDS, the packages beside our own, and results(repeats)
 }
 
 
-def main(argv: list[str]) -> int:
-    """The command.
-
-    Returns:
-      Its exit status, of `commandline.answer`.
-    """
-    if commandline.HELP & set(argv):
-        print(__doc__)
-        return 0
-    return commandline.answer(lambda: measure(argv))
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit status, as `commandline.answer` has it."""
+    return commandline.answer(argv, __doc__ or "", measure)
 
 
 def measure(argv: Sequence[str]) -> None:

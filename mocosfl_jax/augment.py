@@ -101,9 +101,11 @@ def augment(rng: Array, image: Array, *, size: int, version: str, min_crop_scale
       UserError: unknown version, or min_crop_scale out of range.
     """
     if version not in VERSIONS:
-        raise UserError(f"config.moco.augmentation={version!r}: use one of {', '.join(VERSIONS)}")
+        raise UserError(f"config.moco.augmentation: found {version!r}, allowed: {', '.join(VERSIONS)}")
     if not 0 < min_crop_scale <= 1:
-        raise UserError(f"config.moco.min_crop_scale={min_crop_scale}: must be above 0 and at most 1")
+        raise UserError(
+            f"config.moco.min_crop_scale: found {min_crop_scale}, allowed: more than 0, at most 1"
+        )
     rng_crop, rng_flip, rng_jitter, rng_gray, rng_blur = jax.random.split(rng, 5)
 
     box = sample_crop_box(rng_crop, *image.shape[:2], min_scale=min_crop_scale)

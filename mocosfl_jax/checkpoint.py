@@ -38,7 +38,6 @@ class Progress(NamedTuple):
     losses: tuple[float, ...] = ()  # of the steps of the epoch that is under way
     top1s: tuple[float, ...] = ()
     epoch_seconds: float = 0.0  # of training in the epoch that is under way
-    best_knn: float = 0.0  # best kNN accuracy on backbone features so far
     metrics_lines: int = 0  # lines of metrics.jsonl that belong to this checkpoint
     traffic: str = "A"  # what passes the cut in the epoch that is under way (`saving.Traffic`)
     last_loss: float = math.inf  # mean of the epoch before

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from mocosfl_jax.config import Config, quickstart
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import UserError, one_line
 
 HELP = {"--help", "-h", "-help", "--helpfull"}
 
@@ -157,7 +157,7 @@ def load_config(file: str, parameter: Sequence[str] = ()) -> Config:
     try:
         config = runpy.run_path(file)["get_config"](*parameter)
     except (Exception, SystemExit) as error:  # whatever a user's file may raise
-        raise UserError(f"{file}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{file}: {one_line(error)}") from error
     if not isinstance(config, Config):
         raise UserError(f"{file}: get_config() returned {type(config).__name__}, allowed: a Config")
     return config
@@ -200,14 +200,17 @@ def help_text(words: str | None) -> str:
     return f"{words}\nFields and their values in the quickstart (see mocosfl_jax/config.py):\n{fields}"
 
 
-def answer(work: Callable[[], None]) -> int:
-    """Do the work of a command that writes nothing before its end.
+def answer(argv: Sequence[str], explanation: str, work: Callable[[Sequence[str]], None]) -> int:
+    """Do the work of a command that writes nothing before its end, or explain it where --help is given.
 
     Returns:
       Its exit status: 0, 1 where the machine fails it, 2 after a user's mistake, 130 after SIGINT.
     """
+    if HELP & set(argv):
+        say(explanation)
+        return 0
     try:
-        work()
+        work(argv)
     except UserError as error:
         return fail(2, error)
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ class Data:
     name: str = "cifar10"
     # Folder of the archives, images, npy files or prepared sets; for npz, the file.
     dir: str = "data"
-    # Pixels a side to which images are resized; none: as they are stored.
+    # Pixels a side to which images are resized; None: as they are stored.
     image_size: int | None = None
     # Training images on the device, whole; else they are streamed from the host, with the same results. None:
     # as they fit (see batches.py).
@@ -33,9 +33,9 @@ class Data:
 class Clients:
     # N, the client pool.
     num: int = 100
-    # M, the clients drawn for an epoch; none: the paper's for N, which is the whole pool below 200.
+    # M, the clients drawn for an epoch; None: the paper's for N, which is the whole pool below 200.
     cohort: int | None = None
-    # B, images a client and step; none: the paper's for N, 100 // N up to 50 clients and 1 beyond.
+    # B, images a client and step; None: the paper's for N, 100 // N up to 50 clients and 1 beyond.
     batch_size: int | None = None
     # Classes a client holds / classes of the data set. 1.0: IID.
     noniid_ratio: float = 0.2
@@ -52,7 +52,7 @@ class Clients:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Sync:
-    # Synchronizations (FedAvg) an epoch; none: the paper's for N, 1000 // (B N).
+    # Synchronizations (FedAvg) an epoch; None: the paper's for N, 1000 // (B N).
     frequency: int | None = None
     # Average in proportion to the clients' numbers of images.
     weighted: bool = False
@@ -60,7 +60,7 @@ class Sync:
     momentum_models: bool = False
     # SGD buffers of the clients: keep, reset or average.
     buffers: str = "keep"
-    # Divergence-aware averaging with this first lambda; none: without.
+    # Divergence-aware averaging with this first lambda; None: without.
     divergence_lambda: float | None = None
 
 
@@ -81,12 +81,12 @@ class Model:
     name: str = "resnet18"
     # Channels of the first convolution; all others scale with it. None: the paper's (64; MobileNetV2 32).
     width: int | None = None
-    # Stride of the first convolution; none: the paper's for the image size.
+    # Stride of the first convolution; None: the paper's for the image size.
     stem_stride: int | None = None
     # How many layers are the client's: of a ResNet [stem, block 1, ...], of a VGG convolutions and pools, of
     # MobileNetV2 [stem, group 1, ...]. "MocoSFL-1" is 1, "MocoSFL-3" is 2. 0: none, the images are sent.
     cut_layer: int = 1
-    # Convolutions that make the smashed data smaller, as C4S2 or K1C8S1noReLU; none: without.
+    # Convolutions that make the smashed data smaller, as C4S2 or K1C8S1noReLU; None: without.
     bottleneck: str | None = None
     # Shortcuts in the client's residual blocks.
     client_residual: bool = True
@@ -100,7 +100,7 @@ class Model:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Moco:
-    # v1, small_v2, v2 or large_v2. Fills in every field below that is none.
+    # v1, small_v2, v2 or large_v2. Fills in every field below that is None.
     preset: str = "v2"
     key_dim: int | None = None
     # Projection head: linear, mlp (one hidden layer) or mlp_bn (and BatchNorm).
@@ -129,7 +129,7 @@ class Optim:
     client_lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    # cosine, multistep or constant; none: the MoCo preset's (v1 multistep, else cosine).
+    # cosine, multistep or constant; None: the MoCo preset's (v1 multistep, else cosine).
     schedule: str | None = None
     # The clients': one of these or official_per_step, which takes a step of the schedule every batch instead
     # of every epoch, as for the paper's numbers. None: the server's.
@@ -160,9 +160,9 @@ class Checkpoint:
 class Mesh:
     """How many devices share the work, and how. Results do not depend on it."""
 
-    # Devices along which clients and their data are cut; none: what `model` leaves, which is all by default.
+    # Devices along which clients and their data are cut; None: what `model` leaves, which is all by default.
     data: int | None = None
-    # Devices along which the server's parameters and queue are cut too; none: what `data` leaves, or 1.
+    # Devices along which the server's parameters and queue are cut too; None: what `data` leaves, or 1.
     model: int | None = None
 
 
@@ -242,7 +242,7 @@ _PRESET_SCHEDULE = {"v1": "multistep", "small_v2": "cosine", "v2": "cosine", "la
 
 
 def _fill(node: Any, values: dict[str, Any]) -> None:
-    """Give the fields that are none their values."""
+    """Give the fields that are None their values."""
     for field, value in values.items():
         if getattr(node, field) is None:
             setattr(node, field, value)
@@ -303,8 +303,6 @@ def _check_values(config: Config) -> None:
     _in_range("saving.warmup_epochs", saving.warmup_epochs, 0)
     _in_range("saving.replay_gib", saving.replay_gib, 0.0, open_low=True)
     _in_range("model.cut_layer", config.model.cut_layer, 0)
-    if config.model.stem_stride is not None:
-        _in_range("model.stem_stride", config.model.stem_stride, 1, 4)
     _in_range("moco.key_dim", moco.key_dim, 1)
     views = 2 if moco.symmetric or moco.full_symmetric else 1
     largest = clients.batch_size * (clients.rich_batch if clients.rich else 1)
@@ -313,9 +311,8 @@ def _check_values(config: Config) -> None:
     elif not moco.feature_sharing:
         keys = clients.num * largest * views
         _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step in N queues")
-    else:
-        rich = round(clients.cohort * clients.rich)
-        keys = (rich * largest + (clients.cohort - rich) * clients.batch_size) * views
+    elif not clients.rich:  # else `experiment.prepare` sees how many of the cohort are
+        keys = clients.cohort * largest * views
         _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step")
     _in_range("moco.temperature", moco.temperature, 0.0, open_low=True)
     _in_range("moco.momentum", moco.momentum, 0.0, 1.0)
@@ -399,7 +396,7 @@ def _from_dict(kind: Any, values: Any, path: str) -> Any:
 
 # Fields that say how a run is done and not what comes out: a run may go on with other values.
 INDIFFERENT = frozenset(
-    {"config.data.resident", "config.data.max_broken", "config.checkpoint.on_full_disk", "config.mesh"}
+    {"config.data.resident", "config.data.max_broken", "config.checkpoint", "config.mesh"}
 )
 
 

@@ -17,25 +17,14 @@ import jax
 from absl import flags
 from jax.extend import core
 
-from mocosfl_jax import commandline
-from mocosfl_jax.commandline import fail, say
+from mocosfl_jax import commandline, data
+from mocosfl_jax.commandline import say
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.experiment import build_model
 from mocosfl_jax.models import SplitModel, convolution
 
 USAGE = "--config=FILE, --config.FIELD=VALUE, --images=NUMBER, --image_size=PIXELS, --json, --help"
-
-# Training images and pixels a side.
-DATA_SETS = {
-    "fashion_mnist_sample": (6_000, 32),
-    "cifar10": (50_000, 32),
-    "cifar100": (50_000, 32),
-    "svhn": (73_257, 32),
-    "stl10": (5_000, 96),
-    "tiny_imagenet": (100_000, 64),
-    "imagenet12": (15_600, 224),  # approximately: 12 classes of about 1,300 images
-}
 
 
 class Plan(NamedTuple):
@@ -53,7 +42,14 @@ class Plan(NamedTuple):
     symmetric: bool = True  # the server contrasts both views
     frozen: bool = False  # the client-side models are not trained
     momentum_models: bool = False  # synchronizations average the momentum models too (MonAcoSFL)
+    buffers: bool = False  # they average the SGD buffers too
     full_symmetric: bool = False  # the clients run both models on both views
+    feature_sharing: bool = True  # one queue for all clients; else each has K // N keys
+
+    @property
+    def keys(self) -> int:
+        """In the queue that a query meets."""
+        return self.queue_size if self.feature_sharing else self.queue_size // self.num_clients
 
     @property
     def client_views(self) -> int:
@@ -264,7 +260,7 @@ def server_flops(model: SplitModel, plan: Plan) -> Flops:
     project = _projection(model)
     forward = plan.server_views * forward_flops(project, params, smashed)
     backward = plan.server_views * backward_flops(project, params, smashed, of_input=not plan.frozen)
-    products = plan.server_views * 2 * model.key_dim * plan.queue_size  # of queries with the queue
+    products = plan.server_views * 2 * model.key_dim * plan.keys  # of queries with the queue
     return Flops(online=forward, momentum=forward, backward=backward, contrast=2 * products)
 
 
@@ -284,7 +280,8 @@ def server_memory(model: SplitModel, plan: Plan) -> Memory:
     _, params, _, merged = shapes_of(model, plan.image_size, images)
     weights = _bytes(params)
     activations = kept_bytes(_projection(model), params, merged, of_input=not plan.frozen)
-    return Memory(weights, weights, weights, weights, activations, queue=4 * plan.queue_size * model.key_dim)
+    keys = plan.keys * (1 if plan.feature_sharing else plan.num_clients)
+    return Memory(weights, weights, weights, weights, activations, queue=4 * keys * model.key_dim)
 
 
 def _projection(model: SplitModel) -> Callable[[Any, Any], Any]:
@@ -300,7 +297,7 @@ def client_traffic(model: SplitModel, plan: Plan) -> Traffic:
     params, _, _, smashed = shapes_of(model, plan.image_size, plan.client_views * plan.batch_size)
     if plan.frozen:
         return Traffic(2 * _bytes(smashed), smashed_down=0, weights_up=0, weights_down=0)
-    weights = _bytes(params) * (2 if plan.momentum_models else 1)
+    weights = _bytes(params) * (1 + plan.momentum_models + plan.buffers)
     return Traffic(2 * _bytes(smashed), _bytes(smashed), weights, weights)
 
 
@@ -398,10 +395,11 @@ def from_config(config: Config, images: int | None = None, image_size: int | Non
     for field, value, allowed in (
         ("algorithm", config.algorithm, "mocosfl"),
         ("clients.rich", clients.rich, 0),
+        ("saving.loss_threshold", config.saving.loss_threshold, 0),  # whose costs depend on the loss
     ):
         if value != allowed:
             raise UserError(f"config.{field}: found {value}, allowed: {allowed}, whose costs are known here")
-    known_images, known_size = DATA_SETS.get(config.data.name, (None, None))
+    known_images, known_size = data.SIZES.get(config.data.name, (None, None))
     images = images or known_images
     image_size = config.data.image_size or image_size or known_size
     if images is None:
@@ -431,7 +429,9 @@ def from_config(config: Config, images: int | None = None, image_size: int | Non
         symmetric=moco.symmetric,
         frozen=config.optim.client_lr == 0,
         momentum_models=config.sync.momentum_models,
+        buffers=config.sync.buffers == "average",
         full_symmetric=moco.full_symmetric,
+        feature_sharing=moco.feature_sharing,
     )
     return costs(model, plan)
 
@@ -504,28 +504,26 @@ def as_dict(result: Any) -> Any:
     return result
 
 
-def main(argv: list[str]) -> int:
-    """The command.
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit status, as `commandline.answer` has it."""
+    return commandline.answer(argv, commandline.help_text(__doc__), print_costs)
 
-    Returns:
-      Its exit status: 0, or 2 after a user's mistake.
+
+def print_costs(argv: Sequence[str]) -> None:
+    """Print what the command line asks for.
+
+    Raises:
+      UserError: for a mistake in it, as `from_config` has them.
     """
-    if commandline.HELP & set(argv):
-        say(commandline.help_text(__doc__))
-        return 0
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_integer("images", None, "Training images.", lower_bound=1, flag_values=values)
         flags.DEFINE_integer("image_size", None, "Pixels a side.", lower_bound=1, flag_values=values)
         flags.DEFINE_bool("json", False, "Print JSON.", flag_values=values)
 
-    try:
-        config, _, values = commandline.parse(argv, USAGE, define)
-        result = from_config(config.resolved(), values.images, values.image_size)
-    except UserError as error:
-        return fail(2, error)
+    config, _, values = commandline.parse(argv, USAGE, define)
+    result = from_config(config.resolved(), values.images, values.image_size)
     say(json.dumps(as_dict(result), indent=2) if values.json else table(result))
-    return 0
 
 
 if __name__ == "__main__":

@@ -35,10 +35,7 @@ BATCH = 250  # images in memory
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status, as `commandline.answer` has it."""
-    if commandline.HELP & set(argv):
-        say(__doc__ or "")
-        return 0
-    return commandline.answer(lambda: encode(argv))
+    return commandline.answer(argv, __doc__ or "", encode)
 
 
 def encode(argv: Sequence[str]) -> None:

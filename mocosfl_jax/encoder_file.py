@@ -61,16 +61,6 @@ def describe(client_params: Params, server_params: Params, metadata: Metadata) -
     return f"{name} cut at {cut_layer}, {parameters}, from {metadata.source}"
 
 
-def import_encoder(path: Path | str) -> tuple[tuple[Params, Params], Metadata]:
-    """Client and server parameters of a file that `export_encoder` wrote, and what it says of them.
-
-    Raises:
-      UserError: if it is another or a damaged file.
-    """
-    _, params, metadata = load_encoder(path)
-    return params, metadata
-
-
 def load_encoder(path: Path | str) -> Encoder:
     """The encoder of a file that `export_encoder` wrote, with its network.
 

@@ -16,6 +16,11 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+def one_line(error: BaseException) -> str:
+    """An error of a library in one line, with its kind."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class DiskFullError(OSError):
     """A file of the run finds no room. The message is one line that names it."""
 

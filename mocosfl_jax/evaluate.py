@@ -28,10 +28,7 @@ USAGE = "--workdir=FOLDER, --checkpoint=STEP, --probe_epochs=N, --semi_supervise
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status, as `commandline.answer` has it."""
-    if commandline.HELP & set(argv):
-        say(__doc__ or "")
-        return 0
-    return commandline.answer(lambda: evaluate(argv))
+    return commandline.answer(argv, __doc__ or "", evaluate)
 
 
 def evaluate(argv: Sequence[str]) -> None:

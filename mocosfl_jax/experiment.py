@@ -131,6 +131,11 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Run:
     steps = pool.local_epochs * partition.steps_per_epoch(parts, batch_sizes)
     # The batch sizes of every cohort: the rich come first, and there are always as many of them.
     places = batch_sizes[partition.sample_cohort(pool.num, pool.cohort, seed=config.seed, epoch=0, rich=rich)]
+    keys = int(places.sum()) * (2 if moco.symmetric or moco.full_symmetric else 1)
+    if rich and moco.feature_sharing and moco.queue_size < keys:
+        raise UserError(
+            f"config.moco.queue_size: found {moco.queue_size}, allowed: {keys} or more (the keys of one step)"
+        )
     model, algorithm = build(
         config,
         image_size=height,

@@ -23,10 +23,7 @@ USAGE = "--workdir=FOLDER, --out=FILE.safetensors, --checkpoint=STEP, --help"
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status, as `commandline.answer` has it."""
-    if commandline.HELP & set(argv):
-        say(__doc__ or "")
-        return 0
-    return commandline.answer(lambda: export(argv))
+    return commandline.answer(argv, __doc__ or "", export)
 
 
 def export(argv: Sequence[str]) -> None:

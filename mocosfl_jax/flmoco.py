@@ -4,6 +4,7 @@ A client is what MocoSFL's server would be if the cut lay before the first layer
 a queue of its own, and its images are its smashed data. All clients take their steps as one operation.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -65,6 +66,9 @@ def flmoco(
         )
 
     def step(state: TrainState, views: Views, cohort: Array | None = None) -> tuple[TrainState, StepInfo]:
+        chex.assert_equal_shape(views)
+        chex.assert_axis_dimension(views.query, 0, num_clients if cohort is None else len(cohort))
+
         def local_step(
             member: ClientState, queue: MoCoQueue, views: Views
         ) -> tuple[ClientState, MoCoQueue, server.Contrast]:

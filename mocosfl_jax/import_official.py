@@ -20,7 +20,6 @@ from absl import flags
 from mocosfl_jax import commandline, data
 from mocosfl_jax.commandline import say
 from mocosfl_jax.config import Config
-from mocosfl_jax.costs import DATA_SETS
 from mocosfl_jax.errors import UserError
 
 USAGE = "--client=FILE, --server=FILE, --config=FILE, --config.FIELD=VALUE, --out=FILE, --mean, --std, --help"
@@ -28,10 +27,7 @@ USAGE = "--client=FILE, --server=FILE, --config=FILE, --config.FIELD=VALUE, --ou
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status, as `commandline.answer` has it."""
-    if commandline.HELP & set(argv):
-        say(commandline.help_text(__doc__))
-        return 0
-    return commandline.answer(lambda: import_official(argv))
+    return commandline.answer(argv, commandline.help_text(__doc__), import_official)
 
 
 def import_official(argv: Sequence[str]) -> None:
@@ -58,7 +54,7 @@ def import_official(argv: Sequence[str]) -> None:
     out = commandline.output_file(values.out)
     config = arguments.config.resolved()
     mean, std = (_channels(name, values[name].value, config) for name in ("mean", "std"))
-    image_size = config.data.image_size or DATA_SETS.get(config.data.name, (None, None))[1]
+    image_size = config.data.image_size or data.SIZES.get(config.data.name, (None, None))[1]
     if image_size is None:
         raise UserError(
             f"config.data.image_size: found None, allowed: the pixels a side of {config.data.name}"

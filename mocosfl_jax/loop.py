@@ -110,7 +110,7 @@ def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progre
         plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
     metrics = {"step": 0, "epoch": 0, **monitor.knn(run, monitor.features(run, state, encode))}
     metrics |= monitor.knn_raw_pixels(run)
-    return record(run, Progress(best_knn=metrics["knn_backbone"]), metrics, output)
+    return record(run, Progress(), metrics, output)
 
 
 def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
@@ -211,7 +211,6 @@ def run_epochs(
                     losses=(),
                     top1s=(),
                     epoch_seconds=0.0,
-                    best_knn=max(progress.best_knn, metrics.get("knn_backbone", 0.0)),
                 )
             # The next epoch to be kept replaces the one that an older checkpoint would have to replay.
             replaces = rest == 0 and progress.traffic == Traffic.UP_ONLY

@@ -29,7 +29,9 @@ class StepInfo(NamedTuple):
 
     loss: Array  # []
     top1: Array  # [], contrastive accuracy: share of queries whose positive beats the queue
-    smashed: SmashedData | None  # [n, h, w, c] each, n = M * B: what crossed the cut upwards
+    # [n, h, w, c] each: what crossed the cut upwards. n = M * B, or the sum of the batches where they differ;
+    # twice as many under the full symmetric loss
+    smashed: SmashedData | None
     smashed_grad: Array | None  # [n, h, w, c], what crossed it downwards; None: nothing did
 
 
@@ -46,7 +48,7 @@ class Algorithm(NamedTuple):
     """
 
     init: Callable[[Array], TrainState]  # rng -> state
-    # state, Views [M, B, H, W, 3], cohort=None, send_gradients=True (False: clients are not trained)
+    # state, Views [M, B, H, W, 3], cohort=None; of mocosfl also send_gradients=True (False: clients rest)
     step: Callable[..., tuple[TrainState, StepInfo]]
     sync: Callable[..., tuple[TrainState, SyncInfo]]  # state, cohort=None
     encode: Callable[[TrainState, Array], Features]  # state, images [n, H, W, 3] -> Features

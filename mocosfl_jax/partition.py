@@ -71,7 +71,7 @@ def partition(
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f"labels: found {labels.dtype} of shape {labels.shape}; one integer an image is needed"
+            f"labels: found {labels.dtype} of shape {labels.shape}, allowed: one integer an image"
         )
     _check_count("config.clients.num", num_clients)
     _check_count("config.clients.batch_size", batch_size)
@@ -80,8 +80,8 @@ def partition(
         _check_rich(rich, num_clients)
     if num_clients * batch_size > len(labels):
         raise UserError(
-            f"config.clients.num={num_clients} with config.clients.batch_size={batch_size}: one batch a "
-            f"client takes {num_clients * batch_size} images, the data set has {len(labels)}"
+            f"config.clients.num and batch_size: found {num_clients} batches of {batch_size}, "
+            f"{num_clients * batch_size} images, allowed: at most {len(labels)}, the images there are"
         )
     rng = _generator(seed, _PARTITION)
     if rich is None:
@@ -96,9 +96,9 @@ def partition(
     for images, count, size, name in zip(groups, counts, sizes, ("rich", "poor"), strict=True):
         if count * size > len(images):
             raise UserError(
-                f"config.clients.batch_size={batch_size}, rich_batch={rich.batch_factor}, "
-                f"rich_data={rich.data_fraction}: one batch for each of the {count} {name} clients takes "
-                f"{count * size} images, they hold {len(images)}"
+                f"config.clients.batch_size: found {batch_size}, with rich_batch {rich.batch_factor} and "
+                f"rich_data {rich.data_fraction}, and a batch for each of the {count} {name} clients takes "
+                f"{count * size} images: they hold {len(images)}"
             )
         dealt = _deal(rng, labels[images], count, size, noniid_ratio, dirichlet_alpha)
         _check_batch(dealt, size)
@@ -147,7 +147,9 @@ def sample_cohort(
     _check_count("config.clients.cohort", cohort)
     _check_seed(seed)
     if cohort > num_clients:
-        raise UserError(f"config.clients.cohort={cohort}: at most config.clients.num={num_clients}")
+        raise UserError(
+            f"config.clients.cohort: found {cohort}, allowed: 1 to {num_clients}, the clients of the pool"
+        )
     num_rich = rich.clients if rich else 0
     drawn_rich = rich_in_cohort(num_clients, cohort, rich)
     if cohort == num_clients:
@@ -233,7 +235,7 @@ def _deal(
     if dirichlet_alpha is not None:
         return _dirichlet(rng, labels, num_clients, batch_size, dirichlet_alpha)
     if not 0 < noniid_ratio <= 1:
-        raise UserError(f"config.clients.noniid_ratio={noniid_ratio}: must be above 0 and at most 1")
+        raise UserError(f"config.clients.noniid_ratio: found {noniid_ratio}, allowed: more than 0, at most 1")
     if noniid_ratio == 1:
         return np.array_split(rng.permutation(len(labels)), num_clients)
     return _shards(rng, labels, num_clients, noniid_ratio)
@@ -245,8 +247,8 @@ def _shards(rng: np.random.Generator, labels: np.ndarray, num_clients: int, rati
     shards_per_client = int(ratio * len(classes) + 1e-9)
     if shards_per_client < 1:
         raise UserError(
-            f"config.clients.noniid_ratio={ratio}: less than one of {len(classes)} classes a client; "
-            f"at least {1 / len(classes):.4g} is needed"
+            f"config.clients.noniid_ratio: found {ratio}, allowed: {1 / len(classes):.4g} or more (one of "
+            f"{len(classes)} classes a client)"
         )
     num_shards = num_clients * shards_per_client
     # A stable sort of a permutation, so that which images of a class share a shard is random.
@@ -274,7 +276,7 @@ def _dirichlet(
 ) -> list[np.ndarray]:
     # Beyond these bounds shares underflow to 0 / 0, or are equal to the last image anyway.
     if not 1e-6 <= alpha <= 1e9:
-        raise UserError(f"config.clients.dirichlet_alpha={alpha}: must be from 1e-6 to 1e9")
+        raise UserError(f"config.clients.dirichlet_alpha: found {alpha}, allowed: 1e-6 to 1e9")
     pieces: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels):
         images = rng.permutation(np.flatnonzero(labels == label))
@@ -303,27 +305,29 @@ def _generator(seed: int, *position: int) -> np.random.Generator:
 
 def _check_count(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise UserError(f"{name}={value}: must be an integer of at least 1")
+        raise UserError(f"{name}: found {value}, allowed: an integer of 1 or more")
 
 
 def _check_seed(seed: int) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise UserError(f"config.seed={seed}: must be an integer of at least 0")
+        raise UserError(f"config.seed: found {seed}, allowed: an integer of 0 or more")
 
 
 def _check_rich(rich: Rich, num_clients: int) -> None:
     _check_count("rich.clients", rich.clients)
     _check_count("rich.batch_factor", rich.batch_factor)
     if rich.clients >= num_clients:
-        raise UserError(f"rich.clients={rich.clients}: must be less than config.clients.num={num_clients}")
+        raise UserError(
+            f"rich.clients: found {rich.clients}, allowed: less than {num_clients}, config.clients.num"
+        )
     if not 0 < rich.data_fraction < 1:
-        raise UserError(f"rich.data_fraction={rich.data_fraction}: must be above 0 and below 1")
+        raise UserError(f"rich.data_fraction: found {rich.data_fraction}, allowed: more than 0, less than 1")
 
 
 def _check_batch(parts: Sequence[np.ndarray], batch_size: int) -> None:
     smallest = min(map(len, parts))
     if smallest < batch_size:
         raise UserError(
-            f"config.clients.batch_size: the smallest of {len(parts)} clients with batches of {batch_size} "
-            f"has {smallest} images; use batches of at most that, or a smaller config.clients.num"
+            f"config.clients.batch_size: found {batch_size}, allowed: 1 to {smallest} (the smallest of "
+            f"{len(parts)} clients has so many images; with a smaller config.clients.num they have more)"
         )

@@ -63,7 +63,7 @@ def knn_accuracy(
     computed for a block of test images at a time and stay below `KNN_BLOCK_BYTES`.
 
     Args:
-      train: [n, D] features of the labelled images; k is at most n.
+      train: [n, D] features of the labelled images.
       train_labels: [n] integers.
       test: [m, D].
       test_labels: [m].

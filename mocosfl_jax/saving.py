@@ -68,7 +68,9 @@ class Store:
         there = sum(path.stat().st_size for path in self._kept()) / 2**30
         free = shutil.disk_usage(self.folder).free / 2**30
         if size > free + there:
-            raise UserError(f"{self.folder}: {size:.3g} GiB are needed, {free:.3g} GiB are free")
+            raise UserError(
+                f"{self.folder}: found {free:.3g} GiB free, {size:.3g} GiB are needed for smashed data"
+            )
 
     def write(self, epoch: int, step: int, smashed: SmashedData) -> None:
         """Keep the smashed data of a step of `epoch`, and of that epoch only."""

@@ -390,7 +390,7 @@ def test_images_of_any_shape() -> None:
 
 
 def test_unknown_version_and_scale_are_refused(images: np.ndarray) -> None:
-    with pytest.raises(UserError, match=r"config\.moco\.augmentation='v3': use one of v1, v2"):
+    with pytest.raises(UserError, match=r"config\.moco\.augmentation: found 'v3', allowed: v1, v2"):
         aug.augment(jax.random.key(0), images[0], size=32, version="v3", min_crop_scale=0.08)
     for scale in (0.0, 1.5, float("nan")):
         with pytest.raises(UserError, match=r"config\.moco\.min_crop_scale"):

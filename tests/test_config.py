@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from mocosfl_jax.config import Clients, Config, Moco, differences, paper_settings
+from mocosfl_jax import experiment
+from mocosfl_jax.config import Clients, Config, Moco, differences, paper_settings, quickstart
 from mocosfl_jax.errors import UserError
 
 
@@ -156,6 +157,17 @@ def test_presets_of_the_paper(preset: str, expected: tuple[object, ...]) -> None
     assert found == expected
     assert config.optim.client_schedule == config.optim.schedule
     assert config.optim.client_lr == config.optim.server_lr
+
+
+def test_a_queue_below_the_keys_of_a_step_of_rich_and_poor_is_refused() -> None:
+    """A cohort of two has a rich client, with a batch of 16, though a fifth of two rounds to none."""
+    config = quickstart()
+    config.clients = Clients(num=100, cohort=2, batch_size=1, rich=0.2)
+    config.moco.queue_size = 33
+    with pytest.raises(UserError, match=r"config.moco.queue_size: found 33, allowed: 34 or more \(the keys"):
+        experiment.prepare(config)
+    config.moco.queue_size = 34
+    assert experiment.prepare(config).images_per_step == 17
 
 
 @pytest.mark.parametrize(

@@ -145,10 +145,10 @@ def test_server_of_resnet18_by_hand() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_flops_are_those_of_the_training_step(model: str, symmetric: bool) -> None:
+@pytest.mark.parametrize("option", [{}, {"symmetric": False}, {"feature_sharing": False, "queue_size": 38}])
+def test_flops_are_those_of_the_training_step(model: str, option: dict[str, Any]) -> None:
     split, size = MODELS[model]
-    numbers = plan(image_size=size, symmetric=symmetric)
+    numbers = plan(image_size=size, **option)
     state, views, cohort, step = training(split, numbers)
     result = costs.costs(split, numbers)
     clients = numbers.cohort * result.client.flops.step
@@ -169,9 +169,10 @@ def test_traffic_is_what_training_exchanges(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_memory_is_that_of_the_training_state(model: str) -> None:
+@pytest.mark.parametrize("option", [{}, {"feature_sharing": False, "queue_size": 38}])
+def test_memory_is_that_of_the_training_state(model: str, option: dict[str, Any]) -> None:
     split, size = MODELS[model]
-    numbers = plan(image_size=size)
+    numbers = plan(image_size=size, **option)
     state, *_ = training(split, numbers)
     client, server = costs.client_memory(split, numbers), costs.server_memory(split, numbers)
     n = numbers.num_clients
@@ -191,6 +192,7 @@ def training(model: SplitModel, numbers: Plan) -> tuple[Any, Any, Any, Any]:
         num_clients=numbers.num_clients,
         queue_size=numbers.queue_size,
         symmetric=numbers.symmetric,
+        feature_sharing=numbers.feature_sharing,
         placement=ONE_DEVICE._replace(over_clients=clients.at_once),
     )
     views = random_views(0, numbers.cohort, numbers.batch_size)
@@ -250,9 +252,9 @@ def test_a_run_is_the_sum_of_its_steps_and_synchronizations(momentum_models: boo
 
 def test_options_change_what_a_client_pays() -> None:
     split, _ = MODELS["toy"]
-    plain, averaged, both, frozen = (
-        costs.costs(split, plan(**option))
-        for option in ({}, {"momentum_models": True}, {"full_symmetric": True}, {"frozen": True})
+    plain, averaged, buffers, both, frozen = (
+        costs.costs(split, plan(**{option: True} if option else {}))
+        for option in ("", "momentum_models", "buffers", "full_symmetric", "frozen")
     )
     numbers = plan()
     weights = 4 * 3 * 5
@@ -261,6 +263,7 @@ def test_options_change_what_a_client_pays() -> None:
     assert plain.client.down.epoch == 4 * smashed + 2 * weights
     assert averaged.client.up.epoch == 4 * 2 * smashed + 2 * 2 * weights
     assert averaged.client.down.epoch == 4 * smashed + 2 * 2 * weights
+    assert (buffers.client.up, buffers.client.down) == (averaged.client.up, averaged.client.down)
     assert both.client.up.epoch == 4 * 4 * smashed + 2 * weights
     assert both.client.down.epoch == 4 * 2 * smashed + 2 * weights
     assert frozen.client.up.epoch == 4 * 2 * smashed
@@ -313,6 +316,8 @@ def test_a_configuration_gives_the_plan_of_its_run() -> None:
     """Also the size of the data set, which is not read here."""
     config = quickstart()
     config.sync.frequency = 7
+    config.sync.buffers = "average"
+    config.moco.feature_sharing = False
     run = experiment.prepare(config)
     result = costs.from_config(config.resolved())
     assert result.plan.images == len(run.dataset.x_train)
@@ -321,6 +326,7 @@ def test_a_configuration_gives_the_plan_of_its_run() -> None:
     assert result.plan.syncs == len(range(0, run.steps_per_epoch, run.steps_per_round))
     assert result.plan.epochs * result.plan.steps == run.total_steps
     assert result.plan.cohort == run.cohort
+    assert result.plan.buffers and result.plan.keys == 2000 // 20
     assert result.server.memory.parameters == nbytes(jax.eval_shape(run.model.init, jax.random.key(0))[1])
 
 

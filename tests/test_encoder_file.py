@@ -22,7 +22,7 @@ from mocosfl_jax import (
     workdir,
 )
 from mocosfl_jax.config import quickstart
-from mocosfl_jax.encoder_file import Metadata, export_encoder, import_encoder
+from mocosfl_jax.encoder_file import Metadata, export_encoder
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import split_model
 
@@ -57,7 +57,7 @@ def file(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_round_trip_bit_for_bit(file: pathlib.Path) -> None:
-    params, metadata = import_encoder(file)
+    _, params, metadata = load_encoder(file)
     assert metadata == METADATA
     same(params, random_params())
     assert [path.name for path in file.parent.iterdir()] == [file.name]
@@ -68,7 +68,7 @@ def test_transposed_arrays_are_written_in_their_order(tmp_path: pathlib.Path) ->
     client, server = random_params()
     server["head"]["out"]["kernel"] = np.asfortranarray(server["head"]["out"]["kernel"])
     export_encoder(tmp_path / "a", client, server, METADATA)
-    same(import_encoder(tmp_path / "a")[0], (client, server))
+    same(load_encoder(tmp_path / "a").params, (client, server))
 
 
 def refused(path: pathlib.Path) -> str:

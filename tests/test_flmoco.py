@@ -67,6 +67,15 @@ def test_a_client_is_a_centralised_moco_of_its_own(toy_model: SplitModel, symmet
     assert state.step == 3
 
 
+def test_views_of_other_clients_than_the_cohort_are_refused(toy_model: SplitModel) -> None:
+    algorithm = flmoco(toy_model, num_clients=N, queue_size=K)
+    state = algorithm.init(jax.random.key(0))
+    with pytest.raises(AssertionError):
+        algorithm.step(state, random_views(0, 2, 4))
+    with pytest.raises(AssertionError):
+        algorithm.step(state, random_views(0, N, 4), jnp.array([0, 1]))
+
+
 def test_sync_averages_whole_models(toy_model: SplitModel) -> None:
     algorithm = flmoco(toy_model, num_clients=N, queue_size=K, sync=Sync(momentum_models=True))
     state = jax.jit(algorithm.init)(jax.random.key(0))

@@ -129,24 +129,24 @@ def test_class_shares_have_the_dirichlet_law() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"num_clients": 0}, "config.clients.num=0"),
-        ({"num_clients": 2.5}, "config.clients.num=2.5"),
-        ({"batch_size": 0}, "config.clients.batch_size=0"),
-        ({"num_clients": 6001, "batch_size": 1}, "6001 images, the data set has 6000"),
-        ({"num_clients": 10, "batch_size": 601}, "6010 images, the data set has 6000"),
+        ({"num_clients": 0}, "config.clients.num: found 0, allowed"),
+        ({"num_clients": 2.5}, "config.clients.num: found 2.5, allowed"),
+        ({"batch_size": 0}, "config.clients.batch_size: found 0, allowed"),
+        ({"num_clients": 6001, "batch_size": 1}, "6001 images, allowed: at most 6000"),
+        ({"num_clients": 10, "batch_size": 601}, "6010 images, allowed: at most 6000"),
         (
             {"noniid_ratio": 0.2, "num_clients": 7, "batch_size": 700},
-            "smallest of 7 clients with batches of 700 has 600 images",
+            "config.clients.batch_size: found 700, allowed: 1 to 600 (the smallest of 7 clients",
         ),
-        ({"noniid_ratio": 0.05}, "at least 0.1 is needed"),
-        ({"noniid_ratio": 0.0}, "config.clients.noniid_ratio=0.0"),
-        ({"noniid_ratio": 1.1}, "config.clients.noniid_ratio=1.1"),
-        ({"noniid_ratio": float("nan")}, "config.clients.noniid_ratio=nan"),
-        ({"dirichlet_alpha": 0.0}, "config.clients.dirichlet_alpha=0.0"),
-        ({"dirichlet_alpha": float("nan")}, "config.clients.dirichlet_alpha=nan"),
-        ({"dirichlet_alpha": float("inf")}, "config.clients.dirichlet_alpha=inf"),
-        ({"dirichlet_alpha": 0.1, "batch_size": 301}, "6020 images, the data set has 6000"),
-        ({"seed": -1}, "config.seed=-1"),
+        ({"noniid_ratio": 0.05}, "config.clients.noniid_ratio: found 0.05, allowed: 0.1 or more"),
+        ({"noniid_ratio": 0.0}, "config.clients.noniid_ratio: found 0.0, allowed"),
+        ({"noniid_ratio": 1.1}, "config.clients.noniid_ratio: found 1.1, allowed"),
+        ({"noniid_ratio": float("nan")}, "config.clients.noniid_ratio: found nan, allowed"),
+        ({"dirichlet_alpha": 0.0}, "config.clients.dirichlet_alpha: found 0.0, allowed"),
+        ({"dirichlet_alpha": float("nan")}, "config.clients.dirichlet_alpha: found nan, allowed"),
+        ({"dirichlet_alpha": float("inf")}, "config.clients.dirichlet_alpha: found inf, allowed"),
+        ({"dirichlet_alpha": 0.1, "batch_size": 301}, "6020 images, allowed: at most 6000"),
+        ({"seed": -1}, "config.seed: found -1, allowed"),
         ({"labels": np.zeros((3, 2), int)}, "labels: found"),
         ({"labels": np.zeros(3)}, "labels: found"),
     ],
@@ -177,7 +177,7 @@ def test_cohorts() -> None:
     counts = np.bincount(drawn.ravel(), minlength=10)
     assert abs(counts - 600).max() < 80
     for cohort in (0, 11):
-        with pytest.raises(UserError, match=f"config.clients.cohort={cohort}"):
+        with pytest.raises(UserError, match=f"config.clients.cohort: found {cohort}, allowed"):
             sample_cohort(10, cohort, seed=0, epoch=0)
 
 
@@ -228,7 +228,7 @@ def test_batches_depend_on_seed_epoch_and_client_alone() -> None:
 
 
 def test_a_client_without_a_batch_is_refused() -> None:
-    with pytest.raises(UserError, match="the smallest of 1 clients with batches of 4 has 3 images"):
+    with pytest.raises(UserError, match=r"batch_size: found 4, allowed: 1 to 3 \(the smallest of 1"):
         epoch_indices(
             [np.arange(9), np.arange(3)],
             np.array([1]),
@@ -316,17 +316,17 @@ def test_classes_of_few_images_are_rounded_to_the_right_total() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"rich": Rich(0, 0.8, 2)}, "rich.clients=0"),
-        ({"rich": Rich(20, 0.8, 2)}, "rich.clients=20: must be less than config.clients.num=20"),
-        ({"rich": Rich(4, 0.0, 2)}, "rich.data_fraction=0.0"),
-        ({"rich": Rich(4, 1.0, 2)}, "rich.data_fraction=1.0"),
-        ({"rich": Rich(4, float("nan"), 2)}, "rich.data_fraction=nan"),
-        ({"rich": Rich(4, 0.8, 0)}, "rich.batch_factor=0"),
-        ({"rich": Rich(4, 0.1, 40)}, "each of the 4 rich clients takes 640 images, they hold 600"),
-        ({"rich": Rich(4, 0.99, 2)}, "each of the 16 poor clients takes 64 images, they hold 60"),
+        ({"rich": Rich(0, 0.8, 2)}, "rich.clients: found 0, allowed"),
+        ({"rich": Rich(20, 0.8, 2)}, "rich.clients: found 20, allowed: less than 20, config.clients.num"),
+        ({"rich": Rich(4, 0.0, 2)}, "rich.data_fraction: found 0.0, allowed"),
+        ({"rich": Rich(4, 1.0, 2)}, "rich.data_fraction: found 1.0, allowed"),
+        ({"rich": Rich(4, float("nan"), 2)}, "rich.data_fraction: found nan, allowed"),
+        ({"rich": Rich(4, 0.8, 0)}, "rich.batch_factor: found 0, allowed"),
+        ({"rich": Rich(4, 0.1, 40)}, "each of the 4 rich clients takes 640 images: they hold 600"),
+        ({"rich": Rich(4, 0.99, 2)}, "each of the 16 poor clients takes 64 images: they hold 60"),
         (
             {"rich": Rich(10, 0.8, 100), "noniid_ratio": 0.1, "labels": UNBALANCED},
-            "smallest of 10 clients with batches of 400 has",
+            "config.clients.batch_size: found 400, allowed: 1 to ",
         ),
     ],
     ids=str,
@@ -382,7 +382,7 @@ def test_batches_of_unequal_clients() -> None:
     # A client draws what it would draw in a pool of its own batch size.
     alike = epoch_indices(parts, cohort[2:], batch_sizes=batch_sizes(20, 4), steps=40, seed=0, epoch=0)
     np.testing.assert_array_equal(indices[:, 2:, :4], alike)
-    with pytest.raises(UserError, match="the smallest of 2 clients with batches of 2000 has 1200 images"):
+    with pytest.raises(UserError, match=r"found 2000, allowed: 1 to 1200 \(the smallest of 2"):
         epoch_indices(
             parts, cohort, batch_sizes=batch_sizes(20, 4, Rich(4, 0.8, 500)), steps=1, seed=0, epoch=0
         )

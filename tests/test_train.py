@@ -93,7 +93,8 @@ def test_other_versions_are_told_and_other_ways_to_run_are_not(
     config["environment"] |= {"jax": "0.9.9", "commit": None}
     config["environment"].pop("device")
     (workdir / "config.json").write_text(json.dumps(config))
-    indifferent = ("--config.data.resident=False", "--config.checkpoint.on_full_disk=continue")
+    fields = ("data.resident=False", "checkpoint.on_full_disk=continue", "checkpoint.keep=2", "mesh.data=2")
+    indifferent = [f"--config.{field}" for field in fields]
     assert main(arguments(images, workdir, *indifferent)) == 0
     told, *_ = capsys.readouterr().out.splitlines()
     now = environment()

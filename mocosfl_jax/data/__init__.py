@@ -17,7 +17,7 @@ from mocosfl_jax.data import arrays, cifar, folder, images, stl10, svhn, tfds_se
 from mocosfl_jax.data.images import Images
 from mocosfl_jax.errors import UserError
 
-__all__ = ["NAMES", "PUBLISHED", "Dataset", "Images", "in_memory", "load"]
+__all__ = ["NAMES", "PUBLISHED", "SIZES", "Dataset", "Images", "in_memory", "load"]
 
 Channels = tuple[float, float, float]
 _Loader = Callable[[str, Path, int | None, float], images.Loaded]
@@ -36,8 +36,17 @@ _LOADERS: dict[str, _Loader] = {
 }
 NAMES: tuple[str, ...] = tuple(_LOADERS)
 
-# Image folders whose images differ in size, but whose name says which size is meant.
-_DEFAULT_SIZES = {"imagenet12": 224}
+# Training images and pixels a side. The images of imagenet12, an image folder, differ in size, and are
+# resized to 224; their number is approximate, 12 classes of about 1,300.
+SIZES: dict[str, tuple[int, int]] = {
+    "fashion_mnist_sample": (6_000, 32),
+    "cifar10": (50_000, 32),
+    "cifar100": (50_000, 32),
+    "svhn": (73_257, 32),
+    "stl10": (5_000, 96),
+    "tiny_imagenet": (100_000, 64),
+    "imagenet12": (15_600, 224),
+}
 
 _MAX_SIZE = math.isqrt(images.MAX_PIXELS)
 
@@ -91,9 +100,9 @@ def load(name: str, directory: str, image_size: int | None, max_broken: float = 
     if image_size is not None and (
         isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= _MAX_SIZE
     ):
-        raise UserError(f"config.data.image_size: {image_size!r}, allowed: none or 1 to {_MAX_SIZE}")
-    if image_size is None:
-        image_size = _DEFAULT_SIZES.get(name)
+        raise UserError(f"config.data.image_size: {image_size!r}, allowed: None or 1 to {_MAX_SIZE}")
+    if image_size is None and name == "imagenet12":
+        image_size = SIZES[name][1]
     path = Path(directory)
     try:
         loader = _LOADERS.get(name)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mocosfl_jax.errors import one_line
+
 _KINDS = {"u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"}
 # A memo is an array as long as its largest index, so one opcode could claim gigabytes.
 _MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
@@ -138,7 +140,7 @@ def read(data: bytes) -> dict[str, Any]:
                 raise ValueError(f"memo index {argument}")
         content = _Unpickler(data).load()
     except Exception as error:  # a broken pickle raises nearly any exception
-        raise ValueError(f"not a readable pickle: {_line(error)}") from error
+        raise ValueError(f"not a readable pickle: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"a pickle of {type(content).__name__}, a dictionary is expected")
     try:
@@ -149,7 +151,3 @@ def read(data: bytes) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, _Array) else value
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -13,7 +13,7 @@ from absl import logging
 from PIL import Image, UnidentifiedImageError
 
 from mocosfl_jax.data.images import MAX_PIXELS, OnDisk, fit, require_memory
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import UserError, one_line
 
 _NAMED = 10  # broken images that a message names
 _FORMATS = ("PNG", "JPEG")
@@ -164,4 +164,4 @@ def _decode(picture: Picture, image_size: int | None) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its text names the file once more
         return "not a PNG or JPEG image"
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return one_line(error)

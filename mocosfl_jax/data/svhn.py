@@ -8,7 +8,7 @@ import scipy.io
 
 from mocosfl_jax.data.download import download, source_line
 from mocosfl_jax.data.images import Loaded, require_memory
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import UserError, one_line
 
 _URL = "http://ufldl.stanford.edu/housenumbers/"
 _SHAPE = (32, 32, 3)  # of an image; X is [32, 32, 3, n]
@@ -61,7 +61,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # scipy raises many kinds for a broken file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(error)
         raise UserError(f"{path}: truncated or malformed MATLAB file ({reason})") from error
     wrong = y[~np.isin(y, np.arange(1, 11))]
     if len(wrong):

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import UserError, one_line
 
 _CHUNK_BYTES = 1 << 20
 
@@ -56,5 +56,5 @@ def tar_files(
     except UserError:
         raise
     except Exception as error:  # tarfile and gzip raise many kinds for a broken file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(error)
         raise UserError(f"{path}: truncated or malformed archive ({reason})") from error

@@ -11,7 +11,7 @@ from typing import IO
 from mocosfl_jax.data.decode import Picture, on_disk, open_file, shape_of
 from mocosfl_jax.data.download import download, source_line
 from mocosfl_jax.data.images import Loaded
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import UserError, one_line
 
 _ARCHIVE = "tiny-imagenet-200.zip"
 _FOLDER = "tiny-imagenet-200"
@@ -49,7 +49,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
     try:
         archive = zipfile.ZipFile(path)  # open as long as its images may be read
     except Exception as error:  # zipfile raises many kinds for a broken file
-        raise UserError(f"{path}: truncated or malformed zip file ({_reason(error)})") from error
+        raise UserError(f"{path}: truncated or malformed zip file ({one_line(error)})") from error
     members: _Files = {
         info.filename.removeprefix(f"{_FOLDER}/"): partial(_member, archive, info)
         for info in archive.infolist()
@@ -126,9 +126,5 @@ def _columns(path: Path, files: _Files, file: str) -> list[tuple[str, str]]:
         return [(row[0], row[1]) for row in rows]
     except Exception as error:  # zipfile raises many kinds for a broken file
         raise UserError(
-            f"{path}: {file}: not readable, columns of text are needed ({_reason(error)})"
+            f"{path}: {file}: not readable, columns of text are needed ({one_line(error)})"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
