@@ -1,4 +1,4 @@
-"""Real CIFAR-10 in minutes on two CPU cores: 20 clients with 2 classes each, a narrow ResNet-18.
+"""Real CIFAR-10 in minutes on two CPU cores: 20 clients with at most 2 classes each, a narrow ResNet-18.
 
     python -m mocosfl_jax.train --config=configs/cifar10_smoke.py --config.data.dir=data
 

@@ -1,5 +1,5 @@
-"""Cross-client MocoSFL on ImageNet-12 (Li et al. 2023, table 3): 100 to 1,000 clients with a fifth of the
-classes each.
+"""Cross-client MocoSFL on ImageNet-12 (Li et al. 2023, table 3): 100 to 1,000 clients with two of the
+twelve classes each.
 
     python -m mocosfl_jax.train --config=configs/imagenet12_noniid.py:1000 --config.data.dir=data
 

@@ -6,6 +6,6 @@
 # On each host before: pip install 'mocosfl-jax[tpu]', and the shared folder mounted (Filestore, or a bucket by
 # Cloud Storage FUSE). PROJECT: the folder on the hosts from which the command runs.
 set -euo pipefail
-command="cd ${PROJECT:-.} && python -m mocosfl_jax.train $(printf '%q ' "$@")"
+command="cd ${PROJECT:-.} && python -m mocosfl_jax.train ${1+$(printf '%q ' "$@")}"
 exec gcloud compute tpus tpu-vm ssh "${TPU:?the name of the TPU}" --zone="${ZONE:?its zone}" --worker=all \
   --command="$command"

@@ -414,6 +414,8 @@ def test_launch_of_gke_is_yaml() -> None:
     assert kinds == ["Service", "Job"]
     job = documents[1]["spec"]
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] > 1
+    # Of which Kubernetes allows a policy on failures for this restart policy only.
+    assert "podFailurePolicy" in job and job["template"]["spec"]["restartPolicy"] == "Never"
     assert job["template"]["spec"]["subdomain"] == documents[0]["metadata"]["name"]
 
 
