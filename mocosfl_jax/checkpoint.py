@@ -10,6 +10,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from logging import LogRecord
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,8 +61,14 @@ def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:
 
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    logging.get_absl_logger().addFilter(_raised_anyway)
     handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
     return _Manager(folder.absolute(), options=options, item_handlers=handlers)
+
+
+def _raised_anyway(record: LogRecord) -> bool:
+    """Leaves out the traces that Orbax logs of what it raises too: the command tells that in a line."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _Manager(ocp.CheckpointManager):

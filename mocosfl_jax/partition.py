@@ -80,7 +80,7 @@ def partition(
         _check_rich(rich, num_clients)
     if num_clients * batch_size > len(labels):
         raise UserError(
-            f"config.clients.num and batch_size: found {num_clients} batches of {batch_size}, "
+            f"config.clients.num and config.clients.batch_size: found {num_clients} batches of {batch_size}, "
             f"{num_clients * batch_size} images, allowed: at most {len(labels)}, the images there are"
         )
     rng = _generator(seed, _PARTITION)

@@ -78,13 +78,22 @@ def compilation_cache(cache_folder: str) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An npz of small pictures, each class with a colour of its own."""
-    path = tmp_path_factory.mktemp("data") / "images.npz"
+    return write_images(tmp_path_factory.mktemp("data") / "images.npz", (16, 16, 3))
+
+
+@pytest.fixture(scope="session")
+def toy_images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same for the toy network."""
+    return write_images(tmp_path_factory.mktemp("data") / "toy_images.npz", IMAGE)
+
+
+def write_images(path: pathlib.Path, shape: tuple[int, int, int]) -> str:
     rng = np.random.default_rng(0)
     colours = rng.integers(40, 216, (CLASSES, 1, 1, 3))
 
     def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
         labels = np.repeat(np.arange(CLASSES), count)
-        pictures = colours[labels] + rng.integers(-40, 40, (len(labels), 16, 16, 3))
+        pictures = colours[labels] + rng.integers(-40, 40, (len(labels), *shape))
         return pictures.astype(np.uint8), labels
 
     (x_train, y_train), (x_test, y_test) = draw(PER_CLASS), draw(3)

@@ -1,10 +1,14 @@
 """Every file in configs/ is an experiment that runs."""
 
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
+from jax import Array
 
 from mocosfl_jax import experiment
 from mocosfl_jax.commandline import load_config
@@ -46,9 +50,11 @@ def test_the_default_run_has_a_file() -> None:
     assert load("quickstart") == quickstart()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_step_of_every_config(name: str, generated: str) -> None:
-    """As it stands, but for generated images and a network narrow enough for a test."""
+def step_and_sync(name: str, generated: str) -> tuple[Callable[..., tuple[Array, Any, Any]], np.ndarray]:
+    """Of a configuration as it stands, but for generated images and a network narrow enough for a test.
+
+    A function that gives a step's loss and the states before and after it, and its images.
+    """
     config = load(name)
     width = 16 if config.model.name == "mobilenetv2" else 4
     config.data = Data(name="npz", dir=generated, image_size=32 if "vgg" in config.model.name else None)
@@ -56,15 +62,32 @@ def test_one_step_of_every_config(name: str, generated: str) -> None:
     config.moco.key_dim = 8
     run = experiment.prepare(config)
 
-    @jax.jit
-    def one_step(rng: jax.Array, images: jax.Array) -> jax.Array:
-        state, info = run.algorithm.step(run.algorithm.init(rng), run.make_views(rng, images), members)
+    def one_step(rng: Array, images: Array) -> tuple[Array, Any, Any]:
+        start = run.algorithm.init(rng)
+        state, info = run.algorithm.step(start, run.make_views(rng, images), members)
         state, _ = run.algorithm.sync(state, members)
-        return info.loss + 0 * sum(jax.numpy.sum(leaf) for leaf in jax.tree.leaves(state.clients.params))
+        return info.loss, start, state
 
     members = None if run.whole_pool else run.members(0)
     batch = np.stack([np.resize(run.parts[i], run.batch_sizes.max()) for i in run.members(0)])
-    assert np.isfinite(one_step(jax.random.key(0), run.dataset.x_train[batch]))
+    return one_step, run.dataset.x_train[batch]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_has_a_step(name: str, generated: str) -> None:
+    """Its shapes only, which is where options that do not fit each other meet."""
+    one_step, images = step_and_sync(name, generated)
+    loss, start, end = jax.eval_shape(one_step, jax.random.key(0), images)
+    assert (loss.shape, loss.dtype) == ((), np.float32)
+    chex.assert_trees_all_equal_shapes_and_dtypes(start, end)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_of_every_config_is_finite(name: str, generated: str) -> None:
+    one_step, images = step_and_sync(name, generated)
+    results = jax.jit(one_step)(jax.random.key(0), images)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
 
 
 @pytest.mark.parametrize("name, parameter", [(n, p) for n, ps in PARAMETERS.items() for p in ps])

@@ -1,7 +1,8 @@
 """The step equals the official PyTorch code's, number by number, in float64.
 
 Every NAME.json with its NAME.npz in the folder given by --golden-dir is one case; tests/golden/README.md
-says how inputs are made and what the numbers are.
+says how inputs are made and what the numbers are. Each is computed with the convolutions of this backend and
+with the plain ones, as accelerators have them; for time's sake one of the two is marked slow.
 """
 
 import json
@@ -16,15 +17,23 @@ import pytest
 
 from mocosfl_jax import Algorithm, TrainState, Views, mocosfl, split_model
 from mocosfl_jax.models import mobilenetv2, vgg
+from mocosfl_jax.models.convolution import PLAIN, Lowering
 
 RTOL, ATOL = 1e-6, 1e-9
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder = pathlib.Path(metafunc.config.getoption("--golden-dir"))
-    names = sorted(p.stem for p in folder.glob("*.json") if "arch" in json.loads(p.read_text()))
-    assert names, f"no golden cases in {folder}"
-    metafunc.parametrize("case", [pytest.param(folder / name, id=name) for name in names])
+    settings = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    archs = {name: values["arch"] for name, values in settings.items() if "arch" in values}
+    assert archs, f"no golden cases in {folder}"
+    cases = []
+    for name, arch in archs.items():
+        quick = "this backend's" if arch == "ResNet18" else "plain"
+        for form, convolutions in (("this backend's", None), ("plain", PLAIN)):
+            marks = () if form == quick else (pytest.mark.slow,)
+            cases.append(pytest.param(folder / name, convolutions, id=f"{name}, {form}", marks=marks))
+    metafunc.parametrize("case, convolutions", cases)
 
 
 class Case:
@@ -124,7 +133,7 @@ def summary(x: np.ndarray) -> np.ndarray:
     return np.concatenate([[flat.sum(), np.sqrt((flat**2).sum())], flat[positions]])
 
 
-def build(case: Case) -> tuple[Algorithm, TrainState]:
+def build(case: Case, convolutions: Lowering | None) -> tuple[Algorithm, TrainState]:
     """The public algorithm of the case, in the case's initial state."""
     s = case.settings
     model = split_model(
@@ -136,6 +145,7 @@ def build(case: Case) -> tuple[Algorithm, TrainState]:
         bottleneck=None if s["bottleneck"] == "None" else s["bottleneck"],
         client_residual=s["c_residual"],
         weight_standardisation=s["WS"],
+        convolutions=convolutions,
     )
     algorithm = mocosfl(
         model,
@@ -177,10 +187,10 @@ def build(case: Case) -> tuple[Algorithm, TrainState]:
     return algorithm, state._replace(server=state.server._replace(queue=queue))
 
 
-def test_golden(case: pathlib.Path, x64: None) -> None:
+def test_golden(case: pathlib.Path, convolutions: Lowering | None, x64: None) -> None:
     golden = Case(case)
     s = golden.settings
-    algorithm, state = build(golden)
+    algorithm, state = build(golden, convolutions)
     # These networks are large enough for optimised code to pay; conftest.py asks for the contrary.
     step = jax.jit(algorithm.step, compiler_options={"xla_backend_optimization_level": 3})
     sync = jax.jit(algorithm.sync)

@@ -18,6 +18,7 @@ import pytest
 import toy
 import yaml
 from test_loop import comparable
+from toy import last_arrays
 
 from mocosfl_jax import batches, checkpoint, experiment, hosts, loop, sharding, workdir
 from mocosfl_jax.commandline import parse
@@ -141,17 +142,6 @@ def newest(folder: pathlib.Path) -> int:
     return max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
 
 
-def parameters(argv: list[str], folder: pathlib.Path) -> list[np.ndarray]:
-    """All arrays of the newest checkpoint, read by this process on one device."""
-    config: Config = parse([a for a in argv if not a.startswith("--workdir")], "").config
-    model = toy.make_toy_model()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "build_model", lambda *_, **__: model)
-        run = experiment.prepare(config)
-    state, _ = checkpoint.restore(folder / "checkpoints", None, run.algorithm.init)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-
-
 def assert_same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -159,8 +149,7 @@ def assert_same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
 
 def train_here(argv: list[str], stop_after: int | None = None) -> None:
     """The command in this process alone, on two of its devices; until the end of an epoch, if given."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "build_model", lambda *_, **__: toy.make_toy_model())
+    with toy.in_place(), pytest.MonkeyPatch.context() as patch:
         if stop_after is not None:
             patch.setattr(loop, "record", stopping(stop_after))
         assert main(argv) == (0 if stop_after is None else 128 + signal.SIGTERM)
@@ -230,7 +219,7 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
     told, silent = ends(start(argv, tmp_path))
     assert told.status == silent.status == 0, (told, silent)
     assert comparable(folder) == comparable(undisturbed)
-    assert_same(parameters(argv, folder), parameters(argv, undisturbed))
+    assert_same(last_arrays(argv, folder), last_arrays(argv, undisturbed))
     assert re.search(r"devices +2 x .* in 2 processes, mesh of data 2 x model 1\n", told.out)
     assert "each process loads those of its own clients" in told.out and "linear probe" in told.out
     assert f"checkpoint {damaged} is damaged and skipped" in told.err
@@ -268,6 +257,7 @@ def test_a_disk_that_one_finds_full_while_it_writes_is_full_for_both(
         assert told.status == silent.status == 1, (told, silent)
         assert errors(told) == [f"error: {full}; the last good checkpoint is {folder}/checkpoints/12"]
         assert not errors(silent)
+        assert "Traceback" not in told.err + silent.err, (told, silent)
         assert newest(folder) == 12
         assert [end.status for end in ends(start(argv, tmp_path))] == [0, 0]
     else:
@@ -275,7 +265,7 @@ def test_a_disk_that_one_finds_full_while_it_writes_is_full_for_both(
         assert told.out.count(f"{full}; the run goes on, and saves again when there is room\n") == 3
     assert not list((folder / "checkpoints").glob("*tmp*"))
     assert comparable(folder) == comparable(undisturbed)
-    assert_same(parameters(argv, folder), parameters(argv, undisturbed))
+    assert_same(last_arrays(argv, folder), last_arrays(argv, undisturbed))
 
 
 def test_a_mistake_that_process_0_finds_ends_all(data: pathlib.Path, tmp_path: pathlib.Path) -> None:

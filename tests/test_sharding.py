@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from conftest import arguments, make_toy_model
 from jax import Array
 
@@ -415,13 +416,14 @@ def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
 
 @pytest.mark.usefixtures("compilation_cache")
 def test_the_command_trains_on_all_devices(
-    images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+    toy_images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
     argv = arguments(
-        images, tmp_path, "--config.mesh.data=None", "--config.mesh.model=2", "--config.epochs=1"
+        toy_images, tmp_path, "--config.mesh.data=None", "--config.mesh.model=2", "--config.epochs=1"
     )
     argv.append("--config.eval.probe_epochs=0")
-    assert main(argv) == 0
+    with toy.in_place():
+        assert main(argv) == 0
     out = capsys.readouterr().out
     assert re.search(r"devices +8 x cpu \(cpu\), mesh of data 4 x model 2\n", out)
     assert main([*argv, "--config.mesh.model=8"]) == 2

@@ -14,8 +14,9 @@ import time
 import numpy as np
 import pytest
 import test_hosts
-from test_hosts import Process, arguments, assert_same, newest, parameters, start
+from test_hosts import Process, arguments, assert_same, newest, start
 from test_loop import comparable
+from toy import last_arrays
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("compilation_cache")]
 data = test_hosts.data  # a fixture
@@ -121,7 +122,7 @@ def test_a_run_survives_kills(data: pathlib.Path, tmp_path: pathlib.Path) -> Non
     for process in start(argv, tmp_path):
         assert process.end(3600).status == 0
     assert comparable(folder) == comparable(tmp_path / "undisturbed")
-    assert_same(parameters(argv, folder), parameters(undisturbed, tmp_path / "undisturbed"))
+    assert_same(last_arrays(argv, folder), last_arrays(undisturbed, tmp_path / "undisturbed"))
     assert not list(folder.glob("damaged_*"))
     for (moment, name), count in sorted(kills.items()):
         print(f"{moment:<28} {name} {count:4}")

@@ -1,9 +1,11 @@
 """A toy network, and the command with it in place of the ResNet: `python tests/toy.py ARGUMENTS`."""
 
+import contextlib
 import os
 import pathlib
 import resource
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mocosfl_jax import SplitModel, checkpoint
+from mocosfl_jax import SplitModel, batches, checkpoint, experiment, hosts, train
 from mocosfl_jax.data import Images
 from mocosfl_jax.data.images import OnDisk
 
@@ -44,6 +46,26 @@ def make_toy_model() -> SplitModel:
     return SplitModel(init, client, backbone, head, KEY_DIM)
 
 
+@contextlib.contextmanager
+def in_place() -> Iterator[None]:
+    """Within, whatever network a configuration wants is the toy network."""
+    build_model = experiment.build_model
+    experiment.build_model = lambda *_, **__: make_toy_model()
+    try:
+        yield
+    finally:
+        experiment.build_model = build_model
+
+
+def last_arrays(argv: Sequence[str], folder: pathlib.Path) -> list[np.ndarray]:
+    """All arrays of the newest checkpoint of a run with the toy network, read on one device."""
+    config, *_ = train.parse(argv)
+    with in_place():
+        run = experiment.prepare(config)
+    state, _ = checkpoint.restore(folder / "checkpoints", None, run.algorithm.init)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
 def recording(images: Images, folder: str) -> OnDisk:
     """Images that note in a file of this process which of them are read."""
     path = pathlib.Path(folder) / f"rows_{jax.process_index()}"
@@ -72,18 +94,16 @@ def fill_disk(process: int, steps: range) -> None:
 
 
 def main() -> int:
-    from mocosfl_jax import batches, experiment, hosts, train
-
     if folder := os.environ.get("TOY_ROWS"):
         streamed = batches.streamed
         batches.streamed = lambda images, *rest, **how: streamed(recording(images, folder), *rest, **how)
     if full := os.environ.get("TOY_FULL_DISK"):
         process, first, end = map(int, full.split())
         fill_disk(process, range(first, end))
-    experiment.build_model = lambda *_, **__: make_toy_model()
     # A process that is killed is noticed, and one that does not come is given up, within seconds.
     hosts.HEARTBEAT, hosts.MEETING, hosts.PARTING = int(os.environ.get("TOY_HEARTBEAT", "20")), 10, 20
-    return train.main(sys.argv)
+    with in_place():
+        return train.main(sys.argv)
 
 
 if __name__ == "__main__":
