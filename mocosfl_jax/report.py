@@ -61,9 +61,10 @@ def header(run: Run, state: TrainState) -> str:
             "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "
             "down a step",
         }
+    epochs = "1 epoch" if config.total_epochs == 1 else f"{config.total_epochs:,} epochs"
     interval = "step" if run.steps_per_round == 1 else f"{run.steps_per_round:,} steps"
     rows["plan"] = (
-        f"{config.total_epochs:,} epochs of {run.steps_per_epoch:,} steps of {run.images_per_step:,} images, "
+        f"{epochs} of {run.steps_per_epoch:,} steps of {run.images_per_step:,} images, "
         f"synchronized every {interval}{', MonAcoSFL' if sync.momentum_models else ''}; "
         f"seed {config.seed}"
     )
@@ -122,7 +123,8 @@ def summary(metrics: Sequence[Mapping[str, float]], workdir: Path) -> str:
         whole = len(epochs) * max(m["smashed_up_bytes"] + m["smashed_down_bytes"] for m in epochs)
         saved = f"{_bytes(whole - sent)} of {_bytes(whole)} saved"
         rows.append(f"smashed data and gradients: {_bytes(sent)} sent, {saved}")
-    rows.append(f"{workdir}: config.json, metrics.jsonl, checkpoints, curves.png, partition.png")
+    files = "config.json, preprocessing.json, metrics.jsonl, checkpoints, curves.png, partition.png"
+    rows.append(f"{workdir}: {files}")
     return "\n".join(rows)
 
 
