@@ -61,10 +61,14 @@ def test_a_cpu_is_a_device_for_each_core_up_to_four(tmp_path: pathlib.Path) -> N
 
 
 def test_a_program_finds_its_memory_again(tmp_path: pathlib.Path) -> None:
-    """16 MiB are 4,096 pages, which the system clears for each call unless they stay with the process."""
-    kept, returned = (
-        int(run(REPEATED_FAULTS, tmp_path, **variables)[0])
-        for variables in ({}, {"MALLOC_TRIM_THRESHOLD_": "0"})
-    )
-    assert kept < 100
-    assert returned > 1000
+    """16 MiB are 4,096 pages, which the system clears for each call unless they stay with the process.
+
+    In about one process of four they do not, all the same: glibc gives back a thread's memory when it is empty,
+    and which thread takes what is left to chance. Six such in a row are one in four thousand.
+    """
+
+    def faults(**variables: str) -> int:
+        return int(run(REPEATED_FAULTS, tmp_path, **variables)[0])
+
+    assert any(faults() < 100 for _ in range(6))
+    assert faults(MALLOC_TRIM_THRESHOLD_="0") > 1000
