@@ -73,9 +73,9 @@ def keep_memory() -> None:
 
     XLA takes the memory of a step's intermediate results anew for each step on a CPU, and the system would
     clear every page of it again. Blocks of more than 64 MiB, as of a step of ResNet-18, are still taken anew
-    wherever it is not the first thread that wants them, and smaller ones where nothing else keeps that thread's
-    memory: in 4 of 16 processes that used one of 16 MiB again and again. Any of glibc's own variables (MALLOC_ARENA_MAX,
-    GLIBC_TUNABLES, ...) leaves the choice to the user.
+    wherever it is not the first thread that wants them. So are smaller ones where nothing else keeps the
+    memory of their thread, as in 4 of 16 processes that used one of 16 MiB again and again. Any of glibc's
+    own variables (MALLOC_ARENA_MAX, GLIBC_TUNABLES, ...) leaves the choice to the user.
     """
     chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if chosen or not sys.platform.startswith("linux"):

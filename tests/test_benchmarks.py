@@ -6,13 +6,13 @@ is not among the packages of the tests (`benchmarks/agreement.py`).
 
 import importlib
 import json
-import pathlib
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from benchmarks import __main__ as command
 from benchmarks import augment, clients, data, epoch, evaluation, limit, memory, results, scaling, settings
@@ -211,13 +211,14 @@ def test_the_quickstart_network_is_that_of_the_quickstart() -> None:
     assert QUICKSTART.queue_size == config.moco.queue_size
 
 
-def test_epoch_adds_up(images: str, tmp_path: pathlib.Path) -> None:
+def test_epoch_adds_up(toy_images: str) -> None:
     config = quickstart()
-    config.data.name, config.data.dir = "npz", images
+    config.data.name, config.data.dir = "npz", toy_images
     config.clients.num, config.clients.batch_size, config.clients.noniid_ratio = 4, 2, 0.5
     config.model.width, config.moco.key_dim, config.moco.queue_size = 4, 8, 20
     config.eval.knn_k = 5
-    numbers = epoch.measure(config, "tiny", epochs=1).numbers
+    with toy.in_place():
+        numbers = epoch.measure(config, "tiny", epochs=1).numbers
     assert 0 < numbers["steps_s"] < numbers["ours_s"]
     assert numbers["outside_share"] == pytest.approx(1 - numbers["steps_s"] / numbers["ours_s"])
     assert numbers["images_per_s"] == pytest.approx(48 / numbers["ours_s"])

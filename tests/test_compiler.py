@@ -63,8 +63,8 @@ def test_a_cpu_is_a_device_for_each_core_up_to_four(tmp_path: pathlib.Path) -> N
 def test_a_program_finds_its_memory_again(tmp_path: pathlib.Path) -> None:
     """16 MiB are 4,096 pages, which the system clears for each call unless they stay with the process.
 
-    In about one process of four they do not, all the same: glibc gives back a thread's memory when it is empty,
-    and which thread takes what is left to chance. Six such in a row are one in four thousand.
+    In about one process of four they do not, all the same: glibc gives back a thread's memory when it is
+    empty, and which thread takes what is left to chance. Six such in a row are one in four thousand.
     """
 
     def faults(**variables: str) -> int:
