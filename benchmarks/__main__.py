@@ -27,8 +27,9 @@ from typing import Any
 from absl import flags
 
 from benchmarks.results import Result, json_line, machine, table
-from mocosfl_jax import commandline, compiler
+from mocosfl_jax import commandline
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.runtime import compiler
 
 USAGE = "--only=NAME[,NAME], --repeats=NUMBER, --help"
 MODULES = {  # each has NEEDS, the packages beside our own, and results(repeats)

@@ -19,7 +19,8 @@ import numpy as np
 from benchmarks import settings
 from benchmarks.results import Result, result
 from benchmarks.timing import Call, finished, medians
-from mocosfl_jax import sharding, two_views
+from mocosfl_jax import two_views
+from mocosfl_jax.parallel import sharding
 
 NEEDS = ("torch", "torchvision")
 SIZE = 32

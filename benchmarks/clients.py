@@ -24,7 +24,9 @@ from benchmarks import settings
 from benchmarks.results import Result, result
 from benchmarks.settings import Setting
 from benchmarks.timing import Call, medians, stepper
-from mocosfl_jax import Views, clients, optim, sharding
+from mocosfl_jax import SmashedData, Views
+from mocosfl_jax.algorithm import clients, optim
+from mocosfl_jax.parallel import sharding
 
 NEEDS = ("torch",)
 SETTINGS = tuple(Setting(cut_layer=cut, clients=count) for cut in (1, 2) for count in (10, 100, 1000))
@@ -39,7 +41,7 @@ def ours(setting: Setting) -> Call:
 
     def work(
         pool: clients.ClientState, views: Views, smashed_grad: Array
-    ) -> tuple[clients.ClientState, clients.SmashedData]:
+    ) -> tuple[clients.ClientState, SmashedData]:
         pool, smashed, pullback = clients.forward(placement.over_clients(model.client), pool, views, 0.99)
         pool = clients.backward(
             pool, pullback, smashed_grad, optimizer, optim.rate(0.06, jax.numpy.zeros(()))

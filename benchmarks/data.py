@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from benchmarks import settings
 from benchmarks.results import Result, result
-from mocosfl_jax import loop, rounds, saving
-from mocosfl_jax.checkpoint import Progress
+from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.config import quickstart
-from mocosfl_jax.mocosfl import TrainState
+from mocosfl_jax.training import loop, rounds, saving
+from mocosfl_jax.training.checkpoint import Progress
 
 NEEDS = ()
 IMAGES, CLASSES = 2000, 10  # 20 steps of 100 images

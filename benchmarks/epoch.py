@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from benchmarks import settings
 from benchmarks.results import Result
-from mocosfl_jax import checkpoint, loop, monitor, rounds, saving
-from mocosfl_jax.checkpoint import Progress
+from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.config import Config, quickstart
-from mocosfl_jax.mocosfl import TrainState
+from mocosfl_jax.evaluation import monitor
+from mocosfl_jax.training import checkpoint, loop, rounds, saving
+from mocosfl_jax.training.checkpoint import Progress
 
 NEEDS = ()
 
@@ -66,7 +67,9 @@ def measure(config: Config, case: str, epochs: int) -> Result:
                 checkpoint.save(manager, state, progress)
                 manager.wait_until_finished()
                 saved = time.perf_counter() - start
-                monitor.knn(run, monitor.features(run, state, compiled.encode))
+                monitor.knn(
+                    run.dataset, run.config.eval, monitor.features(run.dataset, state, compiled.encode)
+                )
                 evaluated = time.perf_counter() - start
                 times.append((whole, inside[0], saved - whole, evaluated - saved))
     whole, step, save, evaluation = (median(each) for each in zip(*times[1:], strict=True))

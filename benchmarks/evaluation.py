@@ -20,7 +20,8 @@ from benchmarks import settings
 from benchmarks.results import Result, result
 from benchmarks.settings import QUICKSTART, Setting
 from benchmarks.timing import Call, medians
-from mocosfl_jax import monitor, probes
+from mocosfl_jax.evaluation import knn
+from mocosfl_jax.evaluation.features import extract, make_encode
 
 NEEDS = ("torch",)
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -36,9 +37,9 @@ def pictures(count: int, setting: Setting) -> np.ndarray:
 def ours_features(setting: Setting, count: int) -> Call:
     _, algorithm = settings.build(setting)
     state = jax.jit(algorithm.init)(jax.random.key(0))
-    encode = partial(monitor.make_encode(algorithm, MEAN, STD), state)
+    encode = partial(make_encode(algorithm, MEAN, STD), state)
     images = pictures(count, setting)
-    return lambda: jax.block_until_ready(probes.extract(encode, images, BATCH))
+    return lambda: jax.block_until_ready(extract(encode, images, BATCH))
 
 
 def baseline_features(setting: Setting, count: int) -> Call:
@@ -73,7 +74,7 @@ def features_and_labels(train: int, test: int, width: int) -> Sets:
 
 
 def ours_knn(sets: Sets) -> Call:
-    return lambda: probes.knn_accuracy(*sets, num_classes=CLASSES, k=K, temperature=TEMPERATURE)
+    return lambda: knn.knn_accuracy(*sets, num_classes=CLASSES, k=K, temperature=TEMPERATURE)
 
 
 def baseline_knn(sets: Sets) -> Call:

@@ -18,7 +18,8 @@ import jax
 from jax.sharding import NamedSharding
 
 from benchmarks.results import Result, result
-from mocosfl_jax import config, mocosfl, sharding, split_model
+from mocosfl_jax import config, mocosfl, split_model
+from mocosfl_jax.parallel import sharding
 
 NEEDS = ()
 CLIENTS, QUEUE = 1000, 6000

@@ -7,23 +7,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mocosfl_jax import (
-    Algorithm,
-    SplitModel,
-    TrainState,
-    Views,
-    config,
-    experiment,
-    loop,
-    mocosfl,
-    monitor,
-    sharding,
-    split_model,
-)
-from mocosfl_jax.costs import Plan, client_flops, server_flops
-from mocosfl_jax.experiment import Run
-from mocosfl_jax.loop import Programs
+from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, config, mocosfl, split_model
+from mocosfl_jax.costs.accounting import Plan, client_flops, server_flops
+from mocosfl_jax.evaluation.features import make_encode
 from mocosfl_jax.models.convolution import PLAIN, Lowering
+from mocosfl_jax.parallel import sharding
+from mocosfl_jax.training import experiment, loop
+from mocosfl_jax.training.experiment import Run
+from mocosfl_jax.training.loop import Programs
 
 
 class Setting(NamedTuple):
@@ -97,7 +88,7 @@ def prepare(run_config: config.Config) -> Training:
     run = experiment.prepare(run_config, mesh())
     rng_init, rng_views = jax.random.split(jax.random.key(0))
     state = jax.jit(run.algorithm.init)(rng_init)
-    encode = monitor.make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
+    encode = make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
     return Training(run, state, loop.compile_programs(run, state, rng_views, encode))
 
 

@@ -1,11 +1,13 @@
 """MocoSFL: self-supervised learning across many small clients, in JAX (Li et al., ICLR 2023)."""
 
-from mocosfl_jax.augment import Views, normalise, two_views
-from mocosfl_jax.clients import SmashedData, Sync
-from mocosfl_jax.encoder_file import load_encoder
-from mocosfl_jax.flmoco import flmoco
-from mocosfl_jax.mocosfl import Algorithm, StepInfo, SyncInfo, TrainState, mocosfl
+from mocosfl_jax.algorithm.clients import Sync
+from mocosfl_jax.algorithm.flmoco import flmoco
+from mocosfl_jax.algorithm.interface import Algorithm, StepInfo, SyncInfo, TrainState
+from mocosfl_jax.algorithm.messages import SmashedData, Views
+from mocosfl_jax.algorithm.mocosfl import mocosfl
+from mocosfl_jax.feed.augment import normalise, two_views
 from mocosfl_jax.models import Features, SplitModel, split_model
+from mocosfl_jax.weights.encoder_file import load_encoder
 
 __all__ = [
     "Algorithm",

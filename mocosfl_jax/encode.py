@@ -23,11 +23,13 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from mocosfl_jax import commandline, compiler, workdir
+from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
 from mocosfl_jax.data import decode
 from mocosfl_jax.data import folder as image_folder
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.runtime import compiler
+from mocosfl_jax.training import workdir
 
 USAGE = "--workdir=FOLDER, --images=FOLDER, --out=FILE.npz, --checkpoint=STEP, --help"
 BATCH = 250  # images in memory
@@ -64,17 +66,18 @@ def encode(argv: Sequence[str]) -> None:
 
     compiler.set_up()
     # Imported only here, so that a slip of the pen is answered at once.
-    from mocosfl_jax import checkpoint, experiment, monitor, probes
+    from mocosfl_jax.evaluation.features import extract, make_encode
+    from mocosfl_jax.training import checkpoint, experiment
 
     # No step is trained, so that the schedule, which counts steps, does not matter.
     _, algorithm = experiment.build(config, image_size=preprocessing.image_size, steps_per_epoch=1)
     state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init)
-    encode_batch = partial(monitor.make_encode(algorithm, preprocessing.mean, preprocessing.std), state)
+    encode_batch = partial(make_encode(algorithm, preprocessing.mean, preprocessing.std), state)
     read: list[Path] = []
     features: list[tuple[np.ndarray, ...]] = []
     for paths, pictures in batches(files, preprocessing.image_size):
         read += paths
-        features.append(tuple(np.asarray(x) for x in probes.extract(encode_batch, pictures, BATCH)))
+        features.append(tuple(np.asarray(x) for x in extract(encode_batch, pictures, BATCH)))
     if not read:
         raise UserError(f"--images: none of the {len(files):,} files in {images} can be read")
     backbone, projection = (np.concatenate(parts) for parts in zip(*features, strict=True))

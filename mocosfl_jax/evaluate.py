@@ -19,9 +19,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from mocosfl_jax import commandline, compiler, workdir
+from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.runtime import compiler
+from mocosfl_jax.training import workdir
 
 USAGE = "--workdir=FOLDER, --checkpoint=STEP, --probe_epochs=N, --semi_supervised, --help"
 
@@ -54,21 +56,25 @@ def evaluate(argv: Sequence[str]) -> None:
 
     compiler.set_up()
     # Imported only here, so that a slip of the pen is answered at once.
-    from mocosfl_jax import checkpoint, experiment, monitor, report
+    from mocosfl_jax.evaluation import monitor
+    from mocosfl_jax.evaluation.features import make_encode
+    from mocosfl_jax.training import checkpoint, experiment, report
 
     run = experiment.prepare(config)
     state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, run.algorithm.init)
     epoch = progress.step / run.steps_per_epoch
     say(f"{folder}: checkpoint {progress.step:,}, epoch {epoch:g} of {run.config.total_epochs:,}")
-    encode = monitor.make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
-    features = monitor.features(run, state, encode)
-    numbers = monitor.knn(run, features) | monitor.knn_raw_pixels(run)
+    encode = make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
+    features = monitor.features(run.dataset, state, encode)
+    numbers = monitor.knn(run.dataset, run.config.eval, features) | monitor.knn_raw_pixels(
+        run.dataset, run.config.eval
+    )
     # The training's own, so that the numbers of the last checkpoint are those in metrics.jsonl.
     _, _, rng_probe = jax.random.split(jax.random.key(config.seed), 3)
     if config.eval.probe_epochs:
-        numbers |= monitor.linear_probe(run, features, rng_probe)
+        numbers |= monitor.linear_probe(run.dataset, run.config.eval, features, rng_probe)
     if values.semi_supervised:
-        numbers |= monitor.semi_supervised(run, features, rng_probe)
+        numbers |= monitor.semi_supervised(run.dataset, run.config.eval, features, rng_probe)
     untrained = workdir.read_metrics(folder, 1)
     say(report.accuracies(numbers, untrained[0] if untrained else {}))
     settings = {name: getattr(config.eval, name) for name in ("knn_k", "knn_temperature", "probe_epochs")}

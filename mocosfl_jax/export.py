@@ -15,8 +15,10 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from mocosfl_jax import commandline, compiler, workdir
+from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
+from mocosfl_jax.runtime import compiler
+from mocosfl_jax.training import workdir
 
 USAGE = "--workdir=FOLDER, --out=FILE.safetensors, --checkpoint=STEP, --help"
 
@@ -45,7 +47,8 @@ def export(argv: Sequence[str]) -> None:
 
     compiler.set_up()
     # Imported only here, so that a slip of the pen is answered at once.
-    from mocosfl_jax import checkpoint, encoder_file, experiment
+    from mocosfl_jax.training import checkpoint, experiment
+    from mocosfl_jax.weights import encoder_file
 
     _, algorithm = experiment.build(config, image_size=preprocessing.image_size)
     state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init)

@@ -61,7 +61,8 @@ def import_official(argv: Sequence[str]) -> None:
         )
 
     # Imported only here, so that a slip of the pen is answered at once.
-    from mocosfl_jax import encoder_file, experiment, official, torch_file
+    from mocosfl_jax.training import experiment
+    from mocosfl_jax.weights import encoder_file, official, torch_file
 
     network = experiment.network(config, image_size)
     states = [torch_file.read_state_dict(Path(path)) for path in (values.client, values.server)]

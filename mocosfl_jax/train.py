@@ -24,10 +24,11 @@ from types import FrameType
 import jax
 from absl import flags
 
-from mocosfl_jax import commandline, compiler, hosts
+from mocosfl_jax import commandline
 from mocosfl_jax.commandline import fail, say
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
+from mocosfl_jax.runtime import compiler, hosts
 
 USAGE = (
     "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --tensorboard, --coordinator=HOST:PORT, "
@@ -54,8 +55,9 @@ def main(argv: list[str]) -> int:
     agreed = True  # on a mistake of the user's, by all processes
     try:
         # Imported only here, so that a slip of the pen is answered at once.
-        from mocosfl_jax import experiment, loop, sharding, workdir
-        from mocosfl_jax.environment import environment
+        from mocosfl_jax.parallel import sharding
+        from mocosfl_jax.runtime.environment import environment
+        from mocosfl_jax.training import experiment, loop, workdir
 
         speaks = hosts.first()
         tell = say if speaks else lambda line: None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mocosfl_jax import workdir
+from mocosfl_jax.training import workdir
 
 
 def main(out: str, *folders: str) -> None:

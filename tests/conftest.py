@@ -19,16 +19,15 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")
 import jax
 import numpy as np
 import pytest
-from toy import IMAGE, make_toy_model
 
-from mocosfl_jax import SplitModel, Views
+from mocosfl_jax import SplitModel
 from mocosfl_jax.train import main
+from tests.support.small_run import arguments, write_images
+from tests.support.toy import IMAGE, make_toy_model
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
-
-CLASSES, PER_CLASS = 4, 12  # of the runs that the commands' tests train
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,13 +48,6 @@ def x64() -> Iterator[None]:
 @pytest.fixture
 def toy_model() -> SplitModel:
     return make_toy_model()
-
-
-def random_views(seed: int, clients: int, batch: int) -> Views:
-    """Views for the toy network: Gaussian images [clients, batch, 4, 4, 3]."""
-    rng_query, rng_key = jax.random.split(jax.random.key(seed))
-    shape = (clients, batch, *IMAGE)
-    return Views(jax.random.normal(rng_query, shape), jax.random.normal(rng_key, shape))
 
 
 @pytest.fixture(scope="session")
@@ -87,40 +79,15 @@ def toy_images(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_images(tmp_path_factory.mktemp("data") / "toy_images.npz", IMAGE)
 
 
-def write_images(path: pathlib.Path, shape: tuple[int, int, int]) -> str:
+@pytest.fixture(scope="module")
+def two_process_images(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The npz of the runs of two processes, `tests/support/processes.py`."""
+    path = tmp_path_factory.mktemp("data") / "images.npz"
     rng = np.random.default_rng(0)
-    colours = rng.integers(40, 216, (CLASSES, 1, 1, 3))
-
-    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
-        labels = np.repeat(np.arange(CLASSES), count)
-        pictures = colours[labels] + rng.integers(-40, 40, (len(labels), *shape))
-        return pictures.astype(np.uint8), labels
-
-    (x_train, y_train), (x_test, y_test) = draw(PER_CLASS), draw(3)
-    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
-    return str(path)
-
-
-def arguments(images: str, workdir: pathlib.Path, *more: str) -> list[str]:
-    fields = {
-        "epochs": 3,
-        "data.name": "npz",
-        "data.dir": images,
-        "clients.num": 4,
-        "clients.batch_size": 2,
-        "clients.noniid_ratio": 0.5,
-        "sync.frequency": 3,
-        "model.width": 4,
-        "moco.key_dim": 8,
-        "moco.queue_size": 20,
-        "eval.every": 1,
-        "eval.knn_k": 5,
-        "eval.probe_epochs": 3,
-        "mesh.data": 1,
-        "mesh.model": 1,
-    }
-    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    return ["train", *overrides, f"--workdir={workdir}", *more]
+    labels = np.arange(60) % 3
+    pictures = rng.integers(0, 256, (60, *IMAGE)).astype(np.uint8)
+    np.savez(path, x_train=pictures, y_train=labels, x_test=pictures[:20], y_test=labels[:20])
+    return path
 
 
 @pytest.fixture(scope="session")

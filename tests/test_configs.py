@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax import Array
 
-from mocosfl_jax import experiment
 from mocosfl_jax.commandline import load_config
 from mocosfl_jax.config import Config, Data, Model, quickstart
+from mocosfl_jax.training import experiment
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")  # some differ in the data alone
 

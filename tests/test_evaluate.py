@@ -8,11 +8,14 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import CLASSES, PER_CLASS
 from PIL import Image
 
-from mocosfl_jax import checkpoint, encode, evaluate, experiment, monitor, workdir
+from mocosfl_jax import encode, evaluate
 from mocosfl_jax.data import images as fitting
+from mocosfl_jax.evaluation import monitor
+from mocosfl_jax.evaluation.features import make_encode
+from mocosfl_jax.training import checkpoint, experiment, workdir
+from tests.support.small_run import CLASSES, PER_CLASS
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -200,7 +203,7 @@ def test_encoded_files_have_the_features_of_the_run(
     state, _ = checkpoint.restore(finished / "checkpoints", 12, prepared.algorithm.init)
     dataset = prepared.dataset
     features, _ = monitor.features(
-        prepared, state, monitor.make_encode(prepared.algorithm, dataset.mean, dataset.std)
+        prepared.dataset, state, make_encode(prepared.algorithm, dataset.mean, dataset.std)
     )
     for name, expected in features._asdict().items():
         assert got[name].dtype == np.float32

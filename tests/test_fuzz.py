@@ -13,21 +13,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import test_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_encoder_file import METADATA, random_params
-from test_torch_file import FOLDER
 
-from mocosfl_jax import commandline, data, load_encoder, workdir
+from mocosfl_jax import commandline, data, load_encoder
 from mocosfl_jax.config import Config, from_dict, quickstart
 from mocosfl_jax.data import cifar_files, stl10
-from mocosfl_jax.encoder_file import export_encoder
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.torch_file import read_state_dict
+from mocosfl_jax.training import workdir
+from mocosfl_jax.weights.encoder_file import export_encoder
+from mocosfl_jax.weights.torch_file import read_state_dict
+from tests.support import data_files
+from tests.support.encoders import METADATA, random_params
 
 # Bytes beside the file itself: a few images of the largest size that is decoded, and what libraries take.
 MEMORY = 1 << 29
+OFFICIAL = Path(__file__).parent / "official"
 
 
 def trials(few: int, many: int) -> Any:
@@ -251,7 +252,7 @@ class Case:
 
 
 def arrays() -> dict[str, Any]:
-    return test_data.small()
+    return data_files.small()
 
 
 def make_npz(folder: Path) -> Case:
@@ -271,8 +272,8 @@ def make_npy(folder: Path) -> Case:
 
 
 def make_cifar(folder: Path, layout: cifar_files.Layout, kind: str) -> Path:
-    contents = test_data.files("cifar10", kind, test_data.written("cifar10"))
-    return test_data.pack(folder / layout.archive, layout.folder, contents)
+    contents = data_files.files("cifar10", kind, data_files.written("cifar10"))
+    return data_files.pack(folder / layout.archive, layout.folder, contents)
 
 
 def make_cifar_binary(folder: Path) -> Case:
@@ -286,12 +287,12 @@ def make_cifar_pickles(folder: Path) -> Case:
 def make_cifar_pickle(folder: Path) -> Case:
     """Without the archive, whose checksum finds nearly everything."""
     layout = cifar_files.LAYOUTS["cifar10"][1]
-    test_data.unpack(folder / layout.folder, test_data.files("cifar10", "4", test_data.written("cifar10")))
+    data_files.unpack(folder / layout.folder, data_files.files("cifar10", "4", data_files.written("cifar10")))
     return Case("cifar10", folder, folder / layout.folder / layout.train[0])
 
 
 def make_svhn(folder: Path) -> Case:
-    test_data.write_svhn(folder)
+    data_files.write_svhn(folder)
     return Case("svhn", folder, folder / "train_32x32.mat")
 
 
@@ -301,21 +302,21 @@ def make_stl10(folder: Path) -> Case:
     for split, rows in (("train", 20), ("test", 10)):
         contents[f"{split}_X.bin"] = rng.integers(0, 256, rows * 3 * 96 * 96, np.uint8).tobytes()
         contents[f"{split}_y.bin"] = (np.arange(rows) % 10 + 1).astype(np.uint8).tobytes()
-    return Case("stl10", folder, test_data.pack(folder / "stl10_binary.tar.gz", "stl10_binary", contents))
+    return Case("stl10", folder, data_files.pack(folder / "stl10_binary.tar.gz", "stl10_binary", contents))
 
 
 def make_tiny_imagenet(folder: Path) -> Case:
-    _, contents = test_data.tiny_files()
-    return Case("tiny_imagenet", folder, test_data.zip_tree(folder / "tiny-imagenet-200.zip", contents))
+    _, contents = data_files.tiny_files()
+    return Case("tiny_imagenet", folder, data_files.zip_tree(folder / "tiny-imagenet-200.zip", contents))
 
 
 def make_png(folder: Path) -> Case:
-    test_data.write_folder(folder, test_data.small())
+    data_files.write_folder(folder, data_files.small())
     return Case("image_folder", folder, sorted((folder / "train" / "class0").iterdir())[0])
 
 
 def make_jpeg(folder: Path) -> Case:
-    test_data.write_folder(folder, test_data.small(), ".jpg")
+    data_files.write_folder(folder, data_files.small(), ".jpg")
     return Case("image_folder", folder, sorted((folder / "train" / "class0").iterdir())[0])
 
 
@@ -328,7 +329,7 @@ MAKERS = [
 @pytest.fixture
 def small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Official archives with a few images, nothing downloaded."""
-    test_data.shrink("cifar10", monkeypatch)
+    data_files.shrink("cifar10", monkeypatch)
     monkeypatch.setattr(stl10, "_ROWS", {"train": 20, "test": 10})
 
     def refuse(*args: object) -> None:
@@ -385,7 +386,7 @@ def test_damaged_encoders(count: int, tmp_path: Path) -> None:
 
 @trials(10, 2_000)
 def test_damaged_state_dicts(count: int, tmp_path: Path) -> None:
-    whole = (FOLDER / "odd.pt").read_bytes()
+    whole = (OFFICIAL / "odd.pt").read_bytes()
     outcomes = Outcomes()
 
     def read(changes: list[Change]) -> None:

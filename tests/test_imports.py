@@ -1,7 +1,10 @@
 """Imports run one way, and the two sides of the cut do not know each other."""
 
 import ast
+import graphlib
 import pathlib
+
+import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "mocosfl_jax"
 
@@ -20,44 +23,55 @@ def imported(file: pathlib.Path) -> set[str]:
 
 
 def imports(room: str) -> set[str]:
-    """Rooms of the package that the room imports."""
+    """Rooms of the package that the room imports; a room is a folder or one of the files beside the folders."""
     path = PACKAGE / f"{room}.py"
     files = [path] if path.exists() else sorted((PACKAGE / room).glob("*.py"))
     names = set().union(*map(imported, files))
     return {name.split(".")[1] for name in names if name.startswith("mocosfl_jax.")} - {room}
 
 
+def modules(folder: str, name: str) -> set[str]:
+    """Modules of the same folder that one of them imports."""
+    prefix = f"mocosfl_jax.{folder}."
+    names = imported(PACKAGE / folder / f"{name}.py")
+    return {found.removeprefix(prefix).split(".")[0] for found in names if found.startswith(prefix)}
+
+
 # Each room may use those in earlier lines, and rooms in the same line do not know each other.
-ORDER = [
-    {"errors", "compiler", "concatenation", "environment"},
-    {"config", "data", "partition", "augment", "models", "moco", "fedavg", "optim", "torch_file", "hosts"},
-    {"clients", "server", "probes", "workdir", "plots", "commandline", "official", "encoder_file"},
-    {"placement"},
-    {"mocosfl", "saving"},
-    {"flmoco", "rounds", "checkpoint", "batches", "sharding"},
-    {"experiment"},
-    {"report", "monitor", "costs"},
-    {"loop"},
+ROOMS = [
+    {"errors"},
+    {"config", "data", "models", "runtime"},
+    {"algorithm", "commandline"},
+    {"feed", "parallel", "weights"},
+    {"evaluation"},
+    {"training"},
+    {"costs"},
     {"train", "evaluate", "encode", "export", "import_official"},
 ]
 
 
-def test_every_module_has_its_place() -> None:
+def test_every_room_has_its_place() -> None:
     rooms = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert rooms - {"__init__"} == set().union(*ORDER)
+    assert rooms - {"__init__"} == set().union(*ROOMS)
 
 
 def test_imports_run_one_way() -> None:
     earlier: set[str] = set()
-    for rooms in ORDER:
+    for rooms in ROOMS:
         for room in rooms:
             assert imports(room) <= earlier, f"{room} imports {imports(room) - earlier}"
         earlier |= rooms
 
 
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py")))
+def test_no_folder_has_a_circle(folder: str) -> None:
+    arrows = {p.stem: modules(folder, p.stem) for p in (PACKAGE / folder).glob("*.py")}
+    tuple(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError
+
+
 def test_only_smashed_data_passes_between_clients_and_server() -> None:
-    assert "server" not in imports("clients")
-    assert "clients" not in imports("server")
+    assert "server" not in modules("algorithm", "clients")
+    assert "clients" not in modules("algorithm", "server")
 
 
 def test_only_models_imports_flax() -> None:
@@ -65,3 +79,9 @@ def test_only_models_imports_flax() -> None:
         if "models" not in file.parts:
             assert not any(name.split(".")[0] == "flax" for name in imported(file)), file
     assert any(name.startswith("flax") for name in imported(PACKAGE / "models" / "layers.py"))
+
+
+def test_no_test_imports_another() -> None:
+    for file in PACKAGE.with_name("tests").rglob("test_*.py"):
+        names = {name for name in imported(file) if name.startswith("tests.")}
+        assert all(name.startswith("tests.support") for name in names), (file, names)

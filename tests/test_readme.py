@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import split_model
-from mocosfl_jax.encoder_file import Metadata, export_encoder
+from mocosfl_jax.weights.encoder_file import Metadata, export_encoder
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

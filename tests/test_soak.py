@@ -13,13 +13,12 @@ import time
 
 import numpy as np
 import pytest
-import test_hosts
-from test_hosts import Process, arguments, assert_same, newest, start
-from test_loop import comparable
-from toy import last_arrays
+
+from tests.support.processes import Process, arguments, assert_same, newest, start
+from tests.support.toy import last_arrays
+from tests.support.training import comparable
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("compilation_cache")]
-data = test_hosts.data  # a fixture
 
 KILLS, SEED = int(os.environ.get("SOAK_KILLS", "200")), int(os.environ.get("SOAK_SEED", "0"))
 EPOCHS = 5 * KILLS  # so that the run is not over before the kills are
@@ -77,15 +76,15 @@ def steps_saved(folder: pathlib.Path) -> int:
         return -1
 
 
-def test_a_run_survives_kills(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_run_survives_kills(two_process_images: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """No completed save is lost, each epoch is told once, and the end is that of an undisturbed run."""
     more = [f"--config.{name}={value}" for name, value in FIELDS.items()]
-    undisturbed = arguments(data, tmp_path / "undisturbed", *more)
+    undisturbed = arguments(two_process_images, tmp_path / "undisturbed", *more)
     for process in start(undisturbed, tmp_path):
         assert process.end(3600).status == 0
     rng = np.random.default_rng(SEED)
     folder = tmp_path / "run"
-    argv = arguments(data, folder, *more)
+    argv = arguments(two_process_images, folder, *more)
     kills: collections.Counter[tuple[str, str]] = collections.Counter()
     alone: collections.Counter[str] = collections.Counter()  # how the other process ended
     slowest, began = 0.0, time.monotonic()

@@ -16,23 +16,18 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import pytest
-import toy
-from conftest import CLASSES, PER_CLASS, arguments
 from PIL import Image
 
-from mocosfl_jax import checkpoint, experiment, hosts, loop
-from mocosfl_jax.environment import environment
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.runtime import hosts
+from mocosfl_jax.runtime.environment import environment
 from mocosfl_jax.train import main, parse, tensorboard_writer
-from mocosfl_jax.workdir import locked
+from mocosfl_jax.training import checkpoint, experiment, loop
+from mocosfl_jax.training.workdir import locked
+from tests.support.small_run import CLASSES, PER_CLASS, arguments, metrics
+from tests.support.toy import last_arrays
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
-def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """All lines but the speed, which differs from run to run."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
 
 
 def final_state(argv: list[str]) -> list[np.ndarray]:
@@ -55,7 +50,7 @@ def assert_same_run(argv: list[str], workdir: pathlib.Path, reference: pathlib.P
 
 def assert_same_toy_run(argv: list[str], workdir: pathlib.Path, reference: pathlib.Path) -> None:
     assert metrics(workdir) == metrics(reference)
-    for ours, theirs in zip(toy.last_arrays(argv, workdir), toy.last_arrays(argv, reference), strict=True):
+    for ours, theirs in zip(last_arrays(argv, workdir), last_arrays(argv, reference), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -123,8 +118,14 @@ def test_another_configuration_is_refused(
 
 def start(argv: list[str], *program: str) -> subprocess.Popen[str]:
     """A program of Python, or the command with the toy network."""
-    command = [sys.executable, *(program or [toy.__file__]), *argv[1:]]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, *(program or ["-m", "tests.support.toy_command"]), *argv[1:]]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
 
 
 def wait_for_lines(workdir: pathlib.Path, count: int, process: subprocess.Popen[str]) -> None:

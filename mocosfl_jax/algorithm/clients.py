@@ -1,0 +1,157 @@
+"""The client side: N models stacked along a leading axis, run as one batched operation.
+
+Smashed data leaves and its gradient enters; nothing else passes between this module and the server.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from mocosfl_jax.algorithm import fedavg, optim
+from mocosfl_jax.algorithm.messages import SmashedData, Views
+from mocosfl_jax.algorithm.moco import momentum_update
+
+# The client-side models of a cohort: params [M, ...], images [M, B, H, W, 3] -> smashed data [M, B, h, w, c]
+CohortModel = Callable[[Any, Array], Array]
+Pullback = Callable[[Array], Any]  # gradient of smashed queries [M, B, h, w, c] -> gradient of params
+
+
+Stacked = TypeVar("Stacked")  # a tree whose leaves have a leading client axis
+
+
+class ClientState(NamedTuple):
+    """Every leaf has a leading client axis: [N, ...] for the pool, [M, ...] for a cohort."""
+
+    params: Any
+    key_params: Any  # the momentum models
+    opt_state: Any
+    scales: Array  # [N], lambda of divergence-aware averaging; 0 before a client's first one
+
+
+class Sync(NamedTuple):
+    """How the clients are synchronized. The default is the paper's: plain FedAvg of the online models."""
+
+    weights: np.ndarray | None = None  # [N], of each client in the average; None: all alike
+    momentum_models: bool = False  # average them too: MonAcoSFL (Przewięźlikowski et al. 2024)
+    buffers: str = "keep"  # SGD buffers: keep, reset or average
+    divergence_lambda: float | None = None  # first lambda of divergence-aware averaging; None: without
+
+
+FEDAVG = Sync()
+
+
+def init(params: Any, num_clients: int, optimizer: optax.GradientTransformation) -> ClientState:
+    """All clients start from the same `params` (one client's), the momentum models as copies."""
+
+    def stack(leaf: Array) -> Array:
+        return jnp.repeat(leaf[None], num_clients, axis=0)
+
+    stacked = jax.tree.map(stack, params)
+    # A second stack: donation forbids two leaves that share a buffer.
+    key_params = jax.tree.map(stack, params)
+    return ClientState(stacked, key_params, optimizer.init(stacked), jnp.zeros(num_clients))
+
+
+def select(pool: Stacked, cohort: Array | None) -> Stacked:
+    """What the clients in `cohort` [M] have of `pool`, leaves [N, ...]; None: all of them, in order."""
+    return pool if cohort is None else jax.tree.map(lambda leaf: leaf[cohort], pool)
+
+
+def put_back(pool: Stacked, members: Stacked, cohort: Array | None) -> Stacked:
+    """`pool`, leaves [N, ...], with what the clients in `cohort` [M] have replaced by `members`."""
+    if cohort is None:
+        return members
+    return jax.tree.map(lambda leaf, new: leaf.at[cohort].set(new, unique_indices=True), pool, members)
+
+
+def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of one client, for all as one batched operation."""
+    return jax.vmap(function)
+
+
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For client after client in a loop of the program: what one computes with stays in a CPU's cache.
+
+    A backward pass computes the forward pass of each client again: it takes no longer than to write what it
+    needs of all clients to memory and to read it again, and needs no such memory.
+    """
+    again = jax.checkpoint(function, prevent_cse=False)  # loops keep apart what is computed twice
+    return lambda *stacked: jax.lax.map(lambda client: again(*client), stacked)
+
+
+def over_clients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The one of the two that is faster on the default backend."""
+    return one_by_one(function) if jax.default_backend() == "cpu" else at_once(function)
+
+
+def forward(
+    cohort_model: CohortModel, state: ClientState, views: Views, momentum: float
+) -> tuple[ClientState, SmashedData, Pullback]:
+    """Every client's online model on its query views, then its momentum model on its key views.
+
+    The momentum models are updated in between (after the online forward, before their own).
+    """
+    query, pullback = jax.vjp(lambda params: cohort_model(params, views.query), state.params)
+    key_params = momentum_update(state.key_params, state.params, momentum)
+    key = cohort_model(key_params, views.key)
+    return state._replace(key_params=key_params), SmashedData(query, key), lambda grad: pullback(grad)[0]
+
+
+def backward(
+    state: ClientState,
+    pullback: Pullback,
+    smashed_grad: Array,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Array,
+) -> ClientState:
+    """Every client's backward pass from its piece of `smashed_grad` [M, B, h, w, c], and its SGD step."""
+    params, opt_state = optim.descend(
+        optimizer, pullback(smashed_grad), state.opt_state, state.params, learning_rate
+    )
+    return state._replace(params=params, opt_state=opt_state)
+
+
+def synchronize(pool: ClientState, cohort: Array | None, how: Sync) -> tuple[ClientState, Array]:
+    """FedAvg: average the models of the cohort and load the mean into all clients.
+
+    All that is done is a weighted sum over the pool, in which only the cohort has weight, and one model for
+    every client: over several devices, no client's model leaves its device.
+
+    Args:
+      pool: all clients.
+      cohort: [M], whose models are averaged; None: all.
+      how: what else is done, and with which weights.
+
+    Returns:
+      The pool, and how far each client of the cohort was from the mean, [M].
+    """
+    num_clients = len(pool.scales)
+    weights = None if how.weights is None else jnp.asarray(how.weights)
+    taking_part = jnp.ones(num_clients, bool)
+    if cohort is not None:
+        taking_part = jnp.zeros(num_clients, bool).at[cohort].set(True)
+        weights = taking_part * (1.0 if weights is None else weights)
+
+    def mean_for_all(stacked: Any) -> Any:
+        return fedavg.broadcast(fedavg.average(stacked, weights), num_clients)
+
+    mean = fedavg.average(pool.params, weights)
+    divergences = fedavg.divergence(pool.params, mean)
+    new = pool._replace(params=fedavg.broadcast(mean, num_clients))
+    if how.divergence_lambda is not None:
+        params, scales = fedavg.divergence_aware(
+            pool.params, mean, divergences, pool.scales, how.divergence_lambda, taking_part
+        )
+        new = new._replace(params=params, scales=scales)
+    if how.momentum_models:
+        new = new._replace(key_params=mean_for_all(pool.key_params))
+    if how.buffers == "reset":
+        new = new._replace(opt_state=jax.tree.map(jnp.zeros_like, pool.opt_state))
+    elif how.buffers == "average":
+        new = new._replace(opt_state=mean_for_all(pool.opt_state))
+    return new, divergences if cohort is None else divergences[cohort]

@@ -1,0 +1,104 @@
+"""FL-MoCo, the federated baseline of the paper: MoCo on each client, FedAvg of whole models.
+
+A client is what MocoSFL's server would be if the cut lay before the first layer: the whole network, with
+a queue of its own, and its images are its smashed data. All clients take their steps as one operation.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mocosfl_jax.algorithm import clients, moco, optim, server
+from mocosfl_jax.algorithm.clients import FEDAVG, ClientState, Sync
+from mocosfl_jax.algorithm.interface import Algorithm, StepInfo, SyncInfo, TrainState
+from mocosfl_jax.algorithm.messages import Views
+from mocosfl_jax.algorithm.moco import MoCoQueue
+from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
+from mocosfl_jax.models import Features, SplitModel
+
+
+def flmoco(
+    model: SplitModel,
+    *,
+    num_clients: int,
+    lr: optim.Schedule | float = 0.06,
+    sgd_momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    queue_size: int = 6000,
+    temperature: float = 0.1,
+    momentum: float = 0.99,
+    symmetric: bool = True,
+    sync: Sync = FEDAVG,
+    placement: Placement = ONE_DEVICE,
+) -> Algorithm:
+    """FL-MoCo (Li et al. 2023) behind the functions of MocoSFL.
+
+    Args:
+      model: the network; where it is cut does not matter, only both of its sides must be fit to be
+        stacked (`split_model(..., stacked_server=True)`).
+      num_clients: N, the client pool.
+      lr: learning rate, or a schedule over training steps.
+      sgd_momentum: of SGD.
+      weight_decay: of SGD, on every parameter.
+      queue_size: K of each client's queue.
+      temperature: T of InfoNCE.
+      momentum: tau of the momentum models.
+      symmetric: the symmetric loss of MoCo V2.
+      sync: how the clients are averaged.
+      placement: of arrays on devices; of `sharding.make_placement` for more than one.
+
+    Returns:
+      The algorithm. Its TrainState has both sides of the network in `clients.params` and the queues,
+      keys [N, K, D], in `server`. A step's loss and top1 are means over the clients.
+    """
+    optimizer = optim.sgd(sgd_momentum, weight_decay)
+
+    def project(params: tuple, images: Array) -> Array:
+        return model.head(params[1], model.whole_backbone(params, images))
+
+    def init(rng: Array) -> TrainState:
+        rng_model, rng_queues = jax.random.split(rng)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            clients=clients.init(model.init(rng_model), num_clients, optimizer),
+            server=moco.init_queues(rng_queues, num_clients, queue_size, model.key_dim),
+        )
+
+    def step(state: TrainState, views: Views, cohort: Array | None = None) -> tuple[TrainState, StepInfo]:
+        chex.assert_equal_shape(views)
+        chex.assert_axis_dimension(views.query, 0, num_clients if cohort is None else len(cohort))
+
+        def local_step(
+            member: ClientState, queue: MoCoQueue, views: Views
+        ) -> tuple[ClientState, MoCoQueue, server.Contrast]:
+            """One client, by itself."""
+            local, _, contrast = server.step(
+                project,
+                server.ServerState(member.params, member.key_params, member.opt_state, queue),
+                *views,
+                optimizer=optimizer,
+                learning_rate=optim.rate(lr, state.step),
+                momentum=momentum,
+                temperature=temperature,
+                symmetric=symmetric,
+            )
+            member = ClientState(local.params, local.key_params, local.opt_state, member.scales)
+            return member, local.queue, contrast
+
+        members, queues = placement.select((state.clients, state.server), cohort)
+        members, queues, contrast = placement.over_clients(local_step)(members, queues, views)
+        pool = placement.put_back((state.clients, state.server), (members, queues), cohort)
+        info = StepInfo(jnp.mean(contrast.loss), jnp.mean(contrast.top1), smashed=None, smashed_grad=None)
+        return TrainState(state.step + 1, *pool), info
+
+    def synchronize(state: TrainState, cohort: Array | None = None) -> tuple[TrainState, SyncInfo]:
+        pool, divergence = clients.synchronize(state.clients, cohort, sync)
+        return state._replace(clients=pool), SyncInfo(divergence)
+
+    def encode(state: TrainState, images: Array) -> Features:
+        params = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
+        backbone = placement.over_rows(model.whole_backbone)(params, images[None])[0]
+        return Features(backbone, model.head(params[1], backbone))
+
+    return Algorithm(init, step, synchronize, encode, replay=None)

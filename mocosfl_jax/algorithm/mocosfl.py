@@ -1,0 +1,166 @@
+"""MocoSFL: split federated learning with momentum contrast (Li et al., ICLR 2023, algorithm 1)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mocosfl_jax.algorithm import clients, concatenation, moco, optim, server
+from mocosfl_jax.algorithm.clients import FEDAVG, Sync
+from mocosfl_jax.algorithm.interface import Algorithm, StepInfo, SyncInfo, TrainState
+from mocosfl_jax.algorithm.messages import SmashedData, Views
+from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
+from mocosfl_jax.models import Features, SplitModel
+
+
+def mocosfl(
+    model: SplitModel,
+    *,
+    num_clients: int,
+    batch_sizes: Sequence[int] | None = None,
+    server_lr: optim.Schedule | float = 0.06,
+    client_lr: optim.Schedule | float = 0.06,
+    sgd_momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    queue_size: int = 6000,
+    temperature: float = 0.1,
+    momentum: float = 0.99,
+    symmetric: bool = True,
+    full_symmetric: bool = False,
+    feature_sharing: bool = True,
+    sync: Sync = FEDAVG,
+    placement: Placement = ONE_DEVICE,
+) -> Algorithm:
+    """MocoSFL.
+
+    Args:
+      model: the network, cut in two.
+      num_clients: N, the client pool.
+      batch_sizes: images of each place in the cohort [M], where clients differ; views are then padded to
+        the largest. None: all rows of the views are images.
+      server_lr: learning rate of the server-side model, or a schedule over training steps.
+      client_lr: the same for the client-side models. The number 0 freezes them: they get no gradients and
+        are not synchronized.
+      sgd_momentum: of SGD.
+      weight_decay: of SGD, on every parameter.
+      queue_size: K, at least the keys of a step.
+      temperature: T of InfoNCE.
+      momentum: tau of the momentum models, client-side and server-side.
+      symmetric: the symmetric loss of MoCo V2.
+      full_symmetric: instead, clients run both models on both views, the loss is the mean over all 2 M B
+        rows, and clients get gradients for both views (MonAcoSFL, Przewięźlikowski et al. 2024).
+      feature_sharing: one queue for all clients; else each has one of K // N keys.
+      sync: how the clients are averaged.
+      placement: of arrays on devices; of `sharding.make_placement` for more than one.
+
+    Returns:
+      The algorithm as functions.
+
+    Raises:
+      ValueError: if queues per client would hold no key.
+    """
+    optimizer = optim.sgd(sgd_momentum, weight_decay)
+    real = None if batch_sizes is None else concatenation.real_rows(batch_sizes)
+    if full_symmetric and real is not None:
+        real = np.concatenate([real, real], axis=1)
+    frozen = isinstance(client_lr, float | int) and client_lr == 0
+    if not feature_sharing and queue_size < num_clients:
+        raise ValueError(f"{num_clients} queues cannot be made of {queue_size} keys")
+
+    def init(rng: Array) -> TrainState:
+        rng_model, rng_queue = jax.random.split(rng)
+        client_params, server_params = model.init(rng_model)
+        if feature_sharing:
+            queue = moco.init_queue(rng_queue, queue_size, model.key_dim)
+        else:
+            queue = moco.init_queues(rng_queue, num_clients, queue_size // num_clients, model.key_dim)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            clients=clients.init(client_params, num_clients, optimizer),
+            server=server.init(server_params, queue, optimizer),
+        )
+
+    def step(
+        state: TrainState, views: Views, cohort: Array | None = None, send_gradients: bool = True
+    ) -> tuple[TrainState, StepInfo]:
+        chex.assert_equal_shape(views)
+        chex.assert_axis_dimension(views.query, 0, num_clients if cohort is None else len(cohort))
+        if full_symmetric:
+            views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
+        shape = (views.query.shape[0], views.query.shape[1])
+        members = placement.select(state.clients, cohort)
+        members, smashed, pullback = clients.forward(
+            placement.over_clients(model.client), members, views, momentum
+        )
+
+        merged = SmashedData(*(placement.merge(x, real) for x in smashed))  # vector concatenation
+        server_state, merged_grad, contrast = serve(state, merged, cohort, shape)
+
+        if send_gradients and not frozen:
+            smashed_grad = placement.split(merged_grad, shape, real)
+            learning_rate = optim.rate(client_lr, state.step)
+            members = clients.backward(members, pullback, smashed_grad, optimizer, learning_rate)
+            sent_back = merged_grad
+        else:
+            sent_back = None
+        new_state = TrainState(
+            step=state.step + 1,
+            clients=placement.put_back(state.clients, members, cohort),
+            server=server_state,
+        )
+        return new_state, StepInfo(*contrast, smashed=merged, smashed_grad=sent_back)
+
+    def serve(
+        state: TrainState, merged: SmashedData, cohort: Array | None, shape: tuple[int, int]
+    ) -> tuple[server.ServerState, Array, server.Contrast]:
+        def project(params: Any, smashed: Array) -> Array:
+            params = placement.gather(params)
+            return model.head(params, placement.over_rows(model.backbone)(params, smashed))
+
+        return server.step(
+            project,
+            state.server,
+            *merged,
+            optimizer=optimizer,
+            learning_rate=optim.rate(server_lr, state.step),
+            momentum=momentum,
+            temperature=temperature,
+            symmetric=symmetric and not full_symmetric,
+            memory=placement.shared if feature_sharing else own_queues(cohort, shape),
+        )
+
+    def own_queues(cohort: Array | None, shape: tuple[int, int]) -> moco.Memory:
+        return moco.per_client(
+            select=lambda queues: placement.select(queues, cohort),
+            put_back=lambda queues, new: placement.put_back(queues, new, cohort),
+            split=lambda batch: placement.split(batch, shape, real),
+            merge=lambda rows: placement.merge(rows, real),
+            real=np.ones(shape, bool) if real is None else real,
+        )
+
+    def replay(
+        state: TrainState, smashed: SmashedData, cohort: Array | None = None
+    ) -> tuple[TrainState, StepInfo]:
+        places = num_clients if cohort is None else len(cohort)
+        shape = (places, len(smashed.query) // places) if real is None else real.shape
+        server_state, _, contrast = serve(state, smashed, cohort, shape)
+        new_state = state._replace(step=state.step + 1, server=server_state)
+        return new_state, StepInfo(*contrast, smashed=None, smashed_grad=None)
+
+    def synchronize(state: TrainState, cohort: Array | None = None) -> tuple[TrainState, SyncInfo]:
+        if frozen or not jax.tree.leaves(state.clients.params):  # all alike, and they stay so
+            return state, SyncInfo(jnp.zeros(num_clients if cohort is None else len(cohort)))
+        pool, divergence = clients.synchronize(state.clients, cohort, sync)
+        return state._replace(clients=pool), SyncInfo(divergence)
+
+    def encode(state: TrainState, images: Array) -> Features:
+        first_client = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
+        params = first_client, placement.gather(state.server.params)
+        backbone = placement.over_rows(model.whole_backbone)(params, images[None])[0]
+        return Features(backbone, model.head(params[1], backbone))
+
+    return Algorithm(init, step, synchronize, encode, replay)

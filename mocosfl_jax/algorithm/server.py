@@ -1,0 +1,91 @@
+"""The server side: one model on the concatenated smashed data of the cohort, contrasted by MoCo."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from mocosfl_jax.algorithm import moco, optim
+from mocosfl_jax.algorithm.moco import Memory, MoCoQueue
+
+# Params, smashed data of some views [views, n, h, w, c], each a batch of its own -> projections [views, n, D]
+Projection = Callable[[Any, Array], Array]
+
+
+class ServerState(NamedTuple):
+    params: Any
+    key_params: Any  # the momentum model
+    opt_state: Any
+    queue: MoCoQueue  # shared by all clients, or stacked: one for each
+
+
+class Contrast(NamedTuple):
+    """How well the server told the positives from the queue."""
+
+    loss: Array  # []; the sum of both directions if symmetric
+    top1: Array  # []; of the last direction computed
+
+
+def init(params: Any, queue: MoCoQueue, optimizer: optax.GradientTransformation) -> ServerState:
+    """The momentum model starts as a copy: donation forbids two leaves that share a buffer."""
+    return ServerState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), queue)
+
+
+def step(
+    project: Projection,
+    state: ServerState,
+    smashed_query: Array,
+    smashed_key: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Array,
+    momentum: float,
+    temperature: float,
+    symmetric: bool,
+    memory: Memory = moco.SHARED,
+) -> tuple[ServerState, Array, Contrast]:
+    """One step of MoCo on the concatenated smashed data of the cohort.
+
+    Args:
+      project: the server-side model with its head, without normalisation.
+      state: server state.
+      smashed_query: [n, h, w, c], n = M * B, client by client.
+      smashed_key: the same shape; a constant, also where it is used as a query.
+      optimizer: without learning rate, as `optim.sgd`.
+      learning_rate: [].
+      momentum: tau of the momentum model, which is updated before any forward pass.
+      temperature: T of InfoNCE.
+      symmetric: also contrast the key views as queries, and enqueue both sets of keys.
+      memory: how rows meet the queue: one for all clients, or one for each.
+
+    Returns:
+      The new state, the gradient of the loss by `smashed_query`, and the contrast.
+    """
+    key_params = moco.momentum_update(state.key_params, state.params, momentum)
+
+    def embed(params: Any, *views: Array) -> Array:
+        """Unit rows [views, n, D]."""
+        return moco.normalise(project(params, jnp.stack(views)))
+
+    keys = embed(key_params, *([smashed_query] if symmetric else []), smashed_key)
+
+    def loss_fn(params: Any, smashed_query: Array) -> tuple[Array, Contrast]:
+        queries = embed(params, smashed_query, *([smashed_key] if symmetric else []))
+        directions = [
+            moco.info_nce(query, key, memory.similarities(state.queue, query), temperature)
+            for query, key in zip(queries, keys[::-1], strict=True)  # q1 with k2, q2 with k1
+        ]
+        loss = sum((loss for loss, _ in directions), jnp.zeros(()))
+        return loss, Contrast(loss, directions[-1][1])
+
+    (grads, smashed_grad), contrast = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(
+        state.params, smashed_query
+    )
+    params, opt_state = optim.descend(optimizer, grads, state.opt_state, state.params, learning_rate)
+    queue = state.queue  # the loss has used it as it was
+    for keys_of_view in keys:
+        queue = memory.enqueue(queue, keys_of_view)
+    return ServerState(params, key_params, opt_state, queue), smashed_grad, contrast

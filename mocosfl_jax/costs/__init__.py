@@ -1,0 +1,1 @@
+"""Computation, memory and traffic of each client and of the server, counted from shapes."""

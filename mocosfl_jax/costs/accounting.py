@@ -1,0 +1,338 @@
+"""What a configuration costs each client and the server: computation, memory and traffic, from shapes alone."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from mocosfl_jax import data
+from mocosfl_jax.config import Config
+from mocosfl_jax.costs.flops import (
+    backward_flops,
+    forward_flops,
+    kept_bytes,
+    number_of_elements,
+    size_in_bytes,
+)
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.models import SplitModel, convolution
+from mocosfl_jax.training.experiment import build_model
+
+
+class Plan(NamedTuple):
+    """The numbers of a run, beside its network, that set what it costs."""
+
+    image_size: int  # pixels a side
+    images: int  # of the training set, dealt evenly to the clients
+    num_clients: int  # N
+    cohort: int  # M, clients in an epoch
+    batch_size: int  # B, images a client and step
+    epochs: int  # of the run; a client takes part in epochs * M / N of them
+    steps: int  # an epoch
+    syncs: int  # synchronizations an epoch
+    queue_size: int  # K
+    symmetric: bool = True  # the server contrasts both views
+    frozen: bool = False  # the client-side models are not trained
+    momentum_models: bool = False  # synchronizations average the momentum models too (MonAcoSFL)
+    buffers: bool = False  # they average the SGD buffers too
+    full_symmetric: bool = False  # the clients run both models on both views
+    feature_sharing: bool = True  # one queue for all clients; else each has K // N keys
+
+    @property
+    def keys(self) -> int:
+        """In the queue that a query meets."""
+        return self.queue_size if self.feature_sharing else self.queue_size // self.num_clients
+
+    @property
+    def client_views(self) -> int:
+        """Views of an image that go through each of a client's two models."""
+        return 2 if self.full_symmetric else 1
+
+    @property
+    def server_views(self) -> int:
+        """Views of an image that go through each of the server's two models."""
+        return 2 if self.symmetric or self.full_symmetric else 1
+
+
+class Flops(NamedTuple):
+    """FLOPs of training on one image: two for a multiply-add of a convolution or a matrix product.
+
+    Element-wise work, reductions and augmentation are not counted.
+    """
+
+    online: int  # forward passes of the online model
+    momentum: int  # forward passes of the momentum model
+    backward: int  # gradients of the parameters, and the server's of the smashed data
+    contrast: int  # queries times queue and the gradient of that; the server's only
+
+
+class Memory(NamedTuple):
+    """Bytes that one side holds in a training step.
+
+    Not counted: what a pass needs for a moment, momentum forward passes, program and images as stored.
+    """
+
+    parameters: int
+    momentum_model: int
+    gradient: int
+    sgd_buffer: int
+    activations: int  # all arrays that jax.vjp keeps for the backward pass; compilers may keep fewer
+    queue: int  # the server's only
+
+
+class ClientBytes(NamedTuple):
+    """Bytes between one client and the server."""
+
+    smashed_up: int  # a step, of a client in the cohort: smashed data of query and key views
+    smashed_down: int  # a step, of a client in the cohort: gradients of smashed data
+    weights_up: int  # a synchronization, of a client in the cohort
+    weights_down: int  # a synchronization, of every client
+
+
+class Span(NamedTuple):
+    """The same amount in three spans of time."""
+
+    step: int
+    epoch: int
+    run: int
+
+
+class Side(NamedTuple):
+    """One client, or the server with all its clients.
+
+    A client's step and epoch are those of a client in the cohort, its run is the mean client's.
+    """
+
+    flops_per_image: Flops
+    flops: Span
+    memory: Memory
+    up: Span  # bytes from the client, or from all clients
+    down: Span  # bytes to the client, or to all clients
+
+
+class Paper(NamedTuple):
+    """One client's run in the accounting of Li et al. 2023, table 1: see `paper_costs`."""
+
+    flops_per_image: int  # one for a multiply-add
+    flops: int
+    weights: int  # bytes
+    smashed: int  # bytes
+
+
+class Costs(NamedTuple):
+    """What a run costs, on either side of the cut."""
+
+    plan: Plan
+    parameters: int  # of one client-side model
+    client: Side
+    server: Side
+    paper: Paper
+
+
+class Shapes(NamedTuple):
+    """Of both sides of a model for n images; jax.ShapeDtypeStruct everywhere."""
+
+    client_params: Any
+    server_params: Any
+    images: Any  # [n, H, W, 3]
+    smashed: Any  # [n, h, w, c]
+
+
+def shapes_of(model: SplitModel, image_size: int, n: int) -> Shapes:
+    """The shapes with which a model works on n images."""
+    client_params, server_params = jax.eval_shape(model.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((n, image_size, image_size, 3), "float32")
+    return Shapes(client_params, server_params, images, jax.eval_shape(model.client, client_params, images))
+
+
+def client_flops(model: SplitModel, plan: Plan) -> Flops:
+    """Of one client for one of its images. A frozen client has no backward pass."""
+    params, _, image, _ = shapes_of(model, plan.image_size, 1)
+    forward = plan.client_views * forward_flops(model.client, params, image)
+    backward = plan.client_views * backward_flops(model.client, params, image, of_input=False)
+    return Flops(online=forward, momentum=forward, backward=0 if plan.frozen else backward, contrast=0)
+
+
+def server_flops(model: SplitModel, plan: Plan) -> Flops:
+    """Of the server for one image of a client. Frozen clients need no gradient of their smashed data."""
+    _, params, _, smashed = shapes_of(model, plan.image_size, 1)
+    project = _projection(model)
+    forward = plan.server_views * forward_flops(project, params, smashed)
+    backward = plan.server_views * backward_flops(project, params, smashed, of_input=not plan.frozen)
+    products = plan.server_views * 2 * model.key_dim * plan.keys  # of queries with the queue
+    return Flops(online=forward, momentum=forward, backward=backward, contrast=2 * products)
+
+
+def client_memory(model: SplitModel, plan: Plan) -> Memory:
+    """Of one client. A frozen one holds a single model, which is its momentum model too."""
+    params, _, batch, _ = shapes_of(model, plan.image_size, plan.client_views * plan.batch_size)
+    weights = size_in_bytes(params)
+    if plan.frozen:
+        return Memory(weights, momentum_model=0, gradient=0, sgd_buffer=0, activations=0, queue=0)
+    activations = kept_bytes(model.client, params, batch, of_input=False)
+    return Memory(weights, weights, weights, weights, activations, queue=0)
+
+
+def server_memory(model: SplitModel, plan: Plan) -> Memory:
+    """Of the server, for the concatenated smashed data of the cohort."""
+    images = plan.server_views * plan.cohort * plan.batch_size
+    _, params, _, merged = shapes_of(model, plan.image_size, images)
+    weights = size_in_bytes(params)
+    activations = kept_bytes(_projection(model), params, merged, of_input=not plan.frozen)
+    keys = plan.keys * (1 if plan.feature_sharing else plan.num_clients)
+    return Memory(weights, weights, weights, weights, activations, queue=4 * keys * model.key_dim)
+
+
+def _projection(model: SplitModel) -> Callable[[Any, Any], Any]:
+    return lambda params, smashed: model.server(params, smashed).projection
+
+
+def client_traffic(model: SplitModel, plan: Plan) -> ClientBytes:
+    """What really passes between one client and the server; the first download of the model is not in it.
+
+    Up go the smashed data of queries and of keys, down come the gradients of the queries' only. Frozen
+    clients get no gradients, and have nothing to synchronize.
+    """
+    params, _, _, smashed = shapes_of(model, plan.image_size, plan.client_views * plan.batch_size)
+    if plan.frozen:
+        return ClientBytes(2 * size_in_bytes(smashed), smashed_down=0, weights_up=0, weights_down=0)
+    weights = size_in_bytes(params) * (1 + plan.momentum_models + plan.buffers)
+    return ClientBytes(2 * size_in_bytes(smashed), size_in_bytes(smashed), weights, weights)
+
+
+def paper_costs(
+    model: SplitModel, image_size: int, *, images: int, epochs: int, syncs: int, frozen: bool = False
+) -> Paper:
+    """One client's run as Li et al. 2023 account for it (table 1; MB are 2^20 bytes there).
+
+    A FLOP is a multiply-add, a backward pass is two forward passes, and the momentum model, its smashed
+    data and the download of the weights are left out. A frozen client has only the forward pass and sends
+    only smashed data.
+
+    Args:
+      model: the network, cut in two.
+      image_size: pixels a side.
+      images: of the client.
+      epochs: in which the client takes part.
+      syncs: synchronizations in these epochs; the official calculator has epochs // sync period.
+      frozen: the client-side models are not trained.
+    """
+    params, _, image, smashed = shapes_of(model, image_size, 1)
+    passes, directions = (1, 1) if frozen else (3, 2)
+    flops_per_image = passes * forward_flops(model.client, params, image) // 2
+    return Paper(
+        flops_per_image=flops_per_image,
+        flops=epochs * images * flops_per_image,
+        weights=0 if frozen else syncs * size_in_bytes(params),
+        smashed=directions * epochs * images * size_in_bytes(smashed),
+    )
+
+
+def costs(model: SplitModel, plan: Plan) -> Costs:
+    """What a run costs, also in the paper's accounting."""
+    clients, cohort = plan.num_clients, plan.cohort
+    traffic = client_traffic(model, plan)
+    smashed_up, smashed_down = plan.steps * traffic.smashed_up, plan.steps * traffic.smashed_down
+    weights_up, weights_down = plan.syncs * traffic.weights_up, plan.syncs * traffic.weights_down
+
+    def taking_part(epoch: int) -> int:
+        """A run of the mean client, from one of its epochs in the cohort."""
+        return plan.epochs * cohort * epoch // clients
+
+    flops = client_flops(model, plan)
+    step = plan.batch_size * sum(flops)
+    client = Side(
+        flops_per_image=flops,
+        flops=Span(step, plan.steps * step, taking_part(plan.steps * step)),
+        memory=client_memory(model, plan),
+        up=Span(traffic.smashed_up, smashed_up + weights_up, taking_part(smashed_up + weights_up)),
+        down=Span(
+            traffic.smashed_down,
+            smashed_down + weights_down,
+            taking_part(smashed_down) + plan.epochs * weights_down,  # in the cohort or not
+        ),
+    )
+
+    def span(step: int, epoch: int) -> Span:
+        return Span(step, epoch, plan.epochs * epoch)
+
+    flops = server_flops(model, plan)
+    step = cohort * plan.batch_size * sum(flops)
+    server = Side(
+        flops_per_image=flops,
+        flops=span(step, plan.steps * step),
+        memory=server_memory(model, plan),
+        up=span(cohort * traffic.smashed_up, cohort * (smashed_up + weights_up)),
+        down=span(cohort * traffic.smashed_down, cohort * smashed_down + clients * weights_down),
+    )
+    epochs = taking_part(1)
+    paper = paper_costs(
+        model,
+        plan.image_size,
+        images=plan.images // clients,
+        epochs=epochs,
+        syncs=epochs * plan.syncs,
+        frozen=plan.frozen,
+    )
+    return Costs(
+        plan, number_of_elements(shapes_of(model, plan.image_size, 1).client_params), client, server, paper
+    )
+
+
+def from_config(config: Config, images: int | None = None, image_size: int | None = None) -> Costs:
+    """What the run of a configuration costs.
+
+    Args:
+      config: resolved.
+      images: of the training set; None: as known for config.data.name.
+      image_size: pixels a side; None: as known. config.data.image_size goes before both.
+
+    Raises:
+      UserError: if the size of the data is not known, or the clients or the model do not fit it.
+    """
+    clients, moco = config.clients, config.moco
+    assert clients.cohort is not None and clients.batch_size is not None
+    assert config.sync.frequency is not None and moco.symmetric is not None
+    for field, value, allowed in (
+        ("algorithm", config.algorithm, "mocosfl"),
+        ("clients.rich", clients.rich, 0),
+        ("saving.loss_threshold", config.saving.loss_threshold, 0),  # whose costs depend on the loss
+    ):
+        if value != allowed:
+            raise UserError(f"config.{field}: found {value}, allowed: {allowed}, whose costs are known here")
+    known_images, known_size = data.SIZES.get(config.data.name, (None, None))
+    images = images or known_images
+    image_size = config.data.image_size or image_size or known_size
+    if images is None:
+        raise UserError(
+            f"--images: found None for {config.data.name}, allowed: its number of training images"
+        )
+    if image_size is None:
+        raise UserError(f"--image_size: found None for {config.data.name}, allowed: pixels a side")
+    most = images // clients.batch_size
+    if clients.num > most:
+        raise UserError(
+            f"config.clients.num: found {clients.num}, allowed: 1 to {most} "
+            f"(a batch of {clients.batch_size} each of {images} images)"
+        )
+    model = build_model(config, image_size, convolution.PLAIN)  # whatever a backend saves
+    steps = math.ceil(images / (clients.num * clients.batch_size))
+    plan = Plan(
+        image_size=image_size,
+        images=images,
+        num_clients=clients.num,
+        cohort=clients.cohort,
+        batch_size=clients.batch_size,
+        epochs=config.total_epochs,
+        steps=steps,
+        syncs=math.ceil(steps / max(1, steps // config.sync.frequency)),
+        queue_size=moco.queue_size,
+        symmetric=moco.symmetric,
+        frozen=config.optim.client_lr == 0,
+        momentum_models=config.sync.momentum_models,
+        buffers=config.sync.buffers == "average",
+        full_symmetric=moco.full_symmetric,
+        feature_sharing=moco.feature_sharing,
+    )
+    return costs(model, plan)

@@ -1,0 +1,101 @@
+"""Counts multiply-adds, and the bytes kept for a backward pass, from the jaxpr of a function."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def forward_flops(function: Callable[..., Any], *shapes: Any) -> int:
+    """FLOPs of function(*shapes): twice the multiply-adds of its convolutions and matrix products.
+
+    Zeros of the padding count as in every forward pass, zeros that a dilation puts between elements do
+    not: a backward pass costs what its forward pass costs, for each of its gradients.
+
+    Args:
+      function: of arrays.
+      shapes: trees of arrays or jax.ShapeDtypeStruct.
+
+    Raises:
+      ValueError: if the function has a loop of unknown length.
+    """
+    return 2 * _multiply_adds(jax.make_jaxpr(function)(*shapes).jaxpr)
+
+
+def _multiply_adds(jaxpr: core.Jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        match eqn.primitive.name:
+            case "dot_general":
+                total += _of_product(eqn)
+            case "conv_general_dilated":
+                total += _of_convolution(eqn)
+            case "scan":
+                total += eqn.params["length"] * _multiply_adds(eqn.params["jaxpr"].jaxpr)
+            case "cond":
+                total += max(_multiply_adds(branch.jaxpr) for branch in eqn.params["branches"])
+            case "while":
+                raise ValueError("found a while loop, whose length is not known before it runs")
+            case _:
+                total += sum(map(_multiply_adds, core.jaxprs_in_params(eqn.params)))
+    return total
+
+
+def _of_product(eqn: core.JaxprEqn) -> int:
+    """Each output is a sum over the contracted axes."""
+    lhs: Any = eqn.invars[0].aval
+    out: Any = eqn.outvars[0].aval
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return out.size * math.prod(lhs.shape[axis] for axis in contracted)
+
+
+def _of_convolution(eqn: core.JaxprEqn) -> int:
+    """Each output is a sum over the window and the input channels of its group.
+
+    Dilation of the input (in gradients of strides, and in transposed convolutions) leaves one in
+    prod(lhs_dilation) of these inputs that is not a zero in between.
+    """
+    rhs: Any = eqn.invars[1].aval
+    out: Any = eqn.outvars[0].aval
+    channels_out = rhs.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return out.size * (rhs.size // channels_out) // math.prod(eqn.params["lhs_dilation"])
+
+
+def backward_flops(model: Callable[[Any, Any], Any], params: Any, x: Any, *, of_input: bool) -> int:
+    """FLOPs of the backward pass of model(params, x), without those of its forward pass.
+
+    Args:
+      model: of parameters and a batch.
+      params: tree of shapes.
+      x: shape of the batch.
+      of_input: also the gradient of `x`.
+    """
+    out, pullback = jax.eval_shape(_vjp(model, of_input), params, x)
+    return forward_flops(lambda pullback, grad: pullback(grad), pullback, out)
+
+
+def kept_bytes(model: Callable[[Any, Any], Any], params: Any, x: Any, *, of_input: bool) -> int:
+    """Bytes that model(params, x) keeps for its backward pass beside the parameters. Args as above."""
+
+    def residuals(params: Any, x: Any) -> list[Any]:
+        return jax.tree.leaves(_vjp(model, of_input)(params, x)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(params, x).jaxpr
+    kept = {var for var in jaxpr.outvars if isinstance(var, core.Var)}
+    return sum(size_in_bytes(var.aval) for var in kept - set(jaxpr.invars[: len(jax.tree.leaves(params))]))
+
+
+def _vjp(model: Callable[[Any, Any], Any], of_input: bool) -> Callable[[Any, Any], tuple[Any, Any]]:
+    if of_input:
+        return lambda params, x: jax.vjp(model, params, x)
+    return lambda params, x: jax.vjp(lambda params: model(params, x), params)
+
+
+def size_in_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def number_of_elements(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,1 @@
+"""How good features are: kNN and classifiers on frozen features."""

@@ -1,0 +1,257 @@
+"""Classifiers trained on frozen features: a linear probe, and a small network on few labels."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from mocosfl_jax.algorithm import optim
+from mocosfl_jax.evaluation.features import Rows
+
+HIDDEN = 512  # units of the semi-supervised classifier
+
+
+class Probe(NamedTuple):
+    """Test accuracy of a classifier trained on frozen features, as fractions."""
+
+    last_epoch: float  # the result
+    best_on_test: float  # best of all epochs by the test set itself, which is what the official code reports
+
+
+def linear_probe(
+    rng: Array,
+    train: Rows,
+    train_labels: Rows,
+    test: Rows,
+    test_labels: Rows,
+    *,
+    num_classes: int,
+    epochs: int = 100,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+) -> Probe:
+    """A linear classifier on frozen features: Adam, cosine over epochs (Li et al. 2023, section 4).
+
+    Args:
+      rng: order of the batches.
+      train: [n, D] pooled features of the training images.
+      train_labels: [n] integers.
+      test: [m, D].
+      test_labels: [m].
+      num_classes: labels are 0..num_classes - 1.
+      epochs: passes over the training features; an incomplete last batch is left out.
+      batch_size: features a step; all of them where there are fewer.
+      learning_rate: of the first epoch.
+    """
+    zeros = {"kernel": jnp.zeros((train.shape[1], num_classes)), "bias": jnp.zeros(num_classes)}
+    return _probe(
+        rng,
+        (zeros, ()),
+        train,
+        train_labels,
+        test,
+        test_labels,
+        classifier=_linear,
+        schedule="cosine",
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+    )
+
+
+def semi_supervised(
+    rng: Array,
+    train: Rows,
+    train_labels: Rows,
+    test: Rows,
+    test_labels: Rows,
+    *,
+    num_classes: int,
+    fraction: float,
+    epochs: int = 100,
+    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+) -> Probe:
+    """A small network on frozen features, from the labels of a few images (Li et al. 2023, section 4).
+
+    D -> 512 -> BatchNorm -> ReLU -> classes, by Adam; the learning rate falls to a tenth at 60 % and again
+    at 80 % of the epochs.
+
+    Args:
+      rng: choice of the labelled images, initialization and order of the batches.
+      train: [n, D] pooled features of the training images.
+      train_labels: [n] integers.
+      test: [m, D].
+      test_labels: [m].
+      num_classes: labels are 0..num_classes - 1.
+      fraction: of each class's images whose labels are used, see `stratified`.
+      epochs: passes over the labelled features; an incomplete last batch is left out.
+      batch_size: features a step; all labelled ones where there are fewer.
+      learning_rate: of the first epoch.
+    """
+    rng_labelled, rng_model, rng_order = jax.random.split(rng, 3)
+    labelled = stratified(rng_labelled, train_labels, fraction)
+    return _probe(
+        rng_order,
+        _init_mlp(rng_model, train.shape[1], num_classes),
+        train[labelled],
+        train_labels[labelled],
+        test,
+        test_labels,
+        classifier=_mlp,
+        schedule="multistep",
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+    )
+
+
+def stratified(rng: Array, labels: Rows, fraction: float) -> np.ndarray:
+    """Draw `fraction` of the images of each class: round(fraction * count) of them, but at least one.
+
+    Args:
+      rng: of the draw.
+      labels: [n] integers.
+      fraction: more than 0, at most 1.
+
+    Returns:
+      [k] their indices, rising.
+    """
+    labels = np.asarray(labels)
+    order = np.asarray(jax.random.permutation(rng, len(labels)))
+    drawn = []
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        drawn.append(members[: max(1, round(fraction * len(members)))])
+    return np.sort(np.concatenate(drawn))
+
+
+# params, statistics of the batches so far, features [b, D], training -> logits [b, classes], statistics
+Classifier = Callable[[Any, Any, Array, bool], tuple[Array, Any]]
+
+
+def _linear(params: dict[str, Array], stats: tuple[()], x: Array, training: bool) -> tuple[Array, tuple[()]]:
+    return _affine(params, x), stats
+
+
+def _affine(params: dict[str, Array], x: Array) -> Array:
+    return jnp.matmul(x, params["kernel"], precision=jax.lax.Precision.HIGHEST) + params["bias"][None]
+
+
+class BatchStats(NamedTuple):
+    """What BatchNorm has seen so far: exponential means over the batches."""
+
+    mean: Array  # [units]
+    var: Array  # [units], unbiased
+
+
+def _init_mlp(rng: Array, width: int, num_classes: int) -> tuple[dict[str, Any], BatchStats]:
+    """Parameters and BatchNorm's statistics, as PyTorch initializes them."""
+
+    def affine(rng: Array, fan_in: int, fan_out: int) -> dict[str, Array]:
+        rng_kernel, rng_bias = jax.random.split(rng)
+        bound = fan_in**-0.5
+        return {
+            "kernel": jax.random.uniform(rng_kernel, (fan_in, fan_out), minval=-bound, maxval=bound),
+            "bias": jax.random.uniform(rng_bias, (fan_out,), minval=-bound, maxval=bound),
+        }
+
+    rng_hidden, rng_output = jax.random.split(rng)
+    params = {
+        "hidden": affine(rng_hidden, width, HIDDEN),
+        "norm": {"scale": jnp.ones(HIDDEN), "bias": jnp.zeros(HIDDEN)},
+        "output": affine(rng_output, HIDDEN, num_classes),
+    }
+    return params, BatchStats(jnp.zeros(HIDDEN), jnp.ones(HIDDEN))
+
+
+def _mlp(params: dict[str, Any], stats: BatchStats, x: Array, training: bool) -> tuple[Array, BatchStats]:
+    hidden, stats = _batch_norm(params["norm"], stats, _affine(params["hidden"], x), training)
+    return _affine(params["output"], jax.nn.relu(hidden)), stats
+
+
+def _batch_norm(
+    params: dict[str, Array], stats: BatchStats, x: Array, training: bool
+) -> tuple[Array, BatchStats]:
+    """PyTorch's: momentum 0.1, biased variance of the batch, unbiased variance in the statistics.
+
+    Args:
+      params: scale and bias, [units] each.
+      stats: of the batches so far.
+      x: [b, units].
+      training: normalise by this batch and count it, instead of by the batches so far.
+
+    Returns:
+      [b, units] and the statistics.
+    """
+    mean, var = stats
+    if training:
+        mean, var = jnp.mean(x, axis=0), jnp.var(x, axis=0)
+        unbiased = var * len(x) / max(len(x) - 1, 1)
+        stats = BatchStats(0.9 * stats.mean + 0.1 * mean, 0.9 * stats.var + 0.1 * unbiased)
+    unit = (x - mean[None]) / jnp.sqrt(var[None] + 1e-5)
+    return params["scale"][None] * unit + params["bias"][None], stats
+
+
+def _probe(
+    rng: Array,
+    model: tuple[Any, Any],
+    train: Rows,
+    train_labels: Rows,
+    test: Rows,
+    test_labels: Rows,
+    *,
+    batch_size: int,
+    **static: Any,
+) -> Probe:
+    """Train the classifier with these first params and statistics."""
+    arrays = map(jnp.asarray, (train, train_labels, test, test_labels))
+    accuracies = np.asarray(
+        _test_accuracies(rng, model, *arrays, batch_size=min(batch_size, len(train)), **static)
+    )
+    return Probe(float(accuracies[-1]), float(accuracies.max()))
+
+
+@partial(jax.jit, static_argnames=("classifier", "schedule", "epochs", "batch_size", "learning_rate"))
+def _test_accuracies(
+    rng: Array,
+    model: tuple[Any, Any],
+    x: Array,
+    y: Array,
+    x_test: Array,
+    y_test: Array,
+    *,
+    classifier: Classifier,
+    schedule: str,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+) -> Array:
+    """Test accuracy after each epoch, [epochs]."""
+    params, stats = model
+    steps = len(x) // batch_size
+    optimizer = optax.adam(optim.schedule(schedule, learning_rate, epochs=epochs, steps_per_epoch=steps))
+
+    def loss(params: Any, stats: Any, x: Array, y: Array) -> tuple[Array, Any]:
+        logits, stats = classifier(params, stats, x, True)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y)), stats
+
+    def step(carry: tuple, batch: Array) -> tuple[tuple, None]:
+        params, stats, opt_state = carry
+        grads, stats = jax.grad(loss, has_aux=True)(params, stats, x[batch], y[batch])
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), None
+
+    def epoch(carry: tuple, rng_epoch: Array) -> tuple[tuple, Array]:
+        order = jax.random.permutation(rng_epoch, len(x))[: steps * batch_size]
+        carry, _ = jax.lax.scan(step, carry, order.reshape(steps, batch_size))
+        params, stats, _ = carry
+        logits, _ = classifier(params, stats, x_test, False)
+        return carry, jnp.mean(jnp.argmax(logits, axis=1) == y_test)
+
+    return jax.lax.scan(epoch, (params, stats, optimizer.init(params)), jax.random.split(rng, epochs))[1]

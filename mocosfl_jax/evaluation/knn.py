@@ -1,0 +1,70 @@
+"""Weighted k-nearest-neighbour classification of features."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mocosfl_jax.evaluation.features import Rows
+
+BLOCK_BYTES = 256 * 2**20  # similarities held at a time
+
+
+def knn_accuracy(
+    train: Rows,
+    train_labels: Rows,
+    test: Rows,
+    test_labels: Rows,
+    *,
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+) -> float:
+    """Share of test images that a weighted kNN classifies rightly (Wu et al. 2018, section 3.4).
+
+    The k nearest by cosine similarity vote with weight exp(similarity / temperature). Similarities are
+    computed for a block of test images at a time and stay below `BLOCK_BYTES`.
+
+    Args:
+      train: [n, D] features of the labelled images.
+      train_labels: [n] integers.
+      test: [m, D].
+      test_labels: [m].
+      num_classes: labels are 0..num_classes - 1.
+      k: neighbours; all n where there are fewer.
+      temperature: of the weights.
+
+    Returns:
+      A fraction.
+    """
+    k = min(k, len(train))
+    block = min(len(test), max(1, BLOCK_BYTES // (4 * len(train))))
+    train_rows, labels = _unit_rows(jnp.asarray(train)), jnp.asarray(train_labels)
+    right = 0
+    for start in range(0, len(test), block):
+        rows = test[start : start + block]
+        padded = np.concatenate([rows, np.zeros((block - len(rows), rows.shape[1]), rows.dtype)])
+        predicted = _knn_predict(train_rows, labels, padded, num_classes, k, temperature)
+        right += int(np.sum(np.asarray(predicted)[: len(rows)] == test_labels[start : start + block]))
+    return right / len(test)
+
+
+def _unit_rows(x: Array) -> Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+@partial(jax.jit, static_argnames=("num_classes", "k"))
+def _knn_predict(
+    train_rows: Array, train_labels: Array, test: Array, num_classes: int, k: int, temperature: float
+) -> Array:
+    similarities = jnp.matmul(_unit_rows(test), train_rows.T, precision=jax.lax.Precision.HIGHEST)
+    similarity, neighbours = jax.lax.top_k(similarities, k)
+    # Less the largest similarity: the same vote, and exp cannot overflow at a small temperature. It is
+    # not taken as similarity[:, :1], since XLA would then sort whole rows instead of finding the top k.
+    weights = jnp.exp((similarity - jnp.max(similarity, axis=1, keepdims=True)) / temperature)
+    votes = jax.vmap(partial(jax.ops.segment_sum, num_segments=num_classes))(
+        weights, train_labels[neighbours]
+    )
+    return jnp.argmax(votes, axis=1)

@@ -1,0 +1,91 @@
+"""The accuracies that a run reports: kNN and probes of the features of its data set."""
+
+import math
+from functools import partial
+
+from jax import Array
+
+from mocosfl_jax.algorithm.interface import TrainState
+from mocosfl_jax.config import Eval
+from mocosfl_jax.data import Dataset
+from mocosfl_jax.evaluation import classifiers
+from mocosfl_jax.evaluation.features import Encode, Rows, extract
+from mocosfl_jax.evaluation.knn import knn_accuracy
+from mocosfl_jax.feed import augment
+from mocosfl_jax.models import Features
+
+Evaluated = tuple[Features, Features]  # of the training and of the test images
+RAW_PIXELS_LIMIT = 2**30  # bytes of float images up to which raw pixels are evaluated
+
+
+def features(dataset: Dataset, state: TrainState, encode: Encode) -> Evaluated:
+    """Features of the training and of the test images."""
+    encode_batch = partial(encode, state)
+    return extract(encode_batch, dataset.x_train), extract(encode_batch, dataset.x_test)
+
+
+def knn(dataset: Dataset, settings: Eval, evaluated: Evaluated) -> dict[str, float]:
+    """kNN accuracies on projection and backbone features, as fields of metrics.jsonl."""
+    train, test = evaluated
+    return {
+        "knn_projection": _knn_accuracy(dataset, settings, train.projection, test.projection),
+        "knn_backbone": _knn_accuracy(dataset, settings, train.backbone, test.backbone),
+    }
+
+
+def knn_raw_pixels(dataset: Dataset, settings: Eval) -> dict[str, float]:
+    """kNN accuracy of the normalised pixels themselves; nothing where they would fill the memory."""
+    if 4 * sum(math.prod(x.shape) for x in (dataset.x_train, dataset.x_test)) > RAW_PIXELS_LIMIT:
+        return {}
+    train, test = (
+        augment.normalise(x[:], dataset.mean, dataset.std).reshape(len(x), -1)
+        for x in (dataset.x_train, dataset.x_test)
+    )
+    return {"knn_raw_pixels": _knn_accuracy(dataset, settings, train, test)}
+
+
+def _knn_accuracy(dataset: Dataset, settings: Eval, train: Rows, test: Rows) -> float:
+    return knn_accuracy(
+        train,
+        dataset.y_train,
+        test,
+        dataset.y_test,
+        num_classes=len(dataset.class_names),
+        k=settings.knn_k,
+        temperature=settings.knn_temperature,
+    )
+
+
+def linear_probe(dataset: Dataset, settings: Eval, evaluated: Evaluated, rng: Array) -> dict[str, float]:
+    """Accuracies of a linear probe on backbone features, as fields of metrics.jsonl."""
+    train, test = evaluated
+    probe = classifiers.linear_probe(
+        rng,
+        train.backbone,
+        dataset.y_train,
+        test.backbone,
+        dataset.y_test,
+        num_classes=len(dataset.class_names),
+        epochs=settings.probe_epochs,
+    )
+    return {"linear_probe": probe.last_epoch, "linear_probe_best_on_test": probe.best_on_test}
+
+
+def semi_supervised(dataset: Dataset, settings: Eval, evaluated: Evaluated, rng: Array) -> dict[str, float]:
+    """Accuracies of a small network on backbone features, from 10 % and from 1 % of the labels."""
+    train, test = evaluated
+    numbers = {}
+    for percent in (10, 1):
+        probe = classifiers.semi_supervised(
+            rng,
+            train.backbone,
+            dataset.y_train,
+            test.backbone,
+            dataset.y_test,
+            num_classes=len(dataset.class_names),
+            fraction=percent / 100,
+            epochs=settings.probe_epochs,
+        )
+        numbers[f"semi_supervised_{percent}_percent"] = probe.last_epoch
+        numbers[f"semi_supervised_{percent}_percent_best_on_test"] = probe.best_on_test
+    return numbers

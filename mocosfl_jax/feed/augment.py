@@ -1,0 +1,349 @@
+"""Views: one image and one PRNG key -> one view, vmapped over views, clients and batch in `two_views`.
+
+"v1" are the views of MoCo (He et al., CVPR 2020), "v2" those with Gaussian blur of MoCo v2 (Chen et al. 2020,
+"Improved baselines with momentum contrastive learning"). Each operation follows torchvision and PIL, on RGB
+images of float32 in [0, 1] and shape [H, W, 3].
+
+Nothing branches: under `vmap` a `cond` computes both sides anyway, so an operation that is not drawn gets the
+parameter that makes it the identity, or loses a `where`. Crop, resize and blur are linear along each axis, so
+they are products with small matrices.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from mocosfl_jax.algorithm.messages import Views
+from mocosfl_jax.errors import UserError
+
+VERSIONS = ("v1", "v2")
+
+# RandomResizedCrop
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_TRIES = 10
+# ColorJitter: factors in 1 -+ these, hue shift in -+ HUE.
+JITTER_PROBABILITY = 0.8
+BRIGHTNESS = 0.4
+CONTRAST = 0.4
+SATURATION = 0.4
+HUE = 0.1
+GRAYSCALE_PROBABILITY = 0.2
+BLUR_PROBABILITY = 0.5
+BLUR_SIGMA = (0.1, 2.0)
+NO_BLUR = 0.01
+FLIP_PROBABILITY = 0.5
+# PIL's "L" conversion, ITU-R 601-2.
+LUMA = (0.299, 0.587, 0.114)
+
+
+class Box(NamedTuple):
+    """Part of an image, in pixels."""
+
+    top: ArrayLike  # [], int32
+    left: ArrayLike  # [], int32
+    height: ArrayLike  # [], int32
+    width: ArrayLike  # [], int32
+
+
+def two_views(
+    rng: Array,
+    images: Array,
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    version: str = "v2",
+    min_crop_scale: float = 0.08,
+) -> Views:
+    """Draws a query and a key view of every image, each independent of all others.
+
+    Args:
+      rng: PRNG key.
+      images: [M, B, H, W, 3], uint8 (or floats in [0, 1]): B images of each of M clients.
+      size: height and width of the views.
+      version: "v1" or "v2".
+      min_crop_scale: smallest share of the image that the crop keeps, in (0, 1].
+      mean, std: of the three channels, for images in [0, 1].
+
+    Returns:
+      Views of [M, B, size, size, 3], float32, normalised.
+
+    Raises:
+      UserError: unknown version, or min_crop_scale out of range.
+    """
+
+    def view(rng_view: Array, image: Array) -> Array:
+        drawn = augment(rng_view, to_float(image), size=size, version=version, min_crop_scale=min_crop_scale)
+        return normalise(drawn, mean, std)
+
+    over_batch = jax.vmap(view)
+    over_clients = jax.vmap(over_batch)
+    over_views = jax.vmap(over_clients, in_axes=(0, None))
+    query, key = over_views(jax.random.split(rng, (2, *images.shape[:2])), images)
+    return Views(query=query, key=key)
+
+
+def augment(rng: Array, image: Array, *, size: int, version: str, min_crop_scale: float) -> Array:
+    """Draws one view: [H, W, 3] float32 in [0, 1] -> [size, size, 3] float32 in [0, 1]; the rest is static.
+
+    Raises:
+      UserError: unknown version, or min_crop_scale out of range.
+    """
+    if version not in VERSIONS:
+        raise UserError(f"config.moco.augmentation: found {version!r}, allowed: {', '.join(VERSIONS)}")
+    if not 0 < min_crop_scale <= 1:
+        raise UserError(
+            f"config.moco.min_crop_scale: found {min_crop_scale}, allowed: more than 0, at most 1"
+        )
+    rng_crop, rng_flip, rng_jitter, rng_gray, rng_blur = jax.random.split(rng, 5)
+
+    box = sample_crop_box(rng_crop, *image.shape[:2], min_scale=min_crop_scale)
+    view = resized_crop(image, box, size)
+    # torchvision's v2 flips last. Everything below treats left and right alike, so the views are the same.
+    view = jnp.where(_uniform(rng_flip, 1)[0] < FLIP_PROBABILITY, horizontal_flip(view), view)
+    view = _random_color_jitter(rng_jitter, view)
+    view = jnp.where(_uniform(rng_gray, 1)[0] < GRAYSCALE_PROBABILITY, grayscale(view), view)
+    if version == "v2":
+        view = _random_blur(rng_blur, view)
+    return view
+
+
+def normalise(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """(images - mean) / std by channel: [..., 3], uint8 or floats in [0, 1] -> float32 of the same shape."""
+    images = to_float(jnp.asarray(images))
+    channels = (1,) * (images.ndim - 1) + (3,)
+    shift = jnp.asarray(mean, jnp.float32).reshape(channels)
+    scale = jnp.asarray(std, jnp.float32).reshape(channels)
+    return (images - shift) / scale
+
+
+def to_float(images: Array) -> Array:
+    """uint8 in 0..255 -> float32 in [0, 1]; floats are taken to be in [0, 1] already."""
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255
+    return images.astype(jnp.float32)
+
+
+# --- crop
+
+
+def sample_crop_box(rng: Array, height: int, width: int, *, min_scale: float) -> Box:
+    """Draws the box of torchvision's RandomResizedCrop on an image of height x width.
+
+    Area uniform in [min_scale, 1] of the image's, width / height log-uniform in [3/4, 4/3], both sides
+    rounded to pixels, position uniform. Ten tries; if none fits, the largest centred box whose width / height
+    is in that range.
+    """
+    drawn = _uniform(rng, 2 * CROP_TRIES + 2)
+    area = _between(drawn[:CROP_TRIES], min_scale * height * width, height * width)
+    log_ratio = _between(drawn[CROP_TRIES:-2], math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]))
+    ratio = jnp.exp(log_ratio)
+    widths = jnp.round(jnp.sqrt(area * ratio)).astype(jnp.int32)
+    heights = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = jnp.argmax(fits)
+    found = fits[first]
+
+    # The widest and the highest box of an allowed ratio.
+    centre_width = min(width, round(height * CROP_RATIO[1]))
+    centre_height = min(height, round(width / CROP_RATIO[0]))
+    box_width = jnp.where(found, widths[first], centre_width)
+    box_height = jnp.where(found, heights[first], centre_height)
+    top = _below(drawn[-2], height - box_height + 1)
+    left = _below(drawn[-1], width - box_width + 1)
+    return Box(
+        top=jnp.where(found, top, (height - centre_height) // 2),
+        left=jnp.where(found, left, (width - centre_width) // 2),
+        height=box_height,
+        width=box_width,
+    )
+
+
+def resized_crop(image: Array, box: Box, size: int) -> Array:
+    """Cuts the box out of image [H, W, 3] and resizes it to [size, size, 3], bilinear with antialiasing."""
+    rows = _resize_matrix(box.top, box.height, image.shape[0], size)
+    columns = _resize_matrix(box.left, box.width, image.shape[1], size)
+    return _along_axes(rows, columns, image)
+
+
+def _resize_matrix(start: ArrayLike, length: ArrayLike, pixels: int, size: int) -> Array:
+    """[size, pixels]: row i weighs the pixels [start, start + length) of an axis into output pixel i.
+
+    PIL's bilinear filter: a triangle that reaches one output pixel (one input pixel when enlarging) to either
+    side. PIL crops first, so pixels outside the box weigh nothing.
+    """
+    scale = jnp.asarray(length, jnp.float32) / size
+    position = jnp.arange(pixels, dtype=jnp.float32)[None, :] - start + 0.5
+    centre = (jnp.arange(size, dtype=jnp.float32)[:, None] + 0.5) * scale
+    weights = jnp.maximum(1 - jnp.abs(position - centre) / jnp.maximum(scale, 1), 0)
+    weights = jnp.where((position > 0) & (position < length), weights, 0)
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def horizontal_flip(image: Array) -> Array:
+    """[H, W, 3] with left and right swapped."""
+    return image[:, ::-1]
+
+
+# --- colour
+
+
+def adjust_brightness(image: Array, factor: ArrayLike) -> Array:
+    """[H, W, 3] scaled by factor and clipped: 0 is black, 1 the image."""
+    return _blend(image, jnp.zeros_like(image), factor)
+
+
+def adjust_contrast(image: Array, factor: ArrayLike) -> Array:
+    """[H, W, 3] moved away from its mean gray: 0 is that gray everywhere, 1 the image."""
+    return _blend(image, jnp.full_like(image, jnp.mean(_luma(image))), factor)
+
+
+def adjust_saturation(image: Array, factor: ArrayLike) -> Array:
+    """[H, W, 3] moved away from its grayscale: 0 is grayscale, 1 the image."""
+    return _blend(image, grayscale(image), factor)
+
+
+def adjust_hue(image: Array, shift: ArrayLike) -> Array:
+    """[H, W, 3] with the hue of HSV turned by shift, in turns of the colour circle (-0.5 to 0.5)."""
+    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
+    # Grays have no hue: any divisor will do, as the result is multiplied by a chroma of 0.
+    divisor = jnp.where(chroma > 0, chroma, 1)
+    # In sixths of a turn; red is 0, green 2, blue 4.
+    hue = jnp.where(
+        value == red,
+        (green - blue) / divisor,
+        jnp.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    )
+    hue = hue + 6 * shift
+
+    def channel(peak: int) -> Array:
+        # A channel is `value` up to a sixth from its own hue and value - chroma from two sixths on.
+        distance = jnp.abs(jnp.mod(hue - peak + 3, 6) - 3)
+        return value - chroma * jnp.clip(distance - 1, 0, 1)
+
+    return jnp.stack([channel(0), channel(2), channel(4)], axis=-1)
+
+
+def grayscale(image: Array) -> Array:
+    """[H, W, 3] with all channels equal to the luma."""
+    return jnp.broadcast_to(_luma(image)[..., None], image.shape)
+
+
+def _luma(image: Array) -> Array:
+    red, green, blue = LUMA
+    return red * image[..., 0] + green * image[..., 1] + blue * image[..., 2]
+
+
+def _blend(image: Array, degenerate: Array, factor: ArrayLike) -> Array:
+    return jnp.clip(factor * image + (1 - factor) * degenerate, 0, 1)
+
+
+def color_jitter(
+    image: Array, factors: ArrayLike, hue_shift: ArrayLike, order: ArrayLike, hue_slot: ArrayLike
+) -> Array:
+    """Brightness, contrast, saturation and hue adjustments of [H, W, 3], one after another in any order.
+
+    Args:
+      image: [H, W, 3].
+      factors: [3], of brightness, contrast and saturation.
+      hue_shift: [], in turns of the colour circle.
+      order: [3], int32, a permutation: 0 is brightness, 1 contrast, 2 saturation.
+      hue_slot: [], int32 in 0..3: how many of these three come before the hue.
+    """
+    factors, order = jnp.asarray(factors), jnp.asarray(order)
+
+    def blend(place: int, image: Array, active: Array) -> Array:
+        # The three differ only in what they blend with: black, the mean gray or the grayscale. Factor 1
+        # changes nothing.
+        op = order[place]
+        gray = _luma(image)
+        degenerate = jnp.where(op == 2, gray, jnp.where(op == 1, jnp.mean(gray), 0))
+        return _blend(image, degenerate[..., None], jnp.where(active, factors[op], 1))
+
+    # Under vmap every image pays for every stage, and hue is the dear one: so it stands once, between two
+    # runs of the blends. In loops: XLA computes unrolled blends again inside each other, at twice the time.
+    image = jax.lax.fori_loop(0, 3, lambda place, image: blend(place, image, place < hue_slot), image)
+    image = adjust_hue(image, hue_shift)
+    return jax.lax.fori_loop(0, 3, lambda place, image: blend(place, image, place >= hue_slot), image)
+
+
+def _random_color_jitter(rng: Array, image: Array) -> Array:
+    drawn = _uniform(rng, 9)
+    # A uniform order of all four: a uniform order of the three blends (3! = 6) and a uniform slot for the hue
+    # before, between or after them (4) make each of the 4! = 24 orders once.
+    order = jnp.argsort(drawn[1:4])
+    hue_slot = _below(drawn[4], 4)
+    factors = 1 + jnp.array([BRIGHTNESS, CONTRAST, SATURATION], jnp.float32) * _between(drawn[5:8], -1, 1)
+    hue_shift = _between(drawn[8], -HUE, HUE)
+    jittered = color_jitter(image, factors, hue_shift, order, hue_slot)
+    return jnp.where(drawn[0] < JITTER_PROBABILITY, jittered, image)
+
+
+# --- blur
+
+
+def gaussian_blur(image: Array, sigma: ArrayLike) -> Array:
+    """Gaussian blur of [H, W, 3] with standard deviation sigma in pixels; edge pixels extend, as in PIL.
+
+    The Gaussian is cut at four times the largest sigma drawn, 2 (PIL's own is three box filters in a row).
+    """
+    height, width = image.shape[:2]
+    rows = _blur_matrix(sigma, height)
+    columns = rows if width == height else _blur_matrix(sigma, width)
+    return _along_axes(rows, columns, image)
+
+
+def _random_blur(rng: Array, image: Array) -> Array:
+    drawn = _uniform(rng, 2)
+    sigma = _between(drawn[1], *BLUR_SIGMA)
+    # A Gaussian too narrow to reach the next pixel is the identity. A `where` on the images would have XLA
+    # compute all that comes before the blur a second time.
+    return gaussian_blur(image, jnp.where(drawn[0] < BLUR_PROBABILITY, sigma, NO_BLUR))
+
+
+def _blur_matrix(sigma: ArrayLike, pixels: int) -> Array:
+    """[pixels, pixels]: row i weighs the pixels of an axis into output pixel i."""
+    radius = math.ceil(4 * BLUR_SIGMA[1])
+
+    def gaussian(distance: Array) -> Array:
+        weight = jnp.exp(-0.5 * jnp.square(distance.astype(jnp.float32) / sigma))
+        return jnp.where(distance <= radius, weight, 0)
+
+    position = jnp.arange(pixels, dtype=jnp.int32)
+    weights = gaussian(jnp.abs(position[:, None] - position[None, :]))
+    # Taps beyond the edge read the edge pixel: the part of row i's Gaussian left of pixel 0, and its mirror.
+    tap = jnp.arange(1, radius + 1, dtype=jnp.int32)[None, :]
+    left = jnp.sum(jnp.where(tap > position[:, None], gaussian(tap), 0), axis=1)
+    weights = weights.at[:, 0].add(left).at[:, -1].add(left[::-1])
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def _along_axes(rows: Array, columns: Array, image: Array) -> Array:
+    """rows [h, H], columns [w, W], image [H, W, 3] -> [h, w, 3]."""
+    # HIGHEST: accelerators by default multiply in bfloat16 or TF32, which is coarser than uint8 images.
+    shrunk = jnp.einsum("hH,HWc->hWc", rows, image, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("wW,hWc->hwc", columns, shrunk, precision=jax.lax.Precision.HIGHEST)
+
+
+# --- draws
+
+
+def _uniform(rng: Array, count: int) -> Array:
+    """[count] float32 in [0, 1). An operation draws all it needs at once: each draw costs compile time."""
+    return jax.random.uniform(rng, (count,), jnp.float32)
+
+
+def _between(uniform: Array, low: float, high: float) -> Array:
+    return low + (high - low) * uniform
+
+
+def _below(uniform: Array, count: ArrayLike) -> Array:
+    """An integer in 0..count - 1: uniform, a multiple of 2^-23 below 1, keeps the product below count."""
+    return jnp.floor(uniform * count).astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""The process: hosts of a run, compiler settings, versions."""

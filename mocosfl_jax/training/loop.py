@@ -1,0 +1,438 @@
+"""The training loop: rounds, evaluation, metrics and checkpoints. It can stop and go on anywhere."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+from tqdm import tqdm
+
+from mocosfl_jax.algorithm.interface import TrainState
+from mocosfl_jax.errors import DiskFullError, NonFiniteError
+from mocosfl_jax.evaluation import monitor
+from mocosfl_jax.evaluation.features import Encode, make_encode
+from mocosfl_jax.feed import batches
+from mocosfl_jax.feed.batches import Feed
+from mocosfl_jax.parallel import sharding
+from mocosfl_jax.runtime import hosts
+from mocosfl_jax.training import checkpoint, plots, report, rounds, saving, workdir
+from mocosfl_jax.training.checkpoint import Progress
+from mocosfl_jax.training.experiment import Run
+from mocosfl_jax.training.saving import Traffic
+
+# Whether the run is to stop; with several processes, the same answer at the same call on all of them.
+Stop = Callable[[], bool]
+
+
+class Programs(NamedTuple):
+    """What is compiled."""
+
+    feed: Feed
+    run_steps: rounds.RunSteps
+    keeping_step: rounds.KeepingStep
+    replay_step: rounds.ReplayStep
+    sync: rounds.Sync
+    encode: Encode
+
+
+class Output(NamedTuple):
+    """Where the results of a run go."""
+
+    folder: Path  # the workdir, claimed: metrics.jsonl, checkpoints/ and plots
+    say: Callable[[str], None]  # gets lines for a person
+    metrics: Callable[[workdir.Metrics], None]  # gets what metrics.jsonl gets
+    writes: bool = True  # the files of the run; with several processes one does, but for the checkpoints
+
+
+def train(run: Run, stop: Stop, output: Output) -> bool:
+    """Train from the newest checkpoint in the workdir, or from the start.
+
+    Args:
+      run: of `experiment.prepare`.
+      stop: once true, training ends after the current round, saved.
+      output: workdir and screen.
+
+    Returns:
+      Whether the run is finished, with its linear probe. If not, the same call goes on with it.
+
+    Raises:
+      NonFiniteError: the newest checkpoint is from before that.
+      UserError: if checkpoints are there but none can be read.
+    """
+    rng_init, rng_views, rng_probe = jax.random.split(jax.random.key(run.config.seed), 3)
+    state = jax.jit(run.algorithm.init)(rng_init)
+    output.say(report.header(run, state))
+    dataset, folder = run.dataset, output.folder
+    encode = make_encode(run.algorithm, dataset.mean, dataset.std)
+    preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
+    if output.writes:
+        workdir.write_preprocessing(folder, preprocessing)
+    store = saving.Store(folder, run.replay)
+    if run.config.saving.loss_threshold:
+        store.require_space()
+    with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
+        restored = checkpoint.restore_newest(manager, state)
+        state, progress = restored or (state, Progress())
+        ended = progress.step == run.total_steps
+        # After the last checkpoint comes only the line of the linear probe, which can stay.
+        with hosts.together():
+            if output.writes:
+                workdir.rewind_metrics(folder, progress.metrics_lines, optional=int(ended))
+        if restored is None:
+            progress = start(run, state, encode, output)
+            save(run, manager, state, progress, output)
+        elif not ended:
+            output.say(f"going on from step {progress.step:,} of {run.total_steps:,}")
+        features = None
+        if not ended and not stop():
+            clock = time.perf_counter()
+            programs = compile_programs(run, state, rng_views, encode)
+            output.say(f"compiled the step in {time.perf_counter() - clock:.1f} s")
+            state, progress, features = run_epochs(
+                run, programs, state, progress, store, manager, stop, output
+            )
+    if output.writes:
+        plots.plot_curves(folder / "curves.png", workdir.read_metrics(folder))
+    if progress.step < run.total_steps or (features and stop()):
+        output.say(f"saved at step {progress.step:,} of {run.total_steps:,}")
+        return False
+    finish(run, progress, features or monitor.features(run.dataset, state, encode), rng_probe, output)
+    return True
+
+
+def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progress:
+    """What comes before the first step: how the deal looks, and how good no training is."""
+    names = run.dataset.class_names
+    if output.writes:
+        plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
+    metrics = {
+        "step": 0,
+        "epoch": 0,
+        **monitor.knn(run.dataset, run.config.eval, monitor.features(run.dataset, state, encode)),
+    }
+    metrics |= monitor.knn_raw_pixels(run.dataset, run.config.eval)
+    return record(run, Progress(), metrics, output)
+
+
+def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
+    """Compile the step, the bulk of all compilation; the others compile when they are first used."""
+    batch = (*places(run), *run.dataset.x_train.shape[1:])
+    place = sharding.of_images(run.mesh, run.cohort)
+    spread = sharding.make_spread(run.mesh, run.cohort, int(run.batch_sizes.max()))
+    size = 1
+    if rounds.scans_steps(jax.default_backend()):
+        size = batches.steps_per_piece(math.prod(batch), run.steps_per_round)
+    run_steps = rounds.make_run_steps(
+        run.algorithm,
+        run.make_views,
+        rng_views,
+        state=state,
+        images=jax.ShapeDtypeStruct((size, *batch), np.uint8, sharding=place),
+        cohort=None if run.whole_pool else run.cohort,
+        spread=spread,
+    )
+    return Programs(
+        make_feed(run, size),
+        run_steps,
+        rounds.make_keeping_step(run.algorithm, run.make_views, rng_views, spread),
+        rounds.make_replay_step(run.algorithm),
+        rounds.make_sync(run.algorithm),
+        encode,
+    )
+
+
+def places(run: Run) -> tuple[int, int]:
+    """M and B of the images that a step gets, which the devices can share out."""
+    return sharding.padded(run.mesh, run.cohort, int(run.batch_sizes.max()))
+
+
+def make_feed(run: Run, piece_steps: int) -> Feed:
+    """The images of the run's steps, from where they are."""
+    images = run.dataset.x_train
+    place = sharding.of_images(run.mesh, run.cohort)
+
+    def indices(epoch: int) -> np.ndarray:
+        """What only fills up the devices is the first image: the step does not look at it."""
+        dealt = run.indices(epoch)
+        return np.pad(
+            dealt, [(0, n - m) for n, m in zip((len(dealt), *places(run)), dealt.shape, strict=True)]
+        )
+
+    if run.residence.resident:
+        assert isinstance(images, np.ndarray)
+        return batches.resident(sharding.replicate(run.mesh, images), indices, piece_steps, place)
+    return batches.streamed(
+        images,
+        indices,
+        piece_steps,
+        place,
+        epochs=run.config.total_epochs,
+        steps_per_epoch=run.steps_per_epoch,
+        steps_per_round=run.steps_per_round,
+    )
+
+
+def run_epochs(
+    run: Run,
+    programs: Programs,
+    state: TrainState,
+    progress: Progress,
+    store: saving.Store,
+    manager: ocp.CheckpointManager,
+    stop: Stop,
+    output: Output,
+) -> tuple[TrainState, Progress, monitor.Evaluated | None]:
+    """Epochs until the last, or until `stop`; saved in either case.
+
+    The features of the last evaluation come with the state if they are those of the end of the run.
+    """
+    config = run.config
+    features = None
+    with tqdm(
+        total=run.total_steps,
+        initial=progress.step,
+        unit="step",
+        disable=None if output.writes else True,
+        dynamic_ncols=True,
+    ) as bar:
+        while progress.step < run.total_steps and not stop():
+            state, progress, divergence = run_epoch(run, programs, state, progress, store, stop, bar)
+            if not bool(all_finite(state)):
+                raise NonFiniteError(f"a parameter is not finite after step {progress.step:,}")
+            epoch, rest = divmod(progress.step, run.steps_per_epoch)
+            ended = epoch == config.total_epochs
+            if rest == 0:
+                metrics = epoch_metrics(run, progress, epoch, divergence)
+                if ended or (config.eval.every and epoch % config.eval.every == 0):
+                    features = monitor.features(run.dataset, state, programs.encode)
+                    metrics |= monitor.knn(run.dataset, run.config.eval, features)
+                progress = record(run, progress, metrics, output)._replace(
+                    traffic=next_traffic(run, progress, metrics["loss"], epoch),
+                    last_loss=metrics["loss"],
+                    losses=(),
+                    top1s=(),
+                    epoch_seconds=0.0,
+                )
+            # The next epoch to be kept replaces the one that an older checkpoint would have to replay.
+            replaces = rest == 0 and progress.traffic == Traffic.UP_ONLY
+            if replaces:
+                checkpoint.save(manager, state, progress)
+                checkpoint.finish(manager)
+            elif rest == 0 and epoch % config.checkpoint.every == 0:
+                save(run, manager, state, progress, output)
+    with contextlib.suppress(DiskFullError):  # told below, if there is still no room
+        checkpoint.finish(manager)
+    if manager.latest_step() != progress.step:
+        checkpoint.save(manager, state, progress)
+        checkpoint.finish(manager)
+    return state, progress, features if progress.step == run.total_steps else None
+
+
+def run_epoch(
+    run: Run,
+    programs: Programs,
+    state: TrainState,
+    progress: Progress,
+    store: saving.Store,
+    stop: Stop,
+    bar: tqdm,
+) -> tuple[TrainState, Progress, Array | None]:
+    """The rounds of one epoch, or those that are left of it; `stop` ends it after a round.
+
+    The host fetches the losses of a round while the device works on the next one.
+
+    Returns:
+      State, progress, and how far the clients were apart at the last synchronization, [M], if there was one.
+    """
+    epoch, done = divmod(progress.step, run.steps_per_epoch)
+    traffic = Traffic(progress.traffic)
+    if traffic is Traffic.UP_ONLY:
+        progress = progress._replace(kept_epoch=epoch)
+    members = run.members(progress.kept_epoch if traffic is Traffic.NONE else epoch)
+    cohort = None if run.whole_pool else members
+    order = np.random.default_rng((run.config.seed, epoch)).permutation(run.steps_per_epoch)  # of a replay
+    clock = time.perf_counter()
+    pending: list[rounds.Curve] = []
+    divergence = None
+    for first in range(done, run.steps_per_epoch, run.steps_per_round):
+        steps = range(first, min(first + run.steps_per_round, run.steps_per_epoch))
+        if traffic is Traffic.BOTH_WAYS:
+            state, curve = programs.run_steps(state, programs.feed(epoch, steps), cohort)
+            state, info = programs.sync(state, cohort)
+            divergence = info.divergence
+        elif traffic is Traffic.UP_ONLY:
+            state, curve = keep(programs, store, epoch, state, steps, cohort)
+        else:
+            state, curve = replay(
+                programs, store, progress.kept_epoch, state, order[steps.start : steps.stop], cohort
+            )
+        pending.append(curve)
+        if stop():
+            break
+        if len(pending) > 1:
+            progress = fetch(progress, pending.pop(0), clock, bar, run)
+            clock = time.perf_counter()
+    for curve in pending:
+        progress = fetch(progress, curve, clock, bar, run)
+        clock = time.perf_counter()
+    return state, progress, divergence
+
+
+def keep(
+    programs: Programs,
+    store: saving.Store,
+    epoch: int,
+    state: TrainState,
+    steps: range,
+    cohort: np.ndarray | None,
+) -> tuple[TrainState, rounds.Curve]:
+    """Steps that train the server alone and keep what the clients send."""
+    curves = []
+    images = (batch for piece in programs.feed(epoch, steps) for batch in piece)
+    for step, batch in zip(steps, images, strict=True):
+        state, curve, smashed = programs.keeping_step(state, batch, cohort)
+        store.write(epoch, step, smashed)
+        curves.append(curve)
+    return state, rounds.joined(curves)
+
+
+def replay(
+    programs: Programs,
+    store: saving.Store,
+    epoch: int,
+    state: TrainState,
+    steps: np.ndarray,
+    cohort: np.ndarray | None,
+) -> tuple[TrainState, rounds.Curve]:
+    """Steps of the server on what was kept of `steps` of `epoch`."""
+    curves = []
+    for step in steps:
+        state, curve = programs.replay_step(state, store.read(epoch, int(step)), cohort)
+        curves.append(curve)
+    return state, rounds.joined(curves)
+
+
+def fetch(progress: Progress, curve: rounds.Curve, clock: float, bar: tqdm, run: Run) -> Progress:
+    """`progress` with the losses of one more round, for which the host waits here."""
+    losses, top1s = (np.concatenate(jax.device_get(x)).astype(np.float64) for x in curve)
+    if not np.isfinite(losses).all():
+        step = progress.step + int(np.argmin(np.isfinite(losses))) + 1
+        raise NonFiniteError(f"the loss of step {step:,} is {losses[step - progress.step - 1]}")
+    seconds = time.perf_counter() - clock
+    speed = len(losses) * run.images_per_step / seconds
+    bar.update(len(losses))
+    bar.set_postfix_str(f"loss {losses[-1]:.3f}, top1 {top1s[-1]:.2f}, {speed:,.0f} images/s")
+    return progress._replace(
+        step=progress.step + len(losses),
+        losses=progress.losses + tuple(losses.tolist()),
+        top1s=progress.top1s + tuple(top1s.tolist()),
+        epoch_seconds=progress.epoch_seconds + seconds,
+    )
+
+
+@jax.jit
+def all_finite(state: TrainState) -> Array:
+    """Whether no floating-point number of `state` is nan or infinite."""
+    floating = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floating]))
+
+
+def next_traffic(run: Run, progress: Progress, loss: float, epoch: int) -> str:
+    """What passes the cut in the epoch after the one that has ended with this mean loss."""
+    return saving.next_traffic(
+        Traffic(progress.traffic),
+        loss,
+        progress.last_loss,
+        epoch=epoch,
+        threshold=run.config.saving.loss_threshold,
+        warmup_epochs=run.config.saving.warmup_epochs,
+    )
+
+
+def epoch_metrics(run: Run, progress: Progress, epoch: int, divergence: Array | None) -> dict[str, float]:
+    """Means over the steps of the epoch that has ended, its speed, and what it sent."""
+    images = len(progress.losses) * run.images_per_step
+    metrics = {
+        "step": progress.step,
+        "epoch": epoch,
+        "loss": float(np.mean(progress.losses)),
+        "top1": float(np.mean(progress.top1s)),
+        "images_per_s": round(images / progress.epoch_seconds, 1),
+    }
+    if divergence is not None:
+        metrics["divergence"] = float(np.mean(divergence))
+    if run.config.saving.loss_threshold:
+        one_way = run.smashed.size * run.smashed.dtype.itemsize * len(progress.losses)
+        traffic = Traffic(progress.traffic)
+        metrics["smashed_up_bytes"] = 0 if traffic is Traffic.NONE else 2 * one_way
+        metrics["smashed_down_bytes"] = one_way if traffic is Traffic.BOTH_WAYS else 0
+    return metrics
+
+
+def finish(
+    run: Run, progress: Progress, features: monitor.Evaluated, rng_probe: Array, output: Output
+) -> None:
+    """The linear probe, unless it is there already, and the closing summary."""
+    probed = output.writes and any("linear_probe" in line for line in workdir.read_metrics(output.folder))
+    # All processes compute it, so that none waits for another.
+    if run.config.eval.probe_epochs and not any(hosts.of_first([probed])):
+        end = {"step": run.total_steps, "epoch": run.config.total_epochs}
+        progress = record(
+            run,
+            progress,
+            end | monitor.linear_probe(run.dataset, run.config.eval, features, rng_probe),
+            output,
+        )
+    if output.writes:
+        if progress.unwritten:
+            workdir.append_metrics(output.folder, progress.unwritten)
+        output.say(report.summary(workdir.read_metrics(output.folder), output.folder))
+
+
+def record(run: Run, progress: Progress, metrics: workdir.Metrics, output: Output) -> Progress:
+    """Tell and write one line of metrics, after those that were not written before.
+
+    Raises:
+      DiskFullError: if the disk has no room, and the run is to stop then.
+    """
+    output.metrics(metrics)
+    output.say(report.metrics_line(metrics))
+    if not output.writes:
+        return progress
+    lines = (*progress.unwritten, dict(metrics))
+    with going_on(run, output):
+        workdir.append_metrics(output.folder, lines)
+        return progress._replace(metrics_lines=progress.metrics_lines + len(lines), unwritten=())
+    return progress._replace(unwritten=lines)
+
+
+def save(
+    run: Run, manager: ocp.CheckpointManager, state: TrainState, progress: Progress, output: Output
+) -> None:
+    """Save in the background.
+
+    Raises:
+      DiskFullError: if the disk has no room, and the run is to stop then.
+    """
+    with going_on(run, output):
+        checkpoint.finish(manager)
+    with going_on(run, output):
+        checkpoint.save(manager, state, progress)
+
+
+@contextlib.contextmanager
+def going_on(run: Run, output: Output) -> Iterator[None]:
+    """On a full disk, leave out what is within and say so, if the configuration wants to train on."""
+    try:
+        yield
+    except DiskFullError as error:
+        if run.config.checkpoint.on_full_disk == "stop":
+            raise
+        output.say(f"{error}; the run goes on, and saves again when there is room")

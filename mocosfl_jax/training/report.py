@@ -1,0 +1,158 @@
+"""What a run tells a person: its header, a line per evaluation, its closing summary."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mocosfl_jax.algorithm.interface import TrainState
+from mocosfl_jax.parallel import sharding
+from mocosfl_jax.runtime import hosts
+from mocosfl_jax.runtime.environment import environment
+from mocosfl_jax.training.experiment import Run
+
+_PACKAGES = ("python", "jax", "jaxlib", "flax", "optax", "numpy", "mocosfl_jax")
+
+
+def header(run: Run, state: TrainState) -> str:
+    """Devices, data, clients, both sides of the cut, and the plan of the run; one line each."""
+    config, dataset, parts = run.config, run.dataset, run.parts
+    pool, sync, optim = config.clients, config.sync, config.optim
+    classes = [len(np.unique(dataset.y_train[part])) for part in parts]
+    height, width, channels = dataset.x_train.shape[1:]
+    client_params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients.params
+    )
+    device = jax.devices()[0]
+    versions = environment()
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name in _PACKAGES)
+    rows = {
+        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+        f"{f' in {jax.process_count()} processes' if hosts.several() else ''}{sharding.describe(run.mesh)}"
+        + (f", computing in {dtype}" if (dtype := config.model.compute_dtype) != "float32" else ""),
+        "versions": f"{packages}; commit {versions['commit'] or 'unknown'}",
+        "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
+        f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
+        "images": f"{'resident on the device' if run.residence.resident else 'streamed from the host'}: "
+        f"{_bytes(math.prod(dataset.x_train.shape))}; {run.residence.why}",
+        "clients": f"{pool.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in an epoch; each "
+        f"{_span([len(part) for part in parts])} images of {_span(classes)} classes, "
+        f"batch {_span(run.batch_sizes.tolist())}" + (f"; {run.rich.clients} rich" if run.rich else ""),
+    }
+    if config.algorithm == "flmoco":
+        rows["FL-MoCo"] = (
+            f"whole {config.model.name}: {_params(client_params)} and a queue of "
+            f"{config.moco.queue_size:,} keys a client"
+        )
+    else:
+        smashed_bytes = run.smashed.size * run.smashed.dtype.itemsize
+        frozen = optim.client_lr == 0
+        extras = [config.model.bottleneck and f"bottleneck {config.model.bottleneck}", frozen and "frozen"]
+        network = config.model.name + (f" width {config.model.width}" if config.model.width else "")
+        keys = f"queue of {config.moco.queue_size:,} keys"
+        if not config.moco.feature_sharing:
+            keys = f"{pool.num:,} queues of {config.moco.queue_size // pool.num:,} keys"
+        rows |= {
+            "client side": f"{network} up to cut layer {config.model.cut_layer}"
+            f"{''.join(f', {extra}' for extra in extras if extra)}: {_params(client_params)} a client",
+            "server side": f"{_params(state.server.params)}; {keys}",
+            "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "
+            "down a step",
+        }
+    epochs = "1 epoch" if config.total_epochs == 1 else f"{config.total_epochs:,} epochs"
+    interval = "step" if run.steps_per_round == 1 else f"{run.steps_per_round:,} steps"
+    rows["plan"] = (
+        f"{epochs} of {run.steps_per_epoch:,} steps of {run.images_per_step:,} images, "
+        f"synchronized every {interval}{', MonAcoSFL' if sync.momentum_models else ''}; "
+        f"seed {config.seed}"
+    )
+    return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _params(tree: Any) -> str:
+    leaves = jax.tree.leaves(tree)
+    size = sum(leaf.size for leaf in leaves)
+    return f"{size:,} parameters ({_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))})"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+_NAMES = {
+    "loss": "loss",
+    "top1": "contrastive accuracy",
+    "knn_backbone": "kNN backbone",
+    "knn_projection": "kNN projection",
+    "knn_raw_pixels": "raw pixels",
+    "linear_probe": "linear probe",
+    "divergence": "divergence",
+}
+
+
+def metrics_line(metrics: Mapping[str, float]) -> str:
+    """A line of metrics.jsonl for a person."""
+    parts = [f"epoch {metrics['epoch']:>3}"]
+    parts += [f"{name} {metrics[field]:.3f}" for field, name in _NAMES.items() if field in metrics]
+    if "smashed_up_bytes" in metrics:
+        up, down = metrics["smashed_up_bytes"], metrics["smashed_down_bytes"]
+        parts.append(f"sent {_bytes(up)} up, {_bytes(down)} down")
+    if "images_per_s" in metrics:
+        parts.append(f"{metrics['images_per_s']:,.0f} images/s")
+    return "  ".join(parts)
+
+
+def summary(metrics: Sequence[Mapping[str, float]], workdir: Path) -> str:
+    """What came out of a finished run, from the lines of its metrics.jsonl."""
+    trained = [m for m in metrics if "knn_backbone" in m][-1]
+    rows = [accuracies({**metrics[0], **trained, **metrics[-1]}, metrics[0])]
+    epochs = [m for m in metrics if "smashed_up_bytes" in m]
+    if epochs:
+        sent = sum(m["smashed_up_bytes"] + m["smashed_down_bytes"] for m in epochs)
+        whole = len(epochs) * max(m["smashed_up_bytes"] + m["smashed_down_bytes"] for m in epochs)
+        saved = f"{_bytes(whole - sent)} of {_bytes(whole)} saved"
+        rows.append(f"smashed data and gradients: {_bytes(sent)} sent, {saved}")
+    files = "config.json, preprocessing.json, metrics.jsonl, checkpoints, curves.png, partition.png"
+    rows.append(f"{workdir}: {files}")
+    return "\n".join(rows)
+
+
+_PROBES = {
+    "linear_probe": "linear probe",
+    "semi_supervised_10_percent": "10 % of the labels",
+    "semi_supervised_1_percent": "1 % of the labels",
+}
+
+
+def accuracies(trained: Mapping[str, float], untrained: Mapping[str, float]) -> str:
+    """A table of what was evaluated.
+
+    Args:
+      trained: accuracies by their names in metrics.jsonl and evaluation.json.
+      untrained: those of the untrained network; may be empty.
+    """
+    rows = [f"{'':<24}{'backbone':>10}{'projection':>12}"]
+    for name, numbers in (("kNN, untrained", untrained), ("kNN, trained", trained)):
+        if numbers:
+            rows.append(f"{name:<24}{numbers['knn_backbone']:>10.3f}{numbers['knn_projection']:>12.3f}")
+    if "knn_raw_pixels" in trained:
+        rows.append(f"{'kNN, raw pixels':<24}{trained['knn_raw_pixels']:>10.3f}")
+    for field, name in _PROBES.items():
+        if field in trained:
+            rows.append(
+                f"{name:<24}{trained[field]:>10.3f}"
+                f"   (last epoch; best epoch on the test images {trained[f'{field}_best_on_test']:.3f})"
+            )
+    return "\n".join(rows)

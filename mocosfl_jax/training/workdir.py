@@ -1,0 +1,225 @@
+"""The files of a run: config.json, preprocessing.json, metrics.jsonl and evaluation.json."""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mocosfl_jax.config import Config, from_dict
+from mocosfl_jax.config import differences as config_differences
+from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
+from mocosfl_jax.runtime.environment import Environment, differences
+
+Metrics = Mapping[str, float]  # one line of metrics.jsonl
+_ENVIRONMENT = "environment"  # in config.json, beside the fields of the configuration
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Within, no other process that asks for it trains in `workdir`, which is made if it is not there.
+
+    The system gives the lock up with the process, however that ends. A file system may have no locks: then
+    nothing is refused.
+
+    Raises:
+      UserError: if another process trains there, or the folder cannot be written to.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"--workdir: {error}") from error
+    with file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise UserError(
+                        f"--workdir: found another process that trains in {workdir}, allowed: one run "
+                        "(several processes of one need --coordinator, --num_processes and --process_id)"
+                    ) from error
+        yield
+
+
+def claim(workdir: Path, config: Config, environment: Environment) -> list[str]:
+    """Make `workdir` and write config.json, or see that the one that is there says the same.
+
+    Fields that do not change results may differ (`config.INDIFFERENT`), and so may the environment.
+
+    Args:
+      workdir: of the run.
+      config: resolved.
+      environment: of `environment.environment`; config.json keeps that of the start.
+
+    Returns:
+      In what the environment of the start differs from this one; [] at the start.
+
+    Raises:
+      UserError: if the folder holds a run of another configuration, or cannot be written to.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            for other in ("metrics.jsonl", "checkpoints"):
+                if (workdir / other).exists():
+                    raise UserError(f"--workdir: {workdir} holds {other} but no config.json; give another")
+            _write_json(path, config.as_dict() | {_ENVIRONMENT: environment})
+            return []
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--workdir: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); give another --workdir") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: found no configuration; give another --workdir")
+    there = {name: value for name, value in found.items() if name != _ENVIRONMENT}
+    changed = config_differences(there, config.as_dict())
+    if changed:
+        raise UserError(
+            f"--workdir: {workdir} holds a run of another configuration ({'; '.join(changed)}); "
+            "give another --workdir"
+        )
+    started = found.get(_ENVIRONMENT)
+    return differences(started, environment) if isinstance(started, dict) else []
+
+
+def read_config(workdir: Path) -> Config:
+    """The configuration of the run in `workdir`, resolved.
+
+    Raises:
+      UserError: if there is no run, or one whose configuration does not fit.
+    """
+    if not workdir.is_dir():
+        raise UserError(f"--workdir: found no folder {workdir}, allowed: the folder of a run")
+    path = workdir / "config.json"
+    values = _read_json(path)
+    if isinstance(values, dict):
+        values.pop(_ENVIRONMENT, None)
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+class Preprocessing(NamedTuple):
+    """What a run does to images before it encodes them."""
+
+    image_size: int  # pixels a side
+    mean: tuple[float, ...]  # of each channel, on [0, 1]
+    std: tuple[float, ...]
+
+
+def write_preprocessing(workdir: Path, preprocessing: Preprocessing) -> None:
+    """preprocessing.json, so that other images can be encoded where the data set is not."""
+    _write_json(workdir / "preprocessing.json", preprocessing._asdict())
+
+
+def read_preprocessing(workdir: Path) -> Preprocessing:
+    """What preprocessing.json says.
+
+    Raises:
+      UserError: if it is not there, or something else.
+    """
+    path = workdir / "preprocessing.json"
+    try:
+        return Preprocessing(**_read_json(path))
+    except TypeError as error:
+        allowed = ", ".join(Preprocessing._fields)
+        raise UserError(f"{path}: found something else, allowed: {allowed}") from error
+
+
+def write_evaluation(workdir: Path, evaluation: Mapping[str, Any]) -> None:
+    """evaluation.json, in place of an earlier one."""
+    _write_json(workdir / "evaluation.json", evaluation)
+
+
+def append_metrics(workdir: Path, lines: Sequence[Metrics]) -> None:
+    """More lines of metrics.jsonl, on disk when this returns.
+
+    Raises:
+      DiskFullError: the disk has no room for them, and the file is as it was.
+    """
+    path = _metrics_path(workdir)
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write("".join(json.dumps(metrics) + "\n" for metrics in lines))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        with contextlib.suppress(OSError):
+            os.truncate(path, before)
+        raise DiskFullError(f"{path}: no room for {len(lines)} more lines") from error
+
+
+def read_metrics(workdir: Path, lines: int | None = None) -> list[Metrics]:
+    """The first `lines` objects of metrics.jsonl; None: all complete lines.
+
+    Raises:
+      UserError: if a line is not JSON.
+    """
+    path = _metrics_path(workdir)
+    if not path.exists():
+        return []
+    complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in complete[:lines]]
+    except ValueError as error:
+        raise UserError(f"{path}: found a line that is not JSON ({error})") from error
+
+
+def rewind_metrics(workdir: Path, lines: int, optional: int = 0) -> None:
+    """Keep the first `lines` lines of metrics.jsonl: the others were written after the checkpoint.
+
+    Args:
+      workdir: of the run.
+      lines: written before the checkpoint.
+      optional: how many of the lines after it are kept too, if they are there and complete.
+
+    Raises:
+      UserError: if lines are missing.
+    """
+    kept = read_metrics(workdir, lines + optional)
+    if len(kept) < lines:
+        raise UserError(
+            f"{_metrics_path(workdir)}: found {len(kept)} lines, the checkpoint was saved after {lines}; "
+            "put the file back or give another --workdir"
+        )
+    _write(_metrics_path(workdir), "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _metrics_path(workdir: Path) -> Path:
+    return workdir / "metrics.jsonl"
+
+
+def _read_json(path: Path) -> Any:
+    if not path.exists():
+        raise UserError(f"{path.parent}: holds no {path.name}, which mocosfl_jax.train writes")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    _write(path, json.dumps(values, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file in one go: a reader, or a kill, sees the old or the new one."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

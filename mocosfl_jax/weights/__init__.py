@@ -1,0 +1,1 @@
+"""Parameters in files: our encoder files, and checkpoints of the official code."""

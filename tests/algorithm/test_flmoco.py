@@ -1,0 +1,100 @@
+"""FL-MoCo against each client trained by itself, as centralised MoCo."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mocosfl_jax import SplitModel, Views, flmoco, mocosfl
+from mocosfl_jax.algorithm.clients import Sync
+from mocosfl_jax.algorithm.moco import MoCoQueue
+from tests.support.algorithms import assert_trees_close, client
+from tests.support.toy import KEY_DIM, random_views
+
+N, B, K = 3, 2, 12
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_client_is_a_centralised_moco_of_its_own(toy_model: SplitModel, symmetric: bool) -> None:
+    """Three steps of the clients 2 and 0, compared with a MocoSFL of one client that does not sync."""
+    algorithm = flmoco(toy_model, num_clients=N, lr=0.1, queue_size=K, temperature=1.0, symmetric=symmetric)
+    state = start = jax.jit(algorithm.init)(jax.random.key(0))
+    assert state.server.keys.shape == (N, K, KEY_DIM)
+    assert np.any(state.server.keys[0] != state.server.keys[1])
+    cohort, step = jnp.array([2, 0]), jax.jit(algorithm.step)
+    alone = mocosfl(
+        SplitModel(
+            lambda rng: ({}, toy_model.init(rng)),
+            lambda params, images: images,
+            toy_model.whole_backbone,
+            lambda params, backbone: toy_model.head(params[1], backbone),
+            toy_model.key_dim,
+        ),
+        num_clients=1,
+        server_lr=0.1,
+        queue_size=K,
+        temperature=1.0,
+        symmetric=symmetric,
+    )
+    alone_step, alone_start = jax.jit(alone.step), jax.jit(alone.init)(jax.random.key(0))
+    singles = {
+        i: alone_start._replace(
+            server=alone_start.server._replace(
+                params=client(start.clients.params, i),
+                key_params=client(start.clients.key_params, i),
+                queue=MoCoQueue(start.server.keys[i], start.server.cursor[i]),
+            )
+        )
+        for i in (2, 0)
+    }
+    for t in range(3):
+        views = random_views(t, 2, B)
+        state, info = step(state, views, cohort)
+        losses = []
+        for place, i in enumerate((2, 0)):
+            own = Views(*(x[place : place + 1] for x in views))
+            singles[i], single_info = alone_step(singles[i], own)
+            losses.append(single_info.loss)
+        np.testing.assert_allclose(info.loss, np.mean(losses), rtol=1e-5)
+        assert info.smashed is None and info.smashed_grad is None
+    for i, single in singles.items():
+        assert_trees_close(client(state.clients.params, i), single.server.params, rtol=1e-4, atol=1e-6)
+        key_params = client(state.clients.key_params, i)
+        assert_trees_close(key_params, single.server.key_params, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(state.server.keys[i], single.server.queue.keys, rtol=1e-4, atol=1e-6)
+    assert_trees_close(client(state.clients, 1), client(start.clients, 1), rtol=0)
+    assert state.step == 3
+
+
+def test_views_of_other_clients_than_the_cohort_are_refused(toy_model: SplitModel) -> None:
+    algorithm = flmoco(toy_model, num_clients=N, queue_size=K)
+    state = algorithm.init(jax.random.key(0))
+    with pytest.raises(AssertionError):
+        algorithm.step(state, random_views(0, 2, 4))
+    with pytest.raises(AssertionError):
+        algorithm.step(state, random_views(0, N, 4), jnp.array([0, 1]))
+
+
+def test_sync_averages_whole_models(toy_model: SplitModel) -> None:
+    algorithm = flmoco(toy_model, num_clients=N, queue_size=K, sync=Sync(momentum_models=True))
+    state = jax.jit(algorithm.init)(jax.random.key(0))
+    noisy = jax.tree.map(
+        lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), state.clients.params
+    )
+    state = state._replace(clients=state.clients._replace(params=noisy))
+    synced, info = jax.jit(algorithm.sync)(state, jnp.array([1, 2]))
+    for leaf, new in zip(jax.tree.leaves(noisy), jax.tree.leaves(synced.clients.params), strict=True):
+        expected = np.broadcast_to(np.asarray(leaf)[1:].mean(axis=0), leaf.shape)
+        np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-6)
+    assert info.divergence.shape == (2,) and np.all(info.divergence > 0)
+    np.testing.assert_array_equal(synced.server.keys, state.server.keys)
+
+
+def test_encode_is_the_first_clients_network(toy_model: SplitModel) -> None:
+    algorithm = flmoco(toy_model, num_clients=N, queue_size=K)
+    state = algorithm.init(jax.random.key(0))
+    images = random_views(4, 1, 5).query[0]
+    params = client(state.clients.params, 0)
+    expected = toy_model.server(params[1], toy_model.client(params[0], images))
+    assert_trees_close(algorithm.encode(state, images), expected, rtol=1e-6)
+    assert algorithm.replay is None

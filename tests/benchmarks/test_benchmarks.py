@@ -1,0 +1,242 @@
+"""The benchmarks without PyTorch: clock, lines, command, and our side of each on a tiny network.
+
+That the PyTorch loop computes what we do, the benchmarks check themselves whenever they run, since PyTorch
+is not among the packages of the tests (`benchmarks/agreement.py`).
+"""
+
+import importlib
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import augment, clients, data, epoch, evaluation, limit, memory, results, scaling, settings
+from benchmarks.settings import QUICKSTART, Setting
+from benchmarks.timing import finished, medians, stepper
+from mocosfl_jax.config import Config, quickstart
+from mocosfl_jax.training.experiment import build_model
+from tests.support.toy import in_place
+
+TINY = Setting(clients=3, batch=2, width=4, stem_stride=4, key_dim=8, queue_size=20, image_size=16)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> settings.Step:
+    return settings.compile_step(TINY)
+
+
+def fresh(step: settings.Step) -> settings.Step:
+    """With a copy of the state, which a call donates."""
+    return step._replace(state=jax.tree.map(jnp.copy, step.state))
+
+
+class Clock:
+    """Time that passes only where somebody says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_medians_leave_out_the_warm_up_and_the_pauses() -> None:
+    clock, order = Clock(), []
+    durations = {"ours": iter([50.0, 3.0, 1.0, 9.0]), "baseline": iter([70.0, 4.0, 8.0, 6.0])}
+
+    def contender(name: str) -> None:
+        order.append(name)
+        clock.pass_(next(durations[name]))
+
+    seconds = medians(
+        {"ours": lambda: contender("ours"), "baseline": lambda: contender("baseline")},
+        repeats=3,
+        clock=clock,
+        pause=lambda: clock.pass_(100),
+    )
+    assert seconds == {"ours": 3.0, "baseline": 6.0}
+    assert order == 4 * ["ours", "baseline"]
+
+
+def test_a_stepper_goes_on_from_its_last_state() -> None:
+    seen = []
+
+    def add(state: jax.Array, more: int) -> tuple[jax.Array, jax.Array]:
+        seen.append(int(state))
+        return state + more, state
+
+    call = stepper(add, jnp.zeros((), int), 2)
+    for _ in range(3):
+        call()
+    assert seen == [0, 2, 4]
+    assert finished(jnp.add, 1, 2)() == 3
+
+
+def test_a_result_is_a_line_of_json_and_a_line_of_the_table() -> None:
+    one = results.result("step", "a case", {"ours": 0.123456, "baseline": 0.5}, images_per_s=810.0372)
+    other = results.result("scaling", "another case", {"ours": 2.0})
+    assert json.loads(results.json_line(one)) == {
+        "benchmark": "step",
+        "case": "a case",
+        "ours_s": 0.1235,
+        "baseline_s": 0.5,
+        "ratio": 4.05,
+        "images_per_s": 810.0,
+    }
+    assert json.loads(results.json_line(other)) == {
+        "benchmark": "scaling",
+        "case": "another case",
+        "ours_s": 2.0,
+    }
+    lines = results.table([one, other]).splitlines()
+    assert lines[0].split() == ["benchmark", "case", "ours_s", "baseline_s", "ratio"]
+    assert lines[1].split() == ["step", "a", "case", "0.1235", "0.5", "4.05", "images_per_s", "810"]
+    assert lines[2].split() == ["scaling", "another", "case", "2"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--only=step,stop", "--only: found 'stop', allowed: step, clients, augment"),
+        ("--only=", "--only: found '', allowed: step"),
+        ("--repeats=0", "repeats"),
+        ("--repeat=3", "repeat"),
+        ("step", "found 'step', allowed: --only"),
+    ],
+)
+def test_a_mistake_is_one_line(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["benchmarks", argument]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["benchmarks", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for name in command.MODULES:
+        assert f"\n  {name} " in printed
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, *needs: str) -> None:
+    """A benchmark called `fake`."""
+    module = types.SimpleNamespace(
+        NEEDS=needs,
+        results=lambda repeats: iter([results.result("fake", "one", {"ours": float(repeats)})]),
+    )
+    monkeypatch.setitem(command.MODULES, "fake", "benchmarks.fake")
+    monkeypatch.setitem(__import__("sys").modules, "benchmarks.fake", module)
+
+
+def test_the_command_prints_lines_and_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(monkeypatch)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert command.main(["benchmarks", "--only=fake,fake", "--repeats=7"]) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line) for line in captured.out.splitlines()] == 2 * [
+        {"benchmark": "fake", "case": "one", "ours_s": 7.0}
+    ]
+    assert f"jax {jax.__version__}" in captured.err
+    assert captured.err.splitlines()[-1].split() == ["fake", "one", "7"]
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(monkeypatch, "no_such_package")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert command.main(["benchmarks", "--only=fake"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "fake: found no no_such_package, allowed: pip install -e '.[bench]'" in captured.err
+
+
+def test_every_benchmark_is_there() -> None:
+    for name in command.MODULES.values():
+        module = importlib.import_module(name)
+        assert callable(module.results) and set(module.NEEDS) <= {"torch", "torchvision"}
+
+
+def test_our_side_of_the_smaller_benchmarks_runs() -> None:
+    call = clients.ours(TINY)
+    call()
+    call()
+    evaluation.ours_features(TINY, 5)()
+    query, key = augment.ours("v2", 3)()
+    assert query.shape == key.shape == (3, 1, 32, 32, 3)
+
+
+def test_knn_of_the_benchmark_can_be_wrong_and_right() -> None:
+    accuracy = evaluation.ours_knn(evaluation.features_and_labels(600, 50, 64))()
+    assert 2 / evaluation.CLASSES < accuracy < 1
+
+
+def test_scaling_is_per_image(compiled: settings.Step) -> None:
+    numbers = scaling.measure(TINY, fresh(compiled), repeats=1).numbers
+    assert numbers["ms_per_image"] == pytest.approx(1e3 * numbers["ours_s"] / 6)
+    arguments = sum(leaf.nbytes for leaf in jax.tree.leaves((compiled.state, compiled.views)))
+    assert numbers["mib_per_image"] * 6 * 2**20 == scaling.held_bytes(compiled.program) > arguments
+
+
+def test_memory_is_that_of_the_compiled_program() -> None:
+    one, many = (memory.held_bytes(*sizes, num_clients=16, width=4) for sizes in ((1, 1), (4, 2)))
+    for held in (one, many):
+        assert held["state"] == held["clients"] + held["server"] + 4  # and the number of the step
+    assert many["clients"] * 8 == one["clients"]
+    assert many["server"] == pytest.approx(one["server"] / 2, rel=0.01)
+
+
+def test_limit_is_a_share_of_the_peak(compiled: settings.Step) -> None:
+    numbers = limit.measure(TINY, stepper(*fresh(compiled)), repeats=1, peak=1e12).numbers
+    assert numbers["share_of_peak"] == pytest.approx(settings.step_flops(TINY) / numbers["ours_s"] / 1e12)
+    assert set(limit.products(32)) == {"jax", "numpy"}
+
+
+def test_the_quickstart_network_is_that_of_the_quickstart() -> None:
+    config = quickstart().resolved()
+    model, _ = settings.build(QUICKSTART)
+    shapes = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, build_model(config, 32))]
+    assert shapes[0] == shapes[1]
+    assert (QUICKSTART.clients, QUICKSTART.batch) == (config.clients.num, config.clients.batch_size)
+    assert QUICKSTART.queue_size == config.moco.queue_size
+
+
+def test_epoch_adds_up(toy_images: str) -> None:
+    config = quickstart()
+    config.data.name, config.data.dir = "npz", toy_images
+    config.clients.num, config.clients.batch_size, config.clients.noniid_ratio = 4, 2, 0.5
+    config.model.width, config.moco.key_dim, config.moco.queue_size = 4, 8, 20
+    config.eval.knn_k = 5
+    with in_place():
+        numbers = epoch.measure(config, "tiny", epochs=1).numbers
+    assert 0 < numbers["steps_s"] < numbers["ours_s"]
+    assert numbers["outside_share"] == pytest.approx(1 - numbers["steps_s"] / numbers["ours_s"])
+    assert numbers["images_per_s"] == pytest.approx(48 / numbers["ours_s"])
+    assert np.isfinite(list(numbers.values())).all()
+
+
+@pytest.mark.usefixtures("compilation_cache")
+def test_data_measures_both_kinds_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny() -> Config:
+        config = quickstart()
+        config.clients.num, config.clients.batch_size = 4, 2
+        config.model.width, config.moco.key_dim, config.moco.queue_size = 4, 8, 20
+        return config
+
+    monkeypatch.setattr(data, "quickstart", tiny)
+    monkeypatch.setattr(data, "IMAGES", 40)
+    numbers = data.measure("tiny", "npy", data.write_npy, repeats=1).numbers
+    for share in ("waiting_share", "baseline_waiting_share"):
+        assert 0 < numbers[share] < 1
+    assert numbers["ratio"] == pytest.approx(numbers["baseline_s"] / numbers["ours_s"])
+    assert numbers["images_per_s"] == pytest.approx(40 / numbers["ours_s"])

@@ -1,0 +1,188 @@
+"""Configurations: presets, settings of the paper, and checks with their messages."""
+
+from collections.abc import Callable
+
+import pytest
+
+from mocosfl_jax.config import Clients, Config, Moco, differences, paper_settings, quickstart
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.training import experiment
+
+
+def test_presets_fill_in_what_is_left_open_and_nothing_else() -> None:
+    v1 = Config(moco=Moco(preset="v1", key_dim=64)).resolved()
+    assert (v1.moco.key_dim, v1.moco.head, v1.moco.augmentation) == (64, "linear", "v1")
+    assert v1.optim.schedule == "multistep"
+    v2 = Config().resolved()
+    assert (v2.moco.key_dim, v2.moco.head, v2.moco.augmentation) == (1024, "mlp", "v2")
+    assert (v2.optim.schedule, v2.clients.cohort) == ("cosine", 100)
+    assert Config().moco.key_dim is None  # the original is left as it was
+
+
+def test_smaller_cohorts_take_more_epochs() -> None:
+    assert Config(epochs=200, clients=Clients(num=1000, cohort=100)).total_epochs == 2000
+    assert Config(epochs=200, clients=Clients(num=250, cohort=100)).total_epochs == 400
+    assert Config(epochs=200).total_epochs == 200
+
+
+def setter(path: str, value: object) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        node = config
+        *parents, last = path.split(".")
+        for part in parents:
+            node = getattr(node, part)
+        setattr(node, last, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("epochs", 0, "config.epochs: found 0, allowed: 1 or more"),
+        ("epochs", 2.0, "config.epochs: found 2.0, allowed: int"),
+        ("epochs", True, "config.epochs: found True, allowed: int"),
+        ("seed", -1, "config.seed: found -1"),
+        ("seed", 10**400, "config.seed: found 1000"),
+        ("optim.server_lr", 2**1024, "config.optim.server_lr: found 1797"),
+        ("data.name", None, "config.data.name: found None, allowed: str"),
+        ("clients.num", "20", "config.clients.num: found '20', allowed: int"),
+        (
+            "clients.cohort",
+            101,
+            "config.clients.cohort: found 101, allowed: 1 to 100 (the clients of the pool)",
+        ),
+        ("clients.cohort", 1.5, "config.clients.cohort: found 1.5, allowed: int or None"),
+        ("clients.batch_size", 0, "config.clients.batch_size: found 0"),
+        (
+            "clients.noniid_ratio",
+            0.0,
+            "config.clients.noniid_ratio: found 0.0, allowed: more than 0, at most 1",
+        ),
+        ("clients.noniid_ratio", 1.2, "config.clients.noniid_ratio: found 1.2"),
+        ("clients.dirichlet_alpha", float("nan"), "config.clients.dirichlet_alpha: found nan"),
+        ("sync.frequency", 0, "config.sync.frequency: found 0"),
+        ("moco.preset", "v3", "config.moco.preset: found 'v3', allowed: v1, small_v2, v2, large_v2"),
+        ("moco.augmentation", "none", "config.moco.augmentation: found 'none', allowed: v1, v2"),
+        (
+            "moco.queue_size",
+            199,
+            "config.moco.queue_size: found 199, allowed: 200 or more (the keys of one step)",
+        ),
+        ("moco.temperature", 0.0, "config.moco.temperature: found 0.0, allowed: more than 0"),
+        ("moco.momentum", 1.01, "config.moco.momentum: found 1.01, allowed: 0.0 to 1.0"),
+        ("moco.min_crop_scale", 0.0, "config.moco.min_crop_scale: found 0.0"),
+        ("optim.server_lr", float("inf"), "config.optim.server_lr: found inf"),
+        ("optim.schedule", "linear", "config.optim.schedule: found 'linear', allowed: cosine, multistep"),
+        ("model.cut_layer", -1, "config.model.cut_layer: found -1"),
+        ("algorithm", "fedavg", "config.algorithm: found 'fedavg', allowed: mocosfl, flmoco"),
+        ("moco.head", "deep", "config.moco.head: found 'deep', allowed: linear, mlp, mlp_bn"),
+        ("sync.buffers", "drop", "config.sync.buffers: found 'drop', allowed: keep, reset, average"),
+        ("sync.divergence_lambda", 0.0, "config.sync.divergence_lambda: found 0.0, allowed: more than 0"),
+        ("clients.rich", 1.0, "config.clients.rich: found 1.0, allowed: 0 or more, less than 1"),
+        ("clients.rich_data", 1.0, "config.clients.rich_data: found 1.0, allowed: more than 0, less than 1"),
+        ("clients.local_epochs", 2, "config.clients.local_epochs: found 2, allowed: 1 (not flmoco)"),
+        ("saving.loss_threshold", -0.1, "config.saving.loss_threshold: found -0.1, allowed: 0.0 or more"),
+        ("eval.every", -1, "config.eval.every: found -1"),
+        ("checkpoint.keep", 0, "config.checkpoint.keep: found 0"),
+        ("clients", None, "config.clients: found None, allowed: a Clients"),
+    ],
+)
+def test_impossible_values_are_named(path: str, value: object, message: str) -> None:
+    config = Config()
+    setter(path, value)(config)
+    with pytest.raises(UserError) as error:
+        config.resolved()
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_field_cannot_be_set() -> None:
+    with pytest.raises(AttributeError):
+        Config().epoch = 3  # type: ignore[attr-defined]
+
+
+def test_an_asymmetric_loss_needs_half_the_queue() -> None:
+    assert Config(moco=Moco(preset="v1", queue_size=100)).resolved().moco.queue_size == 100
+
+
+def test_differences_name_field_and_values() -> None:
+    one, other = Config().as_dict(), Config(epochs=3, clients=Clients(num=7)).as_dict()
+    assert differences(one, one) == []
+    assert differences(one, other) == [
+        "config.epochs: 200 there, 3 now",
+        "config.clients.num: 100 there, 7 now",
+    ]
+    del one["model"]["norm"]
+    assert "config.model.norm: None there, 'group' now" in differences(one, other)
+
+
+@pytest.mark.parametrize(
+    "num_clients, expected",
+    [
+        # B = 100 // N up to 50 clients; a cohort of about 100 from 200 clients on; 1000 images between syncs.
+        (1, (100, 1, 10)),
+        (5, (20, 5, 10)),
+        (20, (5, 20, 10)),
+        (50, (2, 50, 10)),
+        (51, (1, 51, 19)),
+        (100, (1, 100, 10)),
+        (200, (1, 100, 5)),
+        (250, (1, 125, 4)),
+        (1000, (1, 100, 1)),
+        (3000, (1, 100, 1)),
+    ],
+)
+def test_settings_of_the_paper(num_clients: int, expected: tuple[int, int, int]) -> None:
+    assert paper_settings(num_clients) == expected
+    resolved = Config(clients=Clients(num=num_clients)).resolved()
+    found = (resolved.clients.batch_size, resolved.clients.cohort, resolved.sync.frequency)
+    assert found == expected
+    assert resolved.total_epochs == 200 * (num_clients // expected[1])
+
+
+@pytest.mark.parametrize(
+    "preset, expected",
+    [
+        ("v1", (128, "linear", False, "v1", "multistep")),
+        ("small_v2", (512, "mlp", True, "v2", "cosine")),
+        ("v2", (1024, "mlp", True, "v2", "cosine")),
+        ("large_v2", (2048, "mlp_bn", True, "v2", "cosine")),
+    ],
+)
+def test_presets_of_the_paper(preset: str, expected: tuple[object, ...]) -> None:
+    config = Config(moco=Moco(preset=preset)).resolved()
+    moco = config.moco
+    found = (moco.key_dim, moco.head, moco.symmetric, moco.augmentation, config.optim.schedule)
+    assert found == expected
+    assert config.optim.client_schedule == config.optim.schedule
+    assert config.optim.client_lr == config.optim.server_lr
+
+
+def test_a_queue_below_the_keys_of_a_step_of_rich_and_poor_is_refused() -> None:
+    """A cohort of two has a rich client, with a batch of 16, though a fifth of two rounds to none."""
+    config = quickstart()
+    config.clients = Clients(num=100, cohort=2, batch_size=1, rich=0.2)
+    config.moco.queue_size = 33
+    with pytest.raises(UserError, match=r"config.moco.queue_size: found 33, allowed: 34 or more \(the keys"):
+        experiment.prepare(config)
+    config.moco.queue_size = 34
+    assert experiment.prepare(config).images_per_step == 17
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("clients.rich", 0.2),
+        ("moco.feature_sharing", False),
+        ("moco.full_symmetric", True),
+        ("saving.loss_threshold", 0.1),
+        ("model.bottleneck", "C4S2"),
+    ],
+)
+def test_flmoco_has_no_server_to_choose_for(path: str, value: object) -> None:
+    config = Config(algorithm="flmoco")
+    config.resolved()
+    setter(path, value)(config)
+    with pytest.raises(UserError, match=f"config.{path}: found {value}, allowed: .* for flmoco"):
+        config.resolved()

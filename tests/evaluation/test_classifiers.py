@@ -1,0 +1,179 @@
+"""kNN and BatchNorm against a loop, the probes on features of known quality."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mocosfl_jax import Features
+from mocosfl_jax.evaluation import classifiers, knn
+from mocosfl_jax.evaluation.features import extract
+
+
+def plain_knn(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int, t: float
+) -> list[int]:
+    predicted = []
+    unit = train / np.linalg.norm(train, axis=1, keepdims=True)
+    for row in test / np.linalg.norm(test, axis=1, keepdims=True):
+        similarity = unit @ row
+        votes = np.zeros(classes)
+        for i in np.argsort(-similarity)[:k]:
+            votes[labels[i]] += np.exp(similarity[i] / t)
+        predicted.append(int(votes.argmax()))
+    return predicted
+
+
+@pytest.mark.parametrize("k", [1, 7, 200])
+@pytest.mark.parametrize("block_bytes", [4 * 60 * 7, 2**28])
+def test_knn_equals_a_loop_whatever_the_block(
+    monkeypatch: pytest.MonkeyPatch, k: int, block_bytes: int
+) -> None:
+    monkeypatch.setattr(knn, "BLOCK_BYTES", block_bytes)
+    rng = np.random.default_rng(0)
+    labels, truth = rng.integers(0, 4, 60), rng.integers(0, 4, 25)
+    centres = rng.normal(size=(4, 6))
+    train = (centres[labels] + rng.normal(size=(60, 6))).astype(np.float32)
+    test = (centres[truth] + rng.normal(size=(25, 6))).astype(np.float32)
+    expected = np.mean(np.array(plain_knn(train, labels, test, 4, k, 0.1)) == truth)
+    got = knn.knn_accuracy(train, labels, test, truth, num_classes=4, k=k, temperature=0.1)
+    assert got == pytest.approx(expected)
+    assert 0 < got < 1
+
+
+def test_extract_keeps_order_and_drops_padding() -> None:
+    images = np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2, 1)
+    shapes = set()
+
+    @jax.jit
+    def encode(batch: jax.Array) -> Features:
+        shapes.add(batch.shape)  # once a trace
+        flat = batch.reshape(len(batch), -1).astype(jnp.float32)
+        return Features(flat, 2 * flat)
+
+    features = extract(encode, images, batch_size=3)
+    np.testing.assert_array_equal(features.backbone, images.reshape(7, 4))
+    np.testing.assert_array_equal(features.projection, 2 * features.backbone)
+    assert shapes == {(3, 2, 2, 1)}
+
+
+def test_linear_probe_separates_what_is_separable_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    labels, truth = rng.integers(0, 3, 600), rng.integers(0, 3, 300)
+    centres = 4 * np.eye(3, 5)
+
+    def probe(scale: float) -> classifiers.Probe:
+        train = (scale * centres[labels] + rng.normal(size=(600, 5))).astype(np.float32)
+        test = (scale * centres[truth] + rng.normal(size=(300, 5))).astype(np.float32)
+        return classifiers.linear_probe(
+            jax.random.key(0), train, labels, test, truth, num_classes=3, epochs=100, batch_size=100
+        )
+
+    informative, noise = probe(1.0), probe(0.0)
+    assert informative.last_epoch > 0.95
+    assert 0.2 < noise.last_epoch < 0.5
+    assert noise.last_epoch <= noise.best_on_test
+
+
+def test_stratified_counts_of_each_class() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [200, 26, 8, 1]))
+
+    def draw(seed: int, fraction: float) -> np.ndarray:
+        return classifiers.stratified(jax.random.key(seed), labels, fraction)
+
+    indices = draw(0, 0.1)
+    assert np.bincount(labels[indices]).tolist() == [20, 3, 1, 1]  # 20, 2.6, 0.8 and 0.1 of an image
+    assert (np.diff(indices) > 0).all()
+    np.testing.assert_array_equal(draw(0, 0.1), indices)
+    assert draw(1, 0.1).tolist() != indices.tolist()
+    np.testing.assert_array_equal(draw(0, 1.0), np.arange(len(labels)))
+
+
+def test_stratified_draws_every_image_of_a_class_as_often() -> None:
+    labels = np.repeat([0, 1], [4, 8])
+    draws = [classifiers.stratified(jax.random.key(seed), labels, 0.5) for seed in range(400)]
+    shares = np.bincount(np.concatenate(draws), minlength=12) / 400
+    np.testing.assert_allclose(shares, 0.5, atol=4 * 0.5 / np.sqrt(400))  # four standard errors
+
+
+def test_batch_norm_equals_numpy_over_a_few_batches() -> None:
+    """PyTorch's definition: the batch's biased variance, running unbiased variance, momentum 0.1."""
+    rng = np.random.default_rng(0)
+    scale, bias = rng.normal(size=(2, 5))
+    params = {"scale": jnp.asarray(scale, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
+    stats = classifiers.BatchStats(jnp.zeros(5), jnp.ones(5))
+    running_mean, running_var = np.zeros(5), np.ones(5)
+    for batch in rng.normal(2, 3, size=(3, 7, 5)):
+        got, stats = classifiers._batch_norm(params, stats, jnp.asarray(batch, jnp.float32), True)
+        expected = (batch - batch.mean(0)) / np.sqrt(batch.var(0) + 1e-5) * scale + bias
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+        running_mean = 0.9 * running_mean + 0.1 * batch.mean(0)
+        running_var = 0.9 * running_var + 0.1 * batch.var(0, ddof=1)
+        np.testing.assert_allclose(stats.mean, running_mean, rtol=1e-5)
+        np.testing.assert_allclose(stats.var, running_var, rtol=1e-5)
+    got, after = classifiers._batch_norm(params, stats, jnp.asarray(batch, jnp.float32), False)
+    expected = (batch - running_mean) / np.sqrt(running_var + 1e-5) * scale + bias
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert after is stats
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.01])
+def test_semi_supervised_learns_what_few_labels_show(fraction: float) -> None:
+    """Classes are far apart, and no line separates them: each lies on both sides of the origin."""
+    rng = np.random.default_rng(0)
+
+    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = rng.integers(0, 3, count)
+        centres = 4 * np.eye(3, 5)[labels] * rng.choice([-1, 1], (count, 1))
+        return (centres + 0.3 * rng.normal(size=(count, 5))).astype(np.float32), labels
+
+    (train, labels), (test, truth) = draw(3000), draw(200)
+
+    def probe(labels: np.ndarray) -> classifiers.Probe:
+        return classifiers.semi_supervised(
+            jax.random.key(0), train, labels, test, truth, num_classes=3, fraction=fraction, batch_size=60
+        )
+
+    informative, noise = probe(labels), probe(rng.integers(0, 3, 3000))
+    assert informative.last_epoch > 0.97
+    assert 0.1 < noise.last_epoch < 0.6
+    assert noise.last_epoch <= noise.best_on_test
+    linear = classifiers.linear_probe(jax.random.key(0), train, labels, test, truth, num_classes=3, epochs=5)
+    assert linear.last_epoch < 0.6
+
+
+def test_semi_supervised_uses_the_drawn_labels_only() -> None:
+    """The labels that were not drawn may say anything."""
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(2, 40, 4)).astype(np.float32)
+    labels, truth = np.arange(40) % 2, np.arange(40) % 2
+
+    def probe(train: np.ndarray) -> classifiers.Probe:
+        return classifiers.semi_supervised(
+            jax.random.key(3), train, labels, test, truth, num_classes=2, fraction=0.25, epochs=3
+        )
+
+    drawn = classifiers.stratified(jax.random.split(jax.random.key(3), 3)[0], labels, 0.25)
+    others = np.setdiff1d(np.arange(40), drawn)
+    changed = train.copy()
+    changed[others] = np.nan
+    assert len(drawn) == 10
+    assert probe(changed) == probe(train)
+    changed[drawn] *= -1
+    assert probe(changed) != probe(train)
+
+
+def test_knn_of_50_000_by_10_000_fits_in_2_gb() -> None:
+    """By the compiler's own account of arguments and temporaries, for features of ResNet-50's width."""
+    rows = knn.BLOCK_BYTES // (4 * 50_000)
+    compiled = knn._knn_predict.lower(
+        jax.ShapeDtypeStruct((50_000, 2048), jnp.float32),
+        jax.ShapeDtypeStruct((50_000,), jnp.int32),
+        jax.ShapeDtypeStruct((rows, 2048), jnp.float32),
+        10,
+        200,
+        0.1,
+    ).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 2 * 10**9

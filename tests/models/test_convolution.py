@@ -1,0 +1,166 @@
+"""Every form of a convolution against loops or the direct one."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from mocosfl_jax.costs.flops import forward_flops
+from mocosfl_jax.models import convolution
+from mocosfl_jax.models.convolution import (
+    Convolution,
+    cpu_conv,
+    depthwise_conv,
+    direct_conv,
+    matmul_conv,
+    patches_conv,
+    transposed_conv,
+    winograd_conv,
+)
+
+FORMS = [direct_conv, patches_conv, cpu_conv, matmul_conv]
+
+
+def plain_conv(x: np.ndarray, kernel: np.ndarray, stride: int, padding: int) -> np.ndarray:
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    k = kernel.shape[0]
+    height, width = ((side - k) // stride + 1 for side in x.shape[1:3])
+    out = np.zeros((len(x), height, width, kernel.shape[3]))
+    for i, j in itertools.product(range(height), range(width)):
+        window = x[:, i * stride : i * stride + k, j * stride : j * stride + k]
+        out[:, i, j] = np.einsum("nabc,abco->no", window, kernel)
+    return out
+
+
+@pytest.mark.parametrize(
+    "size, k, stride", [(8, 3, 1), (8, 3, 2), (7, 3, 2), (8, 1, 2), (2, 3, 1), (9, 7, 2)]
+)
+@pytest.mark.parametrize("conv", FORMS)
+def test_convolution_equals_loops(x64: None, conv: Convolution, size: int, k: int, stride: int) -> None:
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, size, size, 3)), rng.normal(size=(k, k, 3, 4))
+    got = conv(jnp.asarray(x), jnp.asarray(kernel), stride=stride, padding=k // 2)
+    np.testing.assert_allclose(got, plain_conv(x, kernel, stride, k // 2), rtol=1e-12, atol=1e-12)
+
+
+def gradients(conv: Callable[..., Array], x: Array, kernel: Array) -> tuple[Array, Array]:
+    grads: Any = jax.jit(jax.grad(lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel))), (0, 1)))
+    return grads(x, kernel)
+
+
+@pytest.mark.parametrize("size, k, stride", [(8, 3, 1), (8, 3, 2), (8, 1, 2), (2, 3, 1)])
+@pytest.mark.parametrize("conv", [patches_conv, cpu_conv, matmul_conv])
+def test_every_form_has_the_gradients_of_the_direct_one(
+    x64: None, conv: Convolution, size: int, k: int, stride: int
+) -> None:
+    rng = np.random.default_rng(1)
+    x, kernel = jnp.asarray(rng.normal(size=(2, size, size, 3))), jnp.asarray(rng.normal(size=(k, k, 3, 4)))
+    got_and_expected = (
+        gradients(partial(form, stride=stride, padding=k // 2), x, kernel) for form in (conv, direct_conv)
+    )
+    for got, of_direct in zip(*got_and_expected, strict=True):
+        np.testing.assert_allclose(got, of_direct, rtol=1e-10, atol=1e-12)
+
+
+def case(dtype: str, n: int, height: int, width: int, channels: int, features: int) -> tuple[Array, Array]:
+    rng = np.random.default_rng(3)
+    x, kernel = rng.normal(size=(n, height, width, channels)), rng.normal(size=(3, 3, channels, features))
+    return jnp.asarray(x, dtype), jnp.asarray(kernel / np.sqrt(9 * channels), dtype)
+
+
+DIRECT = partial(direct_conv, stride=1, padding=1)
+
+
+@pytest.mark.parametrize("cache", [1, 2**8, 2**40])  # images one by one, a few at a time, all together
+@pytest.mark.parametrize("shape", [(6, 4, 6, 3, 5), (7, 2, 2, 5, 3), (1, 8, 4, 2, 2)])
+def test_winograd_has_values_and_gradients_of_the_direct_form(
+    x64: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], cache: int
+) -> None:
+    monkeypatch.setattr(convolution, "CACHE_ELEMENTS", cache)
+    x, kernel = case("float64", *shape)
+    np.testing.assert_allclose(winograd_conv(x, kernel), DIRECT(x, kernel), rtol=1e-12, atol=1e-12)
+    pairs = zip(gradients(winograd_conv, x, kernel), gradients(DIRECT, x, kernel), strict=True)
+    for got, expected in pairs:
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_winograd_rounds_as_the_direct_form_does() -> None:
+    x, kernel = case("float32", 4, 8, 8, 64, 64)
+    with jax.enable_x64(True):
+        exact = [
+            np.asarray(array)
+            for array in (
+                DIRECT(x.astype("float64"), kernel.astype("float64")),
+                *gradients(DIRECT, x.astype("float64"), kernel.astype("float64")),
+            )
+        ]
+
+    def errors(conv: Callable[..., Array]) -> list[float]:
+        arrays = (conv(x, kernel), *gradients(conv, x, kernel))
+        return [float(np.std(a - e) / np.std(e)) for a, e in zip(arrays, exact, strict=True)]
+
+    for winograd, direct in zip(errors(winograd_conv), errors(DIRECT), strict=True):
+        assert winograd < 1e-6
+        assert winograd < 5 * direct
+
+
+def test_a_cpu_takes_winograd_where_channels_are_many() -> None:
+    def multiplications(channels: int) -> int:
+        x, kernel = case("float32", 2, 8, 8, channels, channels)
+        return forward_flops(partial(cpu_conv, stride=1, padding=1), x, kernel) // 2
+
+    assert multiplications(16) == 2 * 64 * 9 * 16**2
+    assert multiplications(64) == 2 * 16 * 16 * 64**2  # 4 multiplications a pixel and not 9
+
+
+@pytest.mark.parametrize("n, wanted, size", [(200, 4, 4), (100, 15, 20), (97, 8, 1), (97, 20, 97), (6, 0, 1)])
+def test_chunks_are_the_divisor_nearest_to_what_is_wanted(n: int, wanted: int, size: int) -> None:
+    assert convolution._chunk(n, wanted) == size
+
+
+@pytest.mark.parametrize("size, stride", [(8, 1), (8, 2), (7, 2), (1, 1)])
+def test_depthwise_has_values_and_gradients_of_a_grouped_convolution(
+    x64: None, size: int, stride: int
+) -> None:
+    rng = np.random.default_rng(4)
+    x, kernel = jnp.asarray(rng.normal(size=(2, size, size, 6))), jnp.asarray(rng.normal(size=(3, 3, 1, 6)))
+
+    def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(stride, stride),
+            padding=((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=6,
+        )
+
+    def shifted(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return depthwise_conv(x, kernel, stride=stride, padding=1)
+
+    np.testing.assert_allclose(shifted(x, kernel), grouped(x, kernel), rtol=1e-12, atol=1e-12)
+    gradients = [
+        jax.jit(jax.grad(lambda x, w, conv=conv: jnp.sum(jnp.sin(conv(x, w))), (0, 1)))(x, kernel)
+        for conv in (shifted, grouped)
+    ]
+    for got, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("conv", FORMS)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_transposed_convolution_equals_loops(x64: None, conv: Convolution, size: int) -> None:
+    rng = np.random.default_rng(5)
+    x, kernel = rng.normal(size=(2, size, size, 3)), rng.normal(size=(3, 3, 3, 4))
+    canvas = np.zeros((2, 2 * size + 2, 2 * size + 2, 4))
+    for y, z, i, j in itertools.product(range(size), range(size), range(3), range(3)):
+        canvas[:, 2 * y + i, 2 * z + j] += x[:, y, z] @ kernel[i, j]
+    expected = canvas[:, 1:-1, 1:-1]  # padding 1 takes a row off each end, output padding 1 adds the last
+    got = transposed_conv(jnp.asarray(x), jnp.asarray(kernel), conv)
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,448 @@
+"""Eight simulated devices, as meshes of every shape, against one; and what passes between them."""
+
+import functools
+import math
+import pathlib
+import re
+import threading
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, flmoco, mocosfl
+from mocosfl_jax.algorithm.clients import Sync
+from mocosfl_jax.config import Clients, Config, Data, Eval, Mesh, Moco, Model
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.feed import batches
+from mocosfl_jax.models import convolution
+from mocosfl_jax.models.convolution import direct_conv, patches_conv
+from mocosfl_jax.models.layers import batch_norm, group_norm
+from mocosfl_jax.parallel import sharding
+from mocosfl_jax.train import main
+from mocosfl_jax.training import experiment, loop, rounds, workdir
+from tests.support.small_run import arguments
+from tests.support.toy import in_place, make_toy_model
+
+MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+SIZE, CHANNELS, KEY_DIM = 6, 4, 8
+
+
+def conv_model(stacked_server: bool = False) -> SplitModel:
+    """One convolution on each side of the cut, group norm, and the head of large V2 with its batch norm."""
+    server_conv = patches_conv if stacked_server else direct_conv
+
+    def init(rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+        draws = [jax.random.normal(r, s) for r, s in zip(jax.random.split(rng, 4), SHAPES, strict=True)]
+        client, server, hidden, out = draws
+        scale, bias = jnp.ones(CHANNELS), jnp.zeros(CHANNELS)
+        return (
+            {"kernel": 0.3 * client, "scale": scale, "bias": bias},
+            {"kernel": 0.2 * server, "hidden": 0.5 * hidden, "scale": jnp.ones(16), "out": 0.3 * out},
+        )
+
+    def client(params: dict[str, Array], images: Array) -> Array:
+        x = patches_conv(images, params["kernel"], stride=1, padding=1)
+        return jnp.tanh(group_norm(x, params["scale"], params["bias"]))
+
+    def backbone(params: dict[str, Array], smashed: Array) -> Array:
+        images = smashed.reshape(-1, *smashed.shape[-3:])
+        x = jnp.tanh(server_conv(images, params["kernel"], stride=2, padding=1))
+        return jnp.mean(x, axis=(1, 2)).reshape(*smashed.shape[:-3], -1)
+
+    def head(params: dict[str, Array], backbone: Array) -> Array:
+        hidden = batch_norm(backbone @ params["hidden"], params["scale"], jnp.zeros(16))
+        return jnp.tanh(hidden) @ params["out"]
+
+    return SplitModel(init, client, backbone, head, KEY_DIM)
+
+
+SHAPES = [(3, 3, 3, CHANNELS), (3, 3, CHANNELS, 8), (8, 16), (16, KEY_DIM)]
+
+
+class Case(NamedTuple):
+    num_clients: int
+    cohort: int | None = None  # M; None: the whole pool
+    batch: int = 2
+    options: dict[str, Any] = {}  # noqa: RUF012
+    baseline: bool = False  # FL-MoCo
+
+
+UNEVEN = {"batch_sizes": [3, 3, 1, 1, 1], "full_symmetric": True}
+CASES = {
+    "whole pool": Case(8),
+    "pool that does not divide": Case(10, options={"sync": Sync(divergence_lambda=0.5)}),
+    "sampled cohort": Case(19, 10, options={"sync": Sync(momentum_models=True, buffers="average")}),
+    "sampled, rich and poor, queues per client": Case(
+        9, 5, 3, {**UNEVEN, "feature_sharing": False, "sync": Sync(np.arange(1.0, 10.0))}
+    ),
+    "FL-MoCo": Case(10, 5, baseline=True),
+    "batch of 1, asymmetric": Case(11, batch=1, options={"symmetric": False}),
+    "rich and poor": Case(5, batch=3, options=UNEVEN),
+    "queues per client": Case(10, options={"feature_sharing": False}),
+    "one client": Case(1, batch=12),
+}
+QUICK = [(name, *mesh) for name in list(CASES)[1:4] for mesh in MESHES]
+QUICK += [("whole pool", 8, 1), ("whole pool", 2, 4), ("FL-MoCo", 4, 2)]
+ALL = [(name, *mesh) for name in CASES for mesh in MESHES]
+
+
+def build(case: Case, mesh: Any) -> Algorithm:
+    placement = sharding.make_placement(mesh)
+    settings: dict[str, Any] = {"num_clients": case.num_clients, "queue_size": 80, "temperature": 1.0}
+    if case.baseline:
+        algorithm = flmoco(conv_model(stacked_server=True), placement=placement, **settings)
+    else:
+        algorithm = mocosfl(conv_model(), placement=placement, **settings, **case.options)
+    return sharding.distribute(algorithm, mesh, case.num_clients)
+
+
+def diverse(state: TrainState) -> TrainState:
+    """In float64, with clients that differ."""
+    wide = jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, state)
+    noisy = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), wide.clients
+    )
+    return wide._replace(clients=noisy._replace(scales=jnp.zeros(len(noisy.scales))))
+
+
+def draw(case: Case, mesh: Any, seed: int) -> Views:
+    shape = (2, case.cohort or case.num_clients, case.batch, SIZE, SIZE, 3)
+    return Views(*(sharding.replicate(mesh, x) for x in np.random.default_rng(seed).standard_normal(shape)))
+
+
+class Trained(NamedTuple):
+    results: Any  # all that the algorithm said, and the state at the end, as numpy arrays
+    step: list["Collective"]  # of the compiled step
+    sync: list["Collective"]
+
+
+@functools.cache
+def train(name: str, data: int, model: int) -> Trained:
+    """Two rounds of two steps in float64, on a mesh."""
+    case, mesh = CASES[name], sharding.make_mesh(Mesh(data=data, model=model))
+    algorithm = build(case, mesh)
+    state = diverse(jax.tree.map(jnp.array, initial(name)))
+    if mesh is not None:
+        state = jax.jit(partial(sharding.rest, mesh))(state)
+    cohorts: list[Any] = [None, None]
+    if case.cohort is not None:
+        draws = (
+            np.random.default_rng(i).choice(case.num_clients, case.cohort, replace=False) for i in (0, 1)
+        )
+        cohorts = [np.sort(members).astype(np.int32) for members in draws]
+
+    def scalars(state: TrainState, views: Views, cohort: Array | None) -> tuple[TrainState, Any]:
+        state, info = algorithm.step(state, views, cohort)
+        return state, (info.loss, info.top1)
+
+    lowered = jax.jit(scalars, donate_argnums=0).lower(state, draw(case, mesh, 0), cohorts[0])
+    step: Any = lowered.compile()
+    sync: Any = jax.jit(algorithm.sync, donate_argnums=0).lower(state, cohorts[0]).compile()
+    said: list[Any] = []
+    for round_, cohort in enumerate(cohorts):
+        for i in range(2):
+            state, info = step(state, draw(case, mesh, 2 * round_ + i), cohort)
+            said.append(info)
+        state, info = sync(state, cohort)
+        said.append(info)
+    results = jax.tree.map(np.asarray, (said, trimmed(case, state)))
+    return Trained(results, collectives(step.as_text()), collectives(sync.as_text()))
+
+
+@functools.cache
+def initial(name: str) -> Any:
+    """A fresh TrainState, as numpy arrays: jax's would be donated."""
+    return jax.tree.map(np.asarray, jax.jit(build(CASES[name], None).init)(jax.random.key(0)))
+
+
+def trimmed(case: Case, state: TrainState) -> TrainState:
+    """Without the padding, which has to be zeros."""
+
+    def trim(leaf: Array) -> np.ndarray:
+        assert not np.any(leaf[case.num_clients :])
+        return np.asarray(leaf[: case.num_clients])
+
+    state = state._replace(clients=jax.tree.map(trim, state.clients))
+    if case.baseline:
+        return state._replace(server=jax.tree.map(trim, state.server))
+    if not case.options.get("feature_sharing", True):
+        return state._replace(server=state.server._replace(queue=jax.tree.map(trim, state.server.queue)))
+    return state
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name, data, model", QUICK)
+def test_a_mesh_equals_one_device_and_gathers_nothing_large(name: str, data: int, model: int) -> None:
+    assert_equals_one_device(name, data, model)
+    assert_nothing_large_is_gathered(name, data, model)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name, data, model", [case for case in ALL if case not in QUICK])
+def test_every_mesh_equals_one_device(name: str, data: int, model: int) -> None:
+    assert_equals_one_device(name, data, model)
+
+
+def assert_equals_one_device(name: str, data: int, model: int) -> None:
+    found, expected = train(name, data, model).results, train(name, 1, 1).results
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+# What passes between devices.
+
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Collective(NamedTuple):
+    kind: str
+    sizes: list[int]  # elements of each array that it results in, on one device
+
+
+def collectives(text: str | None) -> list[Collective]:
+    """All in a compiled program."""
+    assert text is not None
+    found = []
+    for result, kind in re.findall(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(", text):
+        dims = re.findall(r"\w+\[([\d,]*)\]", re.sub(r"/\*.*?\*/", "", result))
+        found.append(Collective(kind, [math.prod(int(n) for n in d.split(",") if n) for d in dims]))
+    return found
+
+
+def assert_nothing_large_is_gathered(name: str, data: int, model: int) -> None:
+    """Nor summed up: what arrives in a step is smaller than the pool's clients, the batch and the queue.
+
+    And FedAvg is one all-reduce of one client's parameters.
+    """
+    case, found, state = CASES[name], train(name, data, model).step, initial(name)
+    places = case.cohort or case.num_clients
+    rows = sum(case.options.get("batch_sizes", [case.batch] * places))
+    rows *= 2 if case.options.get("full_symmetric") else 1
+    smashed = rows * SIZE * SIZE * CHANNELS
+    client = [leaf.size // case.num_clients for leaf in jax.tree.leaves(state.clients.params)]
+    pool = case.num_clients * max(client)
+    queue = (state.server if case.baseline else state.server.queue).keys
+    if case.baseline:
+        smashed = pool  # none is sent
+    assert all(max(c.sizes) < min(smashed, pool, queue.size) for c in found), found
+    largest = {kind: max((max(c.sizes) for c in found if c.kind == kind), default=0) for kind in KINDS}
+    server_tensor = max(map(math.prod, SHAPES[1:]))
+    embeddings = math.ceil(rows / 8) * 8 * KEY_DIM
+    assert largest["all-gather"] <= max(server_tensor, embeddings), found
+    assert largest["all-reduce"] <= server_tensor, found
+    # Members of the cohort, and rows where clients differ, travel a device's share at a time.
+    share = max(math.ceil(places / 8) * max(*client, queue[0].size), math.ceil(rows / 8) * smashed // rows)
+    assert largest["collective-permute"] <= share, found
+    assert not largest["all-to-all"], found
+    if (name, model) == ("whole pool", 1):  # only the keys of both views go everywhere
+        assert [c.sizes for c in found if c.kind == "all-gather"] == 2 * [[embeddings]], found
+
+    averaged = [c for c in train(name, data, model).sync if max(c.sizes) >= max(client)]
+    trees = 3 if name == "sampled cohort" else 1  # momentum models and buffers are averaged with the others
+    assert [c.kind for c in averaged] == trees * ["all-reduce"], averaged
+    few = 3 * case.num_clients  # numbers beside them, such as weights and divergences
+    assert 0 <= sum(sum(c.sizes) for c in averaged) - trees * sum(client) <= few, averaged
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_convolution_in_chunks_stays_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Winograd's loop over images, on rows that do not divide, with its gradients; nothing is gathered."""
+    monkeypatch.setattr(convolution, "CACHE_ELEMENTS", 1)
+    mesh = sharding.make_mesh(Mesh(data=4, model=2))
+
+    def server(conv: Any) -> Any:
+        def model(kernel: Array, x: Array) -> Array:
+            y = jnp.sin(conv(x.reshape(-1, *x.shape[-3:]), kernel))
+            return jnp.mean(y, axis=(1, 2)).reshape(*x.shape[:-3], -1)
+
+        return model
+
+    def loss(model: Any, kernel: Array, x: Array) -> Array:
+        return jnp.sum(model(kernel, x) ** 2)
+
+    rng = np.random.default_rng(0)
+    kernel, x = (sharding.replicate(mesh, rng.normal(size=s)) for s in ((3, 3, 2, 3), (2, 29, 8, 8, 2)))
+    on_mesh = sharding.make_placement(mesh).over_rows(server(convolution.winograd_conv))
+    plain = server(partial(direct_conv, stride=1, padding=1))
+    found, expected = (
+        jax.jit(jax.value_and_grad(partial(loss, model), (0, 1)))(kernel, x) for model in (on_mesh, plain)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+    def used(kernel: Array, x: Array) -> tuple[Array, Array]:
+        """The gradients as a step uses them: that of the rows stays where they are."""
+        of_kernel, of_x = jax.grad(partial(loss, on_mesh), (0, 1))(kernel, jnp.cos(x))
+        return of_kernel, jnp.sum(of_x**2)
+
+    text: Any = jax.jit(used).lower(kernel, x).compile().as_text()
+    assert "while(" in text
+    passed = [c for c in collectives(text) if max(c.sizes) > 1]
+    assert passed and all(c.kind == "all-reduce" and max(c.sizes) <= kernel.size for c in passed), passed
+
+
+def test_state_is_cut_into_equal_pieces() -> None:
+    """Bytes on each device: of the pool 1/8 on every mesh, of the server's large tensors 1/model."""
+    for data, model in MESHES:
+        mesh = sharding.make_mesh(Mesh(data=data, model=model))
+        state = jax.jit(build(CASES["whole pool"], mesh).init)(jax.random.key(0))
+        for leaf in jax.tree.leaves(state.clients):
+            assert {s.data.nbytes for s in leaf.addressable_shards} == {leaf.nbytes // 8}
+        for leaf in [*jax.tree.leaves(state.server.params), state.server.queue.keys]:
+            assert {s.data.nbytes for s in leaf.addressable_shards} == {leaf.nbytes // model}
+
+
+# The training loop and the command.
+
+
+def prepared(path: pathlib.Path, mesh: Any) -> experiment.Run:
+    """Five of six clients an epoch, rounds of 3, 3 and 1 steps, of the toy network."""
+    config = Config(
+        epochs=3,
+        data=Data(name="npz", dir=str(path)),
+        clients=Clients(num=6, cohort=5, batch_size=2, noniid_ratio=1.0),
+        model=Model(width=4),
+        moco=Moco(key_dim=8, queue_size=24),
+        eval=Eval(every=1, knn_k=3, probe_epochs=0),
+    )
+    config.sync.frequency = 2
+    run = experiment.prepare(config, mesh)
+    model = make_toy_model()
+    algorithm = mocosfl(
+        model, num_clients=6, queue_size=24, temperature=1.0, placement=sharding.make_placement(mesh)
+    )
+    return run._replace(model=model, algorithm=sharding.distribute(algorithm, mesh, 6))
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
+    """An epoch on 8 x 1, one on 2 x 4 and one on one device: the metrics of one device alone."""
+    path = tmp_path / "images.npz"
+    rng = np.random.default_rng(0)
+    pictures, labels = rng.integers(0, 256, (84, 4, 4, 3)).astype(np.uint8), np.arange(84) % 3
+    np.savez(path, x_train=pictures, y_train=labels, x_test=pictures[:20], y_test=labels[:20])
+
+    def go(folder: pathlib.Path, mesh: Any, last_epoch: int) -> bool:
+        run = prepared(path, mesh)
+        workdir.claim(folder, run.config, {})
+        stop = threading.Event()
+
+        def watch(metrics: workdir.Metrics) -> None:
+            if metrics["epoch"] == last_epoch:
+                stop.set()
+
+        return loop.train(run, stop.is_set, loop.Output(folder, lambda line: None, watch))
+
+    assert not go(tmp_path / "many", sharding.make_mesh(Mesh()), 1)
+    assert not go(tmp_path / "many", sharding.make_mesh(Mesh(data=2, model=4)), 2)
+    assert go(tmp_path / "many", None, -1)
+    assert go(tmp_path / "one", None, -1)
+    many, one = (workdir.read_metrics(tmp_path / name) for name in ("many", "one"))
+    assert [m["step"] for m in many] == [m["step"] for m in one] == [0, 7, 14, 21]
+    for a, b in zip(many[1:], one[1:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["divergence"] == pytest.approx(b["divergence"], rel=1e-3)
+        assert a["knn_backbone"] == pytest.approx(b["knn_backbone"], abs=0.051)  # of 20 images
+
+
+def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
+    """As on accelerators: one program for a whole round; its images are gathered there, or streamed."""
+
+    def make_views(rng: Array, images: Array) -> Views:
+        noise = jax.random.normal(rng, (2, *images.shape))
+        return Views(*(images[None].astype(jnp.float32) / 255 + 0.1 * noise))
+
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3)).astype(np.uint8)
+    indices = np.random.default_rng(1).integers(0, 40, (3, 5, 2)).astype(np.int32)
+    cohort = np.array([0, 1, 3, 4, 6], np.int32)
+    ends = []
+    for mesh, scan in ((None, False), (sharding.make_mesh(Mesh(data=4, model=2)), True)):
+        placement = sharding.make_placement(mesh)
+        algorithm = sharding.distribute(
+            mocosfl(make_toy_model(), num_clients=7, queue_size=24, temperature=1.0, placement=placement),
+            mesh,
+            7,
+        )
+        place, size = sharding.of_images(mesh, 5), 3 if scan else 1
+        places = sharding.padded(mesh, 5, 2)
+        padded = np.pad(indices, [(0, 0), (0, places[0] - 5), (0, 0)])
+        state = jax.jit(algorithm.init)(jax.random.key(0))
+        run = rounds.make_run_steps(
+            algorithm,
+            make_views,
+            jax.random.key(2),
+            state=state,
+            images=jax.ShapeDtypeStruct((size, *places, *pictures.shape[1:]), np.uint8, sharding=place),
+            cohort=5,
+            spread=sharding.make_spread(mesh, 5, 2),
+        )
+        dealt = {epoch: padded for epoch in range(2)}
+        feeds = [
+            batches.resident(sharding.replicate(mesh, pictures), dealt.__getitem__, size, place),
+            batches.streamed(
+                pictures,
+                dealt.__getitem__,
+                size,
+                place,
+                epochs=2,
+                steps_per_epoch=3,
+                steps_per_round=3,
+            ),
+        ]
+        losses = []
+        for epoch in range(2):
+            state, curve = run(state, feeds[epoch](epoch, range(3)), cohort)
+            losses += np.concatenate(curve.loss).tolist()
+        ends.append((losses, np.asarray(jax.tree.leaves(state.clients.params)[0])[:7]))
+    np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-5)
+    np.testing.assert_allclose(ends[0][1], ends[1][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("compilation_cache")
+def test_the_command_trains_on_all_devices(
+    toy_images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    argv = arguments(
+        toy_images, tmp_path, "--config.mesh.data=None", "--config.mesh.model=2", "--config.epochs=1"
+    )
+    argv.append("--config.eval.probe_epochs=0")
+    with in_place():
+        assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"devices +8 x cpu \(cpu\), mesh of data 4 x model 2\n", out)
+    assert main([*argv, "--config.mesh.model=8"]) == 2
+    assert "config.moco.queue_size: found 20, allowed: multiples of 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sizes, shape",
+    [((None, None), (8, 1)), ((2, None), (2, 4)), ((None, 4), (2, 4)), ((2, 1), (2, 1)), ((3, 2), (3, 2))],
+)
+def test_sizes_that_are_left_open_take_what_is_left(
+    sizes: tuple[int | None, int | None], shape: tuple[int, int]
+) -> None:
+    mesh = sharding.make_mesh(Mesh(data=sizes[0], model=sizes[1]))
+    assert mesh is not None and mesh.devices.shape == shape
+
+
+def test_one_device_needs_no_mesh() -> None:
+    assert sharding.make_mesh(Mesh(data=1, model=1)) is None
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((3, None), r"config.mesh.data: found 3, allowed: 1, 2, 4, 8 \(divisors of 8"),
+        ((None, 16), r"config.mesh.model: found 16, allowed: 1, 2, 4, 8"),
+        ((4, 4), "config.mesh: found data 4 and model 4, allowed: a product of at most 8"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(sizes: tuple[int | None, int | None], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(Mesh(data=sizes[0], model=sizes[1]))

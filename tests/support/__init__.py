@@ -1,0 +1,1 @@
+"""What several tests need: the toy network, the small run, comparisons."""

@@ -1,0 +1,45 @@
+"""The algorithm on the toy network, compiled, and comparisons of trees."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from mocosfl_jax import Algorithm, SplitModel, TrainState, mocosfl
+
+N, B, K = 4, 3, 48
+
+
+LR = 0.1
+
+
+def build(model: SplitModel, num_clients: int = N, **changes: Any) -> tuple[Algorithm, TrainState]:
+    settings = {"server_lr": LR, "client_lr": LR, "queue_size": K, "temperature": 1.0} | changes
+    pure = mocosfl(model, num_clients=num_clients, **settings)
+    algorithm = Algorithm(
+        jax.jit(pure.init),
+        jax.jit(pure.step, static_argnames="send_gradients"),
+        jax.jit(pure.sync),
+        jax.jit(pure.encode),
+        jax.jit(pure.replay) if pure.replay else None,
+    )
+    return algorithm, algorithm.init(jax.random.key(0))
+
+
+def diverse(state: TrainState) -> TrainState:
+    """Clients that differ, as after some steps without synchronization."""
+    noisy = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), state.clients
+    )
+    return state._replace(clients=noisy)
+
+
+def assert_trees_close(one: Any, other: Any, *, rtol: float, atol: float = 0.0) -> None:
+    assert str(jax.tree.structure(one)) == str(jax.tree.structure(other))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def client(tree: Any, i: int | jax.Array) -> Any:
+    """One client of a stacked tree, or several."""
+    return jax.tree.map(lambda leaf: leaf[i], tree)

@@ -1,0 +1,165 @@
+"""Golden cases: their inputs, and where each official parameter is in our trees."""
+
+import json
+import pathlib
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mocosfl_jax import Algorithm, TrainState, Views, mocosfl, split_model
+from mocosfl_jax.models import mobilenetv2, vgg
+from mocosfl_jax.models.convolution import Lowering
+
+
+class Case:
+    """The deterministic inputs of one case, in PyTorch layout."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.settings = json.loads(path.with_suffix(".json").read_text())
+        with np.load(path.with_suffix(".npz")) as arrays:
+            self.expected = dict(arrays)
+
+    def rng(self, name: str) -> np.random.Generator:
+        seed = zlib.crc32(name.encode()) + self.settings.get("base", 0)
+        return np.random.Generator(np.random.PCG64(seed))
+
+    def parameter(self, name: str, shape: list[int]) -> np.ndarray:
+        z = self.rng(name).standard_normal(shape)
+        if len(shape) >= 2:
+            return z / np.sqrt(np.prod(shape[1:]))
+        return 1 + 0.1 * z if name.endswith("scale") else 0.1 * z
+
+    def cohort(self, step: int) -> list[int] | None:
+        """Clients that take part in the step; None: all."""
+        return self.settings["pools"][step] if self.settings["pools"] else None
+
+    def views(self, step: int) -> Views:
+        s = self.settings
+        cohort = self.cohort(step) or range(s["num_client"])
+        shape = (s["batch_size"], 3, s["size"], s["size"])
+
+        def draw(view: str) -> jax.Array:
+            images = [self.rng(f"{view}.client{i}.step{step}").standard_normal(shape) for i in cohort]
+            return jnp.asarray(np.stack(images).transpose(0, 1, 3, 4, 2))
+
+        return Views(draw("query"), draw("key"))
+
+    def queue(self) -> np.ndarray:
+        z = self.rng("queue").standard_normal((self.settings["K_dim"], self.settings["K"]))
+        return (z / np.linalg.norm(z, axis=0)).T
+
+
+def ours(name: str, settings: dict[str, Any]) -> list[str]:
+    """Path of an official parameter in our tree."""
+    *modules, leaf = name.split(".")
+    layer, rest = modules[0], ".".join(modules[1:])
+    if settings["arch"].lower() in vgg.ENTRIES and layer != "head" and layer != "bottleneck":
+        # Theirs count convolutions and norms; ours are the entries of the configuration, pools included.
+        entries = vgg.ENTRIES[settings["arch"].lower()]
+        convs = [i for i, entry in enumerate(entries) if entry != "M"]
+        i, is_norm = divmod(int(layer.removeprefix("layer")), 2)
+        layer, rest = f"layer{convs[i]}", "norm" if is_norm else "conv"
+    elif settings["arch"].lower() == mobilenetv2.NAME and layer.startswith("layer"):
+        # Theirs count convolution and norm of the stem, blocks, convolution and norm of the last layer.
+        theirs = ["layer0.conv", "layer0.norm"]
+        for group, (_, _, blocks, _) in enumerate(mobilenetv2.GROUPS, start=1):
+            theirs += [f"layer{group}.block{i}" for i in range(blocks)]
+        last = f"layer{1 + len(mobilenetv2.GROUPS)}"
+        theirs += [f"{last}.conv", f"{last}.norm"]
+        layer = theirs[int(layer.removeprefix("layer"))]
+    path = f"{layer}.{rest}".rstrip(".")
+    path = path.replace("shortcut.0", "shortcut_conv").replace("shortcut.1", "shortcut_norm")
+    path = path.replace("head.0", "head.hidden" if settings["mlp"] else "head.out")
+    path = path.replace("head.2", "head.out").replace("bn", "norm")
+    path = path.replace("bottleneck.client", "bottleneck.conv").replace(
+        "bottleneck.server", "bottleneck.conv"
+    )
+    return [*path.split("."), "kernel" if leaf == "weight" else leaf]
+
+
+def is_transposed(name: str, settings: dict[str, Any]) -> bool:
+    """Whether it is the kernel of a transposed convolution: [in, out, kh, kw] in PyTorch."""
+    return name.startswith("bottleneck.server") and "S1" not in settings["bottleneck"]
+
+
+def to_jax(torch_layout: np.ndarray, *, transposed: bool) -> jax.Array:
+    if torch_layout.ndim == 4:
+        return jnp.asarray(torch_layout.transpose((2, 3, 0, 1) if transposed else (2, 3, 1, 0)))
+    return jnp.asarray(torch_layout.T)
+
+
+def to_torch(leaf: Any, *, transposed: bool) -> np.ndarray:
+    leaf = np.asarray(leaf)
+    if leaf.ndim == 4:
+        return leaf.transpose((2, 3, 0, 1) if transposed else (3, 2, 0, 1))
+    return leaf.T
+
+
+def lookup(tree: Any, path: list[str]) -> Any:
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def summary(x: np.ndarray) -> np.ndarray:
+    """[sum, L2 norm, 16 entries], as in the files."""
+    flat = np.ascontiguousarray(x).reshape(-1)
+    positions = np.random.Generator(np.random.PCG64(flat.size)).integers(0, flat.size, 16)
+    return np.concatenate([[flat.sum(), np.sqrt((flat**2).sum())], flat[positions]])
+
+
+def build(case: Case, convolutions: Lowering | None) -> tuple[Algorithm, TrainState]:
+    """The public algorithm of the case, in the case's initial state."""
+    s = case.settings
+    model = split_model(
+        s["arch"].lower(),
+        cut_layer=s["cut"],
+        image_size=s["size"],
+        key_dim=s["K_dim"],
+        head="mlp" if s["mlp"] else "linear",
+        bottleneck=None if s["bottleneck"] == "None" else s["bottleneck"],
+        client_residual=s["c_residual"],
+        weight_standardisation=s["WS"],
+        convolutions=convolutions,
+    )
+    algorithm = mocosfl(
+        model,
+        num_clients=s["num_client"],
+        server_lr=s["lr"],
+        # As a schedule: the number 0 would freeze the clients, and no gradient would cross.
+        client_lr=lambda step: jnp.asarray(s["c_lr"]),
+        sgd_momentum=s["momentum"],
+        weight_decay=s["weight_decay"],
+        queue_size=s["K"],
+        temperature=s["T"],
+        symmetric=s["symmetric"],
+        feature_sharing=s["feature_sharing"],
+    )
+    state = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, float if leaf.dtype == jnp.float32 else leaf.dtype),
+        jax.eval_shape(algorithm.init, jax.random.key(0)),
+    )
+    seen = 0
+    for parameter in s["parameters"]:
+        value = to_jax(
+            case.parameter(parameter["name"], parameter["shape"]),
+            transposed=is_transposed(parameter["name"], s),
+        )
+        *path, leaf = ours(parameter["name"], s)
+        side = state.clients if parameter["side"] == "client" else state.server
+        for tree in (side.params, side.key_params):
+            holder = lookup(tree, path)
+            wanted = holder[leaf].shape[1:] if parameter["side"] == "client" else holder[leaf].shape
+            assert value.shape == wanted, parameter["name"]
+            holder[leaf] = jnp.broadcast_to(value, holder[leaf].shape)
+            seen += 1
+    assert seen == len(jax.tree.leaves((state.clients.params, state.clients.key_params))) + len(
+        jax.tree.leaves((state.server.params, state.server.key_params))
+    )
+    # Without feature sharing each client has an equal share of the rows.
+    keys = jnp.asarray(case.queue()).reshape(state.server.queue.keys.shape)
+    queue = state.server.queue._replace(keys=keys)
+    return algorithm, state._replace(server=state.server._replace(queue=queue))

@@ -1,0 +1,128 @@
+"""The compiled step: traced once, nothing fetched, the same by loop and by scan."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mocosfl_jax import SplitModel, TrainState, Views, mocosfl
+from mocosfl_jax.feed import batches
+from mocosfl_jax.training import rounds
+from tests.support.toy import IMAGE
+
+N, M, B, R = 4, 2, 3, 4
+RunSteps = Callable[[TrainState, np.ndarray, np.ndarray | None], tuple[TrainState, rounds.Curve]]
+
+
+def make_views(rng: jax.Array, images: jax.Array) -> Views:
+    noise = jax.random.normal(rng, (2, *images.shape))
+    return Views(*(images[None].astype(jnp.float32) / 255 + 0.1 * noise))
+
+
+def build(
+    model: SplitModel, *, scan: bool, whole_pool: bool, traces: list[int] | None = None
+) -> tuple[RunSteps, TrainState]:
+    algorithm = mocosfl(model, num_clients=N, queue_size=24, temperature=1.0)
+
+    def counted(*args: Any) -> Any:
+        if traces is not None:
+            traces.append(1)
+        return algorithm.step(*args)
+
+    images = np.random.default_rng(1).integers(0, 256, (40, *IMAGE), np.uint8)
+    size = R if scan else 1
+    state = jax.jit(algorithm.init)(jax.random.key(0))
+    run = rounds.make_run_steps(
+        algorithm._replace(step=counted),
+        make_views,
+        jax.random.key(2),
+        state=state,
+        images=jax.ShapeDtypeStruct((size, N if whole_pool else M, B, *IMAGE), jnp.uint8),
+        cohort=None if whole_pool else M,
+    )
+
+    def run_steps(
+        state: TrainState, indices: np.ndarray, cohort: np.ndarray | None
+    ) -> tuple[TrainState, rounds.Curve]:
+        feed = batches.resident(jax.device_put(images), lambda epoch: indices, size)
+        return run(state, feed(0, range(len(indices))), cohort)
+
+    return run_steps, state
+
+
+def indices(seed: int, steps: int, clients: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 40, (steps, clients, B)).astype(np.int32)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_program_is_traced_once_whatever_comes(toy_model: SplitModel, scan: bool) -> None:
+    traces: list[int] = []
+    run, state = build(toy_model, scan=scan, whole_pool=False, traces=traces)
+    assert len(traces) == 1
+    for round_, steps in enumerate((R, R, 1, 3, R)):
+        cohort = np.sort(np.random.default_rng(round_).choice(N, M, replace=False)).astype(np.int32)
+        state, curve = run(state, indices(round_, steps, M), cohort)
+        assert sum(map(len, curve.loss)) == sum(map(len, curve.top1)) == steps
+    assert int(state.step) == 3 * R + 4
+    assert len(traces) == (2 if scan else 1)  # where rounds are scanned, shorter ones go step by step
+
+
+@pytest.mark.parametrize("whole_pool", [True, False])
+def test_scan_equals_loop(toy_model: SplitModel, whole_pool: bool) -> None:
+    ends = []
+    for scan in (True, False):
+        run, state = build(toy_model, scan=scan, whole_pool=whole_pool)
+        clients = N if whole_pool else M
+        cohort = None if whole_pool else np.array([0, 3], np.int32)
+        losses: list[float] = []
+        for round_, steps in enumerate((R, 3)):
+            state, curve = run(state, indices(round_, steps, clients), cohort)
+            losses += np.concatenate(jax.device_get(curve.loss)).tolist()
+        ends.append((losses, jax.device_get(state)))
+    np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-5)
+    for a, b in zip(*(jax.tree.leaves(end[1]) for end in ends), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_fetched(toy_model: SplitModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, state = build(toy_model, scan=False, whole_pool=True)
+    batches = indices(0, 3, N)
+
+    def fetched(*args: Any) -> None:
+        raise AssertionError("an array was fetched to the host")
+
+    with monkeypatch.context() as patch:
+        for name in ("__array__", "__float__", "__int__", "__bool__", "item", "tolist", "block_until_ready"):
+            patch.setattr(type(state.step), name, fetched)
+        patch.setattr(jax, "device_get", fetched)
+        state, curve = run(state, batches, None)
+        with pytest.raises(AssertionError, match="fetched"):
+            float(curve.loss[0][0])
+    assert all(np.isfinite(float(loss[0])) for loss in curve.loss)
+
+
+def test_the_state_is_donated(toy_model: SplitModel) -> None:
+    run, state = build(toy_model, scan=False, whole_pool=True)
+    new, _ = run(state, indices(0, 1, N), None)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def test_each_step_draws_its_own_views_by_its_number(toy_model: SplitModel) -> None:
+    """Two calls of one step equal one call of two: nothing depends on where a run was cut."""
+    batches = indices(0, 2, N)
+    run, state = build(toy_model, scan=False, whole_pool=True)
+    together, _ = run(state, batches, None)
+    run, state = build(toy_model, scan=False, whole_pool=True)
+    for batch in batches:
+        state, _ = run(state, batch[None], None)
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_steps_are_scanned_on_accelerators_only() -> None:
+    assert not rounds.scans_steps("cpu")
+    assert rounds.scans_steps("gpu") and rounds.scans_steps("tpu")
