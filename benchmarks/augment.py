@@ -20,7 +20,7 @@ from benchmarks import settings
 from benchmarks.results import Result, result
 from benchmarks.timing import Call, finished, medians
 from mocosfl_jax import two_views
-from mocosfl_jax.parallel import sharding
+from mocosfl_jax.parallel import mesh as meshes
 
 NEEDS = ("torch", "torchvision")
 SIZE = 32
@@ -35,7 +35,7 @@ def pictures(count: int) -> np.ndarray:
 
 def ours(version: str, count: int) -> Call:
     make_views = jax.jit(partial(two_views, size=SIZE, mean=MEAN, std=STD, version=version))
-    place = sharding.of_clients(settings.mesh(), count)
+    place = meshes.of_clients(settings.mesh(), count)
     return finished(make_views, jax.random.key(0), jax.device_put(pictures(count)[:, None], place))
 
 

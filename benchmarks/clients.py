@@ -26,7 +26,8 @@ from benchmarks.settings import Setting
 from benchmarks.timing import Call, medians, stepper
 from mocosfl_jax import SmashedData, Views
 from mocosfl_jax.algorithm import clients, optim
-from mocosfl_jax.parallel import sharding
+from mocosfl_jax.parallel import exchange
+from mocosfl_jax.parallel import mesh as meshes
 
 NEEDS = ("torch",)
 SETTINGS = tuple(Setting(cut_layer=cut, clients=count) for cut in (1, 2) for count in (10, 100, 1000))
@@ -34,7 +35,8 @@ SETTINGS = tuple(Setting(cut_layer=cut, clients=count) for cut in (1, 2) for cou
 
 def ours(setting: Setting) -> Call:
     model, _ = settings.build(setting)
-    optimizer, placement = optim.sgd(), sharding.make_placement(settings.mesh())
+    over_clients = exchange.make_placement(settings.mesh(), settings.platform_forms()).over_clients
+    optimizer = optim.SGD
 
     def init(rng: Array) -> clients.ClientState:
         return clients.init(model.init(rng)[0], setting.clients, optimizer)
@@ -42,14 +44,14 @@ def ours(setting: Setting) -> Call:
     def work(
         pool: clients.ClientState, views: Views, smashed_grad: Array
     ) -> tuple[clients.ClientState, SmashedData]:
-        pool, smashed, pullback = clients.forward(placement.over_clients(model.client), pool, views, 0.99)
+        pool, smashed, pullback = clients.forward(over_clients(model.client), pool, views, 0.99)
         pool = clients.backward(
             pool, pullback, smashed_grad, optimizer, optim.rate(0.06, jax.numpy.zeros(()))
         )
         pool, _ = clients.synchronize(pool, None, clients.FEDAVG)
         return pool, smashed
 
-    place = sharding.of_clients(settings.mesh(), setting.clients)
+    place = meshes.of_clients(settings.mesh(), setting.clients)
     pool = jax.jit(init, out_shardings=place)(jax.random.key(0))
     program = jax.jit(work, donate_argnums=0, in_shardings=place, out_shardings=place)
     return stepper(

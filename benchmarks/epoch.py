@@ -28,7 +28,7 @@ from benchmarks.results import Result
 from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.config import Config, quickstart
 from mocosfl_jax.evaluation import monitor
-from mocosfl_jax.training import checkpoint, loop, rounds, saving
+from mocosfl_jax.training import checkpoint, journal, loop, rounds, saving
 from mocosfl_jax.training.checkpoint import Progress
 
 NEEDS = ()
@@ -52,7 +52,7 @@ def measure(config: Config, case: str, epochs: int) -> Result:
     progress = Progress()
     times: list[tuple[float, float, float, float]] = []
     with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
-        output = loop.Output(Path(folder), lambda line: None, lambda metrics: None)
+        output = journal.Output(Path(folder), lambda line: None, lambda metrics: None)
         store = saving.Store(Path(folder), run.replay)  # never written
         with checkpoint.open_manager(Path(folder) / "checkpoints", 1) as manager:
             for epoch in range(1, epochs + 2):
@@ -61,7 +61,7 @@ def measure(config: Config, case: str, epochs: int) -> Result:
                     run, programs, state, progress, store, lambda: False, bar
                 )
                 assert bool(loop.all_finite(state))
-                loop.record(run, progress, loop.epoch_metrics(run, progress, epoch, divergence), output)
+                journal.record(run, progress, journal.epoch_metrics(run, progress, epoch, divergence), output)
                 whole = time.perf_counter() - start
                 progress = progress._replace(losses=(), top1s=(), epoch_seconds=0.0)
                 checkpoint.save(manager, state, progress)

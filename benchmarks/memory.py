@@ -18,8 +18,11 @@ import jax
 from jax.sharding import NamedSharding
 
 from benchmarks.results import Result, result
-from mocosfl_jax import config, mocosfl, split_model
-from mocosfl_jax.parallel import sharding
+from mocosfl_jax import MomentumContrast, config, mocosfl, split_model
+from mocosfl_jax.models.forms import ACCELERATOR
+from mocosfl_jax.parallel import exchange
+from mocosfl_jax.parallel import mesh as meshes
+from mocosfl_jax.parallel import state as states
 
 NEEDS = ()
 CLIENTS, QUEUE = 1000, 6000
@@ -29,26 +32,27 @@ MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4)
 def held_bytes(data: int, model: int, num_clients: int = CLIENTS, width: int = 64) -> dict[str, int]:
     """Bytes of state on each device of a mesh: of the clients, of the server and of both."""
     network = split_model("resnet50", cut_layer=5, width=width)
-    mesh = sharding.make_mesh(config.Mesh(data=data, model=model))
-    algorithm = sharding.distribute(
-        mocosfl(network, num_clients=num_clients, queue_size=QUEUE, placement=sharding.make_placement(mesh)),
+    mesh = meshes.make_mesh(config.Mesh(data=data, model=model), jax.devices())
+    algorithm = states.distribute(
+        mocosfl(
+            network,
+            num_clients=num_clients,
+            moco=MomentumContrast(queue_size=QUEUE),
+            placement=exchange.make_placement(mesh, ACCELERATOR),
+        ),
         mesh,
         num_clients,
     )
     state = jax.eval_shape(algorithm.init, jax.random.key(0))
-    if mesh is not None:
-        state = jax.tree.map(
-            lambda leaf, spec: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
-            ),
-            state,
-            sharding.specs(mesh, state),
-        )
+    state = jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        state,
+        states.specs(mesh, state),
+    )
     program = jax.jit(algorithm.sync, donate_argnums=0, keep_unused=True).lower(state).compile()
 
     def piece(leaf: Any) -> int:
-        shape = leaf.shape if mesh is None else leaf.sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     analysis = program.memory_analysis()
     assert analysis is not None

@@ -7,14 +7,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, config, mocosfl, split_model
+from mocosfl_jax import (
+    Algorithm,
+    MomentumContrast,
+    SplitModel,
+    TrainState,
+    Views,
+    config,
+    mocosfl,
+    split_model,
+)
 from mocosfl_jax.costs.accounting import Plan, client_flops, server_flops
 from mocosfl_jax.evaluation.features import make_encode
-from mocosfl_jax.models.convolution import PLAIN, Lowering
-from mocosfl_jax.parallel import sharding
-from mocosfl_jax.training import experiment, loop
+from mocosfl_jax.models import forms as platforms
+from mocosfl_jax.models.forms import ACCELERATOR, Forms
+from mocosfl_jax.parallel import exchange
+from mocosfl_jax.parallel import mesh as meshes
+from mocosfl_jax.parallel import state as states
+from mocosfl_jax.training import experiment
 from mocosfl_jax.training.experiment import Run
-from mocosfl_jax.training.loop import Programs
+from mocosfl_jax.training.programs import Programs, compile_programs
 
 
 class Setting(NamedTuple):
@@ -44,12 +56,17 @@ class Setting(NamedTuple):
 QUICKSTART = Setting(clients=20, batch=5, width=16, stem_stride=2, key_dim=128, queue_size=2000)
 
 
-def mesh() -> Mesh | None:
-    """Of all devices, along `data`; None: there is one."""
-    return sharding.make_mesh(config.Mesh())
+def mesh() -> Mesh:
+    """Of all devices, along `data`."""
+    return meshes.make_mesh(config.Mesh(), jax.devices())
 
 
-def build(setting: Setting, convolutions: Lowering | None = None) -> tuple[SplitModel, Algorithm]:
+def platform_forms() -> Forms:
+    """The fast forms on these devices."""
+    return platforms.forms(meshes.platform(mesh()))
+
+
+def build(setting: Setting, forms: Forms | None = None) -> tuple[SplitModel, Algorithm]:
     model = split_model(
         "resnet18",
         cut_layer=setting.cut_layer,
@@ -57,22 +74,22 @@ def build(setting: Setting, convolutions: Lowering | None = None) -> tuple[Split
         image_size=setting.image_size,
         stem_stride=setting.stem_stride,
         key_dim=setting.key_dim,
-        convolutions=convolutions,
+        forms=forms or platform_forms(),
     )
     algorithm = mocosfl(
         model,
         num_clients=setting.clients,
-        queue_size=setting.queue_size,
-        placement=sharding.make_placement(mesh()),
+        moco=MomentumContrast(queue_size=setting.queue_size),
+        placement=exchange.make_placement(mesh(), platform_forms()),
     )
-    return model, sharding.distribute(algorithm, mesh(), setting.clients)
+    return model, states.distribute(algorithm, mesh(), setting.clients)
 
 
 def views(setting: Setting, seed: int = 0) -> Views:
     """Gaussian images [M, B, H, W, 3] on every device: what is in them does not change their time."""
     rng = np.random.default_rng(seed)
     shape = (setting.clients, setting.batch, setting.image_size, setting.image_size, 3)
-    return Views(*(sharding.replicate(mesh(), rng.standard_normal(shape, np.float32)) for _ in range(2)))
+    return Views(*(meshes.replicate(mesh(), rng.standard_normal(shape, np.float32)) for _ in range(2)))
 
 
 class Training(NamedTuple):
@@ -85,11 +102,11 @@ class Training(NamedTuple):
 
 def prepare(run_config: config.Config) -> Training:
     """The run of a configuration, on all devices, with its first state and its programs compiled."""
-    run = experiment.prepare(run_config, mesh())
+    run = experiment.prepare(config.resolve(run_config), mesh())
     rng_init, rng_views = jax.random.split(jax.random.key(0))
     state = jax.jit(run.algorithm.init)(rng_init)
     encode = make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
-    return Training(run, state, loop.compile_programs(run, state, rng_views, encode))
+    return Training(run, state, compile_programs(run, state, rng_views, encode))
 
 
 class Step(NamedTuple):
@@ -115,7 +132,7 @@ def compile_step(setting: Setting) -> Step:
 
 def step_flops(setting: Setting) -> int:
     """FLOPs of a step that the algorithm needs, whatever the compiler makes of it."""
-    model, _ = build(setting, PLAIN)
+    model, _ = build(setting, ACCELERATOR)
     plan = Plan(
         image_size=setting.image_size,
         images=setting.images,

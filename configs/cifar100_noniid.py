@@ -12,12 +12,12 @@ Paper's linear probe:            N = 100   N = 200  N = 1000
 Not run here yet: 100,000 steps of a full ResNet-18 want an accelerator.
 """
 
-from mocosfl_jax.config import Checkpoint, Clients, Config, Data, Eval
+from mocosfl_jax.config import Checkpoint, Clients, Config, Data, Eval, resolve
 
 
 def get_config(num_clients: str = "100") -> Config:
     config = Config(data=Data(name="cifar100"), clients=Clients(num=int(num_clients), noniid_ratio=0.2))
     # Count in epochs of the whole pool: the other ones are short, and checkpoints of many clients are large.
-    longer = config.resolved().total_epochs // config.epochs
+    longer = resolve(config).total_epochs // config.epochs
     config.eval, config.checkpoint = Eval(every=longer), Checkpoint(every=longer)
     return config

@@ -10,12 +10,15 @@ Paper's linear probe, non-IID:   N = 5    N = 20
 Not run here yet: 100,000 steps of a full ResNet-18 want an accelerator.
 """
 
-from mocosfl_jax.config import Clients, Config, Data, Sync
+from mocosfl_jax.config import Clients, Config, Data, Synchronization
 
 
 def get_config(num_clients: str = "5") -> Config:
     if num_clients == "20":  # a quarter of them takes part, with larger batches than N alone would give
-        clients, sync = Clients(num=20, cohort=5, batch_size=20, noniid_ratio=0.2), Sync(frequency=10)
+        clients, sync = (
+            Clients(num=20, cohort=5, batch_size=20, noniid_ratio=0.2),
+            Synchronization(frequency=10),
+        )
     else:
-        clients, sync = Clients(num=int(num_clients), noniid_ratio=0.2), Sync()
+        clients, sync = Clients(num=int(num_clients), noniid_ratio=0.2), Synchronization()
     return Config(data=Data(name="cifar10"), clients=clients, sync=sync)

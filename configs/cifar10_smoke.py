@@ -7,7 +7,7 @@ on re-encoded pictures, two CPU cores, 8 min: kNN 0.169 untrained, 0.447 trained
 probe 0.452.
 """
 
-from mocosfl_jax.config import Clients, Config, Data, Moco, Model, Optim, Sync
+from mocosfl_jax.config import Clients, Config, Data, Moco, Model, Optim, Synchronization
 
 
 def get_config() -> Config:
@@ -15,7 +15,7 @@ def get_config() -> Config:
         epochs=3,
         data=Data(name="cifar10"),
         clients=Clients(num=20, batch_size=5, noniid_ratio=0.2),
-        sync=Sync(frequency=50),
+        sync=Synchronization(frequency=50),
         model=Model(name="resnet18", width=16, stem_stride=2, cut_layer=1),
         moco=Moco(preset="v2", key_dim=128, queue_size=2000, min_crop_scale=0.2),
         optim=Optim(server_lr=0.02, client_lr=0.02),

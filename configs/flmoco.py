@@ -7,7 +7,7 @@ Memory grows with N times the network: 100 clients of a full ResNet-18 take 15 G
 Not run here yet: it wants an accelerator.
 """
 
-from mocosfl_jax.config import Clients, Config, Data, Moco, Sync
+from mocosfl_jax.config import Clients, Config, Data, Moco, Synchronization
 
 
 def get_config(num_clients: str = "5") -> Config:
@@ -15,6 +15,6 @@ def get_config(num_clients: str = "5") -> Config:
         algorithm="flmoco",
         data=Data(name="cifar10"),
         clients=Clients(num=int(num_clients), noniid_ratio=0.2, local_epochs=5),
-        sync=Sync(frequency=1),
+        sync=Synchronization(frequency=1),
         moco=Moco(preset="v2", queue_size=6000),
     )

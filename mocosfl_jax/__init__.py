@@ -4,14 +4,20 @@ from mocosfl_jax.algorithm.clients import Sync
 from mocosfl_jax.algorithm.flmoco import flmoco
 from mocosfl_jax.algorithm.interface import Algorithm, StepInfo, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData, Views
+from mocosfl_jax.algorithm.moco import MomentumContrast
 from mocosfl_jax.algorithm.mocosfl import mocosfl
+from mocosfl_jax.algorithm.placement import Placement, one_device
 from mocosfl_jax.feed.augment import normalise, two_views
 from mocosfl_jax.models import Features, SplitModel, split_model
+from mocosfl_jax.models.forms import Forms, forms
 from mocosfl_jax.weights.encoder_file import load_encoder
 
 __all__ = [
     "Algorithm",
     "Features",
+    "Forms",
+    "MomentumContrast",
+    "Placement",
     "SmashedData",
     "SplitModel",
     "StepInfo",
@@ -20,9 +26,11 @@ __all__ = [
     "TrainState",
     "Views",
     "flmoco",
+    "forms",
     "load_encoder",
     "mocosfl",
     "normalise",
+    "one_device",
     "split_model",
     "two_views",
 ]

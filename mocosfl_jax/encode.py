@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
@@ -67,11 +68,16 @@ def encode(argv: Sequence[str]) -> None:
     compiler.set_up()
     # Imported only here, so that a slip of the pen is answered at once.
     from mocosfl_jax.evaluation.features import extract, make_encode
-    from mocosfl_jax.training import checkpoint, experiment
+    from mocosfl_jax.models.forms import forms
+    from mocosfl_jax.parallel.mesh import one_device
+    from mocosfl_jax.training import checkpoint
+    from mocosfl_jax.training.build import build
 
-    # No step is trained, so that the schedule, which counts steps, does not matter.
-    _, algorithm = experiment.build(config, image_size=preprocessing.image_size, steps_per_epoch=1)
-    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init)
+    device = jax.devices()[0]
+    _, algorithm = build(
+        config, one_device(device), forms(device.platform), image_size=preprocessing.image_size
+    )
+    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init, device)
     encode_batch = partial(make_encode(algorithm, preprocessing.mean, preprocessing.std), state)
     read: list[Path] = []
     features: list[tuple[np.ndarray, ...]] = []

@@ -58,10 +58,14 @@ def evaluate(argv: Sequence[str]) -> None:
     # Imported only here, so that a slip of the pen is answered at once.
     from mocosfl_jax.evaluation import monitor
     from mocosfl_jax.evaluation.features import make_encode
+    from mocosfl_jax.parallel.mesh import one_device
     from mocosfl_jax.training import checkpoint, experiment, report
 
-    run = experiment.prepare(config)
-    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, run.algorithm.init)
+    device = jax.devices()[0]
+    run = experiment.prepare(config, one_device(device))
+    state, progress = checkpoint.restore(
+        folder / "checkpoints", values.checkpoint, run.algorithm.init, device
+    )
     epoch = progress.step / run.steps_per_epoch
     say(f"{folder}: checkpoint {progress.step:,}, epoch {epoch:g} of {run.config.total_epochs:,}")
     encode = make_encode(run.algorithm, run.dataset.mean, run.dataset.std)

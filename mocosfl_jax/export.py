@@ -47,16 +47,22 @@ def export(argv: Sequence[str]) -> None:
 
     compiler.set_up()
     # Imported only here, so that a slip of the pen is answered at once.
-    from mocosfl_jax.training import checkpoint, experiment
+    from mocosfl_jax.models.forms import forms
+    from mocosfl_jax.parallel.mesh import one_device
+    from mocosfl_jax.training import checkpoint
+    from mocosfl_jax.training.build import build, network_arguments
     from mocosfl_jax.weights import encoder_file
 
-    _, algorithm = experiment.build(config, image_size=preprocessing.image_size)
-    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init)
+    device = jax.devices()[0]
+    _, algorithm = build(
+        config, one_device(device), forms(device.platform), image_size=preprocessing.image_size
+    )
+    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init, device)
     client = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
     # FL-MoCo's clients have the whole network.
     client, server = client if config.algorithm == "flmoco" else (client, state.server.params)
     source = f"checkpoint {progress.step:,} of {folder}"
-    network = experiment.network(config, preprocessing.image_size)
+    network = network_arguments(config, preprocessing.image_size)
     metadata = encoder_file.Metadata(network, preprocessing.mean, preprocessing.std, source)
     encoder_file.export_encoder(out, client, server, metadata)
     say(f"{out}: {encoder_file.describe(client, server, metadata)}")

@@ -19,7 +19,7 @@ from absl import flags
 
 from mocosfl_jax import commandline, data
 from mocosfl_jax.commandline import say
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Resolved, resolve
 from mocosfl_jax.errors import UserError
 
 USAGE = "--client=FILE, --server=FILE, --config=FILE, --config.FIELD=VALUE, --out=FILE, --mean, --std, --help"
@@ -52,7 +52,7 @@ def import_official(argv: Sequence[str]) -> None:
         if name not in given:
             raise UserError(f"--{name} is missing; allowed: {USAGE}")
     out = commandline.output_file(values.out)
-    config = arguments.config.resolved()
+    config = resolve(arguments.config)
     mean, std = (_channels(name, values[name].value, config) for name in ("mean", "std"))
     image_size = config.data.image_size or data.SIZES.get(config.data.name, (None, None))[1]
     if image_size is None:
@@ -61,10 +61,10 @@ def import_official(argv: Sequence[str]) -> None:
         )
 
     # Imported only here, so that a slip of the pen is answered at once.
-    from mocosfl_jax.training import experiment
+    from mocosfl_jax.training.build import network_arguments
     from mocosfl_jax.weights import encoder_file, official, torch_file
 
-    network = experiment.network(config, image_size)
+    network = network_arguments(config, image_size)
     states = [torch_file.read_state_dict(Path(path)) for path in (values.client, values.server)]
     client, server = official.from_official(*states, **network)
     metadata = encoder_file.Metadata(network, mean, std, f"{values.client}, {values.server}")
@@ -72,7 +72,7 @@ def import_official(argv: Sequence[str]) -> None:
     say(f"{out}: {encoder_file.describe(client, server, metadata)}")
 
 
-def _channels(flag: str, given: list[str] | None, config: Config) -> tuple[float, ...]:
+def _channels(flag: str, given: list[str] | None, config: Resolved) -> tuple[float, ...]:
     """What the flag says, or the published numbers of the data set."""
     if given is None:
         if config.data.name not in data.PUBLISHED:

@@ -26,7 +26,7 @@ from absl import flags
 
 from mocosfl_jax import commandline
 from mocosfl_jax.commandline import fail, say
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Config, resolve
 from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
 from mocosfl_jax.runtime import compiler, hosts
 
@@ -55,28 +55,30 @@ def main(argv: list[str]) -> int:
     agreed = True  # on a mistake of the user's, by all processes
     try:
         # Imported only here, so that a slip of the pen is answered at once.
-        from mocosfl_jax.parallel import sharding
+        from mocosfl_jax.parallel import mesh as meshes
         from mocosfl_jax.runtime.environment import environment
-        from mocosfl_jax.training import experiment, loop, workdir
+        from mocosfl_jax.training import experiment, journal, loop, workdir
 
         speaks = hosts.first()
         tell = say if speaks else lambda line: None
         with hosts.together():
             if tensorboard:
                 require_tensorboard()
-            run = experiment.prepare(config, sharding.make_mesh(config.mesh))
+            resolved = resolve(config)
+            mesh = meshes.make_mesh(resolved.mesh, jax.devices())
+            run = experiment.prepare(resolved, mesh)
         with contextlib.ExitStack() as stack:
             changed: list[str] = []
             with hosts.together():
                 if speaks:
                     stack.enter_context(workdir.locked(folder))
-                    changed = workdir.claim(folder, run.config, environment())
+                    changed = workdir.claim(folder, resolved, environment(meshes.first_device(mesh)))
             if changed:
                 say(f"{folder}: the run began elsewhere, so its bits may differ: {'; '.join(changed)}")
             write_metrics = stack.enter_context(tensorboard_writer(folder, tensorboard and speaks))
             stop, received = stack.enter_context(stop_on_signals())
             agreed = False
-            finished = loop.train(run, stop, loop.Output(folder, tell, write_metrics, speaks))
+            finished = loop.train(run, stop, journal.Output(folder, tell, write_metrics, speaks))
     except UserError as error:
         return fail(2, error) if agreed else fail_alone(2, error)
     except hosts.ElsewhereError:

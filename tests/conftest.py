@@ -1,6 +1,7 @@
 """Options, fixtures, the toy network and the small run of the tests."""
 
 import atexit
+import functools
 import os
 import pathlib
 import shutil
@@ -20,8 +21,10 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import SplitModel
+from mocosfl_jax import Forms, SplitModel
 from mocosfl_jax.train import main
+from tests.support import algorithms
+from tests.support.algorithms import FORMS, Build
 from tests.support.small_run import arguments, write_images
 from tests.support.toy import IMAGE, make_toy_model
 
@@ -48,6 +51,18 @@ def x64() -> Iterator[None]:
 @pytest.fixture
 def toy_model() -> SplitModel:
     return make_toy_model()
+
+
+@pytest.fixture(params=FORMS)
+def forms(request: pytest.FixtureRequest) -> Forms:
+    """The forms of a CPU, and those of an accelerator."""
+    return FORMS[request.param]
+
+
+@pytest.fixture
+def build(forms: Forms) -> Build:
+    """MocoSFL on a network, in either of the forms."""
+    return functools.partial(algorithms.build, forms)
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ import pytest
 from jax import Array
 
 from mocosfl_jax.commandline import load_config
-from mocosfl_jax.config import Config, Data, Model, quickstart
-from mocosfl_jax.training import experiment
+from mocosfl_jax.config import Config, Data, Model, quickstart, resolve
+from tests.support.training import prepare
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")  # some differ in the data alone
 
@@ -60,7 +60,7 @@ def step_and_sync(name: str, generated: str) -> tuple[Callable[..., tuple[Array,
     config.data = Data(name="npz", dir=generated, image_size=32 if "vgg" in config.model.name else None)
     config.model = Model(name=config.model.name, cut_layer=config.model.cut_layer, width=width)
     config.moco.key_dim = 8
-    run = experiment.prepare(config)
+    run = prepare(config)
 
     def one_step(rng: Array, images: Array) -> tuple[Array, Any, Any]:
         start = run.algorithm.init(rng)
@@ -92,7 +92,7 @@ def test_one_step_of_every_config_is_finite(name: str, generated: str) -> None:
 
 @pytest.mark.parametrize("name, parameter", [(n, p) for n, ps in PARAMETERS.items() for p in ps])
 def test_every_parameter_resolves(name: str, parameter: str) -> None:
-    config = load(name, parameter).resolved()
+    config = resolve(load(name, parameter))
     if parameter.isdigit():
         assert config.clients.num == int(parameter)
     # The paper trains on 100 images a step and 200 passes over the data.

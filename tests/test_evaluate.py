@@ -6,6 +6,7 @@ import logging
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import make_encode
 from mocosfl_jax.training import checkpoint, experiment, workdir
 from tests.support.small_run import CLASSES, PER_CLASS
+from tests.support.training import single
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -199,8 +201,8 @@ def test_encoded_files_have_the_features_of_the_run(
     got = run_encode(run, pictures, "--checkpoint=12")
     labels = np.repeat(np.arange(CLASSES), PER_CLASS)
     assert got["files"].tolist() == [f"class{label}/{i:03}.png" for i, label in enumerate(labels)]
-    prepared = experiment.prepare(workdir.read_config(finished))
-    state, _ = checkpoint.restore(finished / "checkpoints", 12, prepared.algorithm.init)
+    prepared = experiment.prepare(workdir.read_config(finished), single())
+    state, _ = checkpoint.restore(finished / "checkpoints", 12, prepared.algorithm.init, jax.devices()[0])
     dataset = prepared.dataset
     features, _ = monitor.features(
         prepared.dataset, state, make_encode(prepared.algorithm, dataset.mean, dataset.std)

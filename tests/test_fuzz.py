@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mocosfl_jax import commandline, data, load_encoder
-from mocosfl_jax.config import Config, from_dict, quickstart
+from mocosfl_jax.config import Config, from_dict, quickstart, resolve
 from mocosfl_jax.data import cifar_files, stl10
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.training import workdir
@@ -141,7 +141,7 @@ def test_any_value_from_the_command_line(count: int) -> None:
 
     def parse(values: list[tuple[str, Any]]) -> None:
         argv = ["train", *(f"--config.{field}={value}" for field, value in values)]
-        outcomes.of(lambda: commandline.parse(argv, "").config.resolved())
+        outcomes.of(lambda: resolve(commandline.parse(argv, "").config))
 
     try_out(count, st.lists(st.tuples(st.sampled_from(FIELDS), PLAIN), min_size=1, max_size=3), parse)
     print(f"command line: {outcomes}")
@@ -155,7 +155,7 @@ def test_any_argument(count: int) -> None:
     words |= st.sampled_from(["--config", "--config=", "--workdir", "--noconfig.data", "--config.data", "--"])
 
     def parse(argv: list[str]) -> None:
-        outcomes.of(lambda: commandline.parse(["train", *argv], "").config.resolved())
+        outcomes.of(lambda: resolve(commandline.parse(["train", *argv], "").config))
 
     try_out(count, st.lists(words, max_size=3), parse)
     print(f"arguments: {outcomes}")
@@ -167,7 +167,7 @@ def test_any_value_in_a_configuration_file(count: int) -> None:
     outcomes = Outcomes()
 
     def read(values: list[tuple[str, Any]]) -> None:
-        config = quickstart().as_dict()
+        config = resolve(quickstart()).as_dict()
         changed = quickstart()
         for path, value in values:
             *parents, name = path.split(".")
@@ -177,7 +177,7 @@ def test_any_value_in_a_configuration_file(count: int) -> None:
             node[name] = value
             setattr(set_in, name, value)
         outcomes.of(lambda: from_dict(json.loads(json.dumps(config))))
-        outcomes.of(changed.resolved)
+        outcomes.of(lambda: resolve(changed))
 
     try_out(count, st.lists(st.tuples(st.sampled_from(FIELDS), JSON), min_size=1, max_size=3), read)
     print(f"configurations: {outcomes}")
@@ -187,12 +187,12 @@ def test_any_value_in_a_configuration_file(count: int) -> None:
 @trials(100, 20_000)
 def test_any_configuration_file(count: int, tmp_path: Path) -> None:
     outcomes = Outcomes()
-    whole = json.dumps(quickstart().as_dict()).encode()
+    whole = json.dumps(resolve(quickstart()).as_dict()).encode()
 
     def read(content: bytes) -> None:
         (tmp_path / "config.json").write_bytes(content)
         outcomes.of(lambda: workdir.read_config(tmp_path))
-        outcomes.of(lambda: workdir.claim(tmp_path, quickstart(), {}))
+        outcomes.of(lambda: workdir.claim(tmp_path, resolve(quickstart()), {}))
 
     anything = st.one_of(st.binary(max_size=50), JSON.map(lambda value: json.dumps(value).encode()))
     try_out(count, anything | DAMAGES.map(lambda changes: damaged(whole, changes)), read)

@@ -26,13 +26,14 @@ from mocosfl_jax.training import checkpoint, experiment, loop
 from mocosfl_jax.training.workdir import locked
 from tests.support.small_run import CLASSES, PER_CLASS, arguments, metrics
 from tests.support.toy import last_arrays
+from tests.support.training import prepare
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
 def final_state(argv: list[str]) -> list[np.ndarray]:
     config, workdir, *_ = parse(argv)
-    run = experiment.prepare(config)
+    run = prepare(config)
     like = jax.jit(run.algorithm.init)(jax.random.key(0))
     with checkpoint.open_manager(workdir / "checkpoints", keep=3) as manager:
         restored = checkpoint.restore_newest(manager, like)
@@ -69,7 +70,7 @@ def test_a_run_leaves_what_is_promised(finished: pathlib.Path) -> None:
     config = json.loads((finished / "config.json").read_text())
     assert config["clients"]["num"] == config["clients"]["cohort"] == 4
     assert config["seed"] == 1234
-    assert config["environment"] == environment()
+    assert config["environment"] == environment(jax.devices()[0])
     assert config["environment"]["jax"] == jax.__version__
     for name in ("curves.png", "partition.png"):
         with Image.open(finished / name) as picture:
@@ -99,7 +100,7 @@ def test_other_versions_are_told_and_other_ways_to_run_are_not(
     indifferent = [f"--config.{field}" for field in fields]
     assert main(arguments(images, workdir, *indifferent)) == 0
     told, *_ = capsys.readouterr().out.splitlines()
-    now = environment()
+    now = environment(jax.devices()[0])
     assert told == (
         f"{workdir}: the run began elsewhere, so its bits may differ: jax 0.9.9 there, {now['jax']} now; "
         f"commit unknown there, {now['commit']} now; device unknown there, {now['device']} now"

@@ -69,26 +69,6 @@ def put_back(pool: Stacked, members: Stacked, cohort: Array | None) -> Stacked:
     return jax.tree.map(lambda leaf, new: leaf.at[cohort].set(new, unique_indices=True), pool, members)
 
 
-def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of one client, for all as one batched operation."""
-    return jax.vmap(function)
-
-
-def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For client after client in a loop of the program: what one computes with stays in a CPU's cache.
-
-    A backward pass computes the forward pass of each client again: it takes no longer than to write what it
-    needs of all clients to memory and to read it again, and needs no such memory.
-    """
-    again = jax.checkpoint(function, prevent_cse=False)  # loops keep apart what is computed twice
-    return lambda *stacked: jax.lax.map(lambda client: again(*client), stacked)
-
-
-def over_clients(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The one of the two that is faster on the default backend."""
-    return one_by_one(function) if jax.default_backend() == "cpu" else at_once(function)
-
-
 def forward(
     cohort_model: CohortModel, state: ClientState, views: Views, momentum: float
 ) -> tuple[ClientState, SmashedData, Pullback]:

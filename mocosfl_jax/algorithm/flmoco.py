@@ -7,13 +7,14 @@ a queue of its own, and its images are its smashed data. All clients take their 
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
-from mocosfl_jax.algorithm import clients, moco, optim, server
+from mocosfl_jax.algorithm import clients, optim, server
 from mocosfl_jax.algorithm.clients import FEDAVG, ClientState, Sync
 from mocosfl_jax.algorithm.interface import Algorithm, StepInfo, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import Views
-from mocosfl_jax.algorithm.moco import MoCoQueue
+from mocosfl_jax.algorithm.moco import MoCoQueue, MomentumContrast, init_queues
 from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
 from mocosfl_jax.models import Features, SplitModel
 
@@ -22,13 +23,9 @@ def flmoco(
     model: SplitModel,
     *,
     num_clients: int,
+    moco: MomentumContrast = MomentumContrast(),
+    optimizer: optax.GradientTransformation = optim.SGD,
     lr: optim.Schedule | float = 0.06,
-    sgd_momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    queue_size: int = 6000,
-    temperature: float = 0.1,
-    momentum: float = 0.99,
-    symmetric: bool = True,
     sync: Sync = FEDAVG,
     placement: Placement = ONE_DEVICE,
 ) -> Algorithm:
@@ -38,21 +35,16 @@ def flmoco(
       model: the network; where it is cut does not matter, only both of its sides must be fit to be
         stacked (`split_model(..., stacked_server=True)`).
       num_clients: N, the client pool.
+      moco: of momentum contrast; every client has a queue of `queue_size` keys.
+      optimizer: of the clients, without learning rate.
       lr: learning rate, or a schedule over training steps.
-      sgd_momentum: of SGD.
-      weight_decay: of SGD, on every parameter.
-      queue_size: K of each client's queue.
-      temperature: T of InfoNCE.
-      momentum: tau of the momentum models.
-      symmetric: the symmetric loss of MoCo V2.
       sync: how the clients are averaged.
-      placement: of arrays on devices; of `sharding.make_placement` for more than one.
+      placement: of arrays on devices; of `parallel.exchange.make_placement` for more than one.
 
     Returns:
       The algorithm. Its TrainState has both sides of the network in `clients.params` and the queues,
       keys [N, K, D], in `server`. A step's loss and top1 are means over the clients.
     """
-    optimizer = optim.sgd(sgd_momentum, weight_decay)
 
     def project(params: tuple, images: Array) -> Array:
         return model.head(params[1], model.whole_backbone(params, images))
@@ -62,7 +54,7 @@ def flmoco(
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             clients=clients.init(model.init(rng_model), num_clients, optimizer),
-            server=moco.init_queues(rng_queues, num_clients, queue_size, model.key_dim),
+            server=init_queues(rng_queues, num_clients, moco.queue_size, model.key_dim),
         )
 
     def step(state: TrainState, views: Views, cohort: Array | None = None) -> tuple[TrainState, StepInfo]:
@@ -77,11 +69,9 @@ def flmoco(
                 project,
                 server.ServerState(member.params, member.key_params, member.opt_state, queue),
                 *views,
+                moco=moco,
                 optimizer=optimizer,
                 learning_rate=optim.rate(lr, state.step),
-                momentum=momentum,
-                temperature=temperature,
-                symmetric=symmetric,
             )
             member = ClientState(local.params, local.key_params, local.opt_state, member.scales)
             return member, local.queue, contrast

@@ -9,6 +9,24 @@ import numpy as np
 from jax import Array
 
 
+class MomentumContrast(NamedTuple):
+    """The settings of momentum contrast. The defaults are those of Li et al. 2023."""
+
+    queue_size: int = 6000  # K, at least the keys of a step
+    temperature: float = 0.1  # T of InfoNCE
+    momentum: float = 0.99  # tau of the momentum models, client-side and server-side
+    symmetric: bool = True  # the symmetric loss of MoCo V2: the key views are contrasted as queries too
+    # In place of it: clients run both models on both views, the loss is the mean over all 2 M B rows, and clients
+    # get gradients for both views (MonAcoSFL, Przewięźlikowski et al. 2024). MocoSFL only.
+    full_symmetric: bool = False
+    feature_sharing: bool = True  # one queue for all clients; else each has one of K // N keys. MocoSFL only
+
+    @property
+    def views(self) -> int:
+        """Views of an image that give keys in a step."""
+        return 2 if self.symmetric or self.full_symmetric else 1
+
+
 class MoCoQueue(NamedTuple):
     """A ring buffer of the K newest keys. Queues per client have a leading client axis."""
 
@@ -54,14 +72,14 @@ def similarities(queue: MoCoQueue, query: Array) -> Array:
     return jnp.matmul(query, queue.keys.T, precision=jax.lax.Precision.HIGHEST)
 
 
-class Memory(NamedTuple):
+class QueueAccess(NamedTuple):
     """How the rows of a batch meet the keys that are remembered."""
 
     similarities: Callable[[MoCoQueue, Array], Array]  # queue, queries [n, D] -> [n, K]
     enqueue: Callable[[MoCoQueue, Array], MoCoQueue]  # queue, keys [n, D] -> queue
 
 
-SHARED = Memory(similarities, enqueue)  # feature sharing: one queue for all clients
+SHARED = QueueAccess(similarities, enqueue)  # feature sharing: one queue for all clients
 
 
 def per_client(
@@ -70,7 +88,7 @@ def per_client(
     split: Callable[[Array], Array],
     merge: Callable[[Array], Array],
     real: np.ndarray,
-) -> Memory:
+) -> QueueAccess:
     """Feature sharing off: every client is contrasted with its own keys only.
 
     Args:
@@ -81,7 +99,7 @@ def per_client(
       real: [M, B] bool, which of these rows there are.
 
     Returns:
-      A memory on queues [N, K, D] with cursors [N].
+      Access to queues [N, K, D] with cursors [N].
     """
 
     def similarities_(queues: MoCoQueue, query: Array) -> Array:
@@ -90,7 +108,7 @@ def per_client(
     def enqueue_(queues: MoCoQueue, keys: Array) -> MoCoQueue:
         return put_back(queues, jax.vmap(enqueue)(select(queues), split(keys), jnp.asarray(real)))
 
-    return Memory(similarities_, enqueue_)
+    return QueueAccess(similarities_, enqueue_)
 
 
 def normalise(x: Array) -> Array:

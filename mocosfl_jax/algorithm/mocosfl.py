@@ -7,12 +7,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
-from mocosfl_jax.algorithm import clients, concatenation, moco, optim, server
+from mocosfl_jax.algorithm import clients, concatenation, optim, server
 from mocosfl_jax.algorithm.clients import FEDAVG, Sync
 from mocosfl_jax.algorithm.interface import Algorithm, StepInfo, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData, Views
+from mocosfl_jax.algorithm.moco import MomentumContrast, QueueAccess, init_queue, init_queues, per_client
 from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
 from mocosfl_jax.models import Features, SplitModel
 
@@ -22,16 +24,10 @@ def mocosfl(
     *,
     num_clients: int,
     batch_sizes: Sequence[int] | None = None,
+    moco: MomentumContrast = MomentumContrast(),
+    optimizer: optax.GradientTransformation = optim.SGD,
     server_lr: optim.Schedule | float = 0.06,
     client_lr: optim.Schedule | float = 0.06,
-    sgd_momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    queue_size: int = 6000,
-    temperature: float = 0.1,
-    momentum: float = 0.99,
-    symmetric: bool = True,
-    full_symmetric: bool = False,
-    feature_sharing: bool = True,
     sync: Sync = FEDAVG,
     placement: Placement = ONE_DEVICE,
 ) -> Algorithm:
@@ -42,20 +38,13 @@ def mocosfl(
       num_clients: N, the client pool.
       batch_sizes: images of each place in the cohort [M], where clients differ; views are then padded to
         the largest. None: all rows of the views are images.
+      moco: of momentum contrast, on both sides of the cut.
+      optimizer: of both sides, without learning rate; element-wise, so that it applies to stacked clients.
       server_lr: learning rate of the server-side model, or a schedule over training steps.
       client_lr: the same for the client-side models. The number 0 freezes them: they get no gradients and
         are not synchronized.
-      sgd_momentum: of SGD.
-      weight_decay: of SGD, on every parameter.
-      queue_size: K, at least the keys of a step.
-      temperature: T of InfoNCE.
-      momentum: tau of the momentum models, client-side and server-side.
-      symmetric: the symmetric loss of MoCo V2.
-      full_symmetric: instead, clients run both models on both views, the loss is the mean over all 2 M B
-        rows, and clients get gradients for both views (MonAcoSFL, Przewięźlikowski et al. 2024).
-      feature_sharing: one queue for all clients; else each has one of K // N keys.
       sync: how the clients are averaged.
-      placement: of arrays on devices; of `sharding.make_placement` for more than one.
+      placement: of arrays on devices; of `parallel.exchange.make_placement` for more than one.
 
     Returns:
       The algorithm as functions.
@@ -63,21 +52,20 @@ def mocosfl(
     Raises:
       ValueError: if queues per client would hold no key.
     """
-    optimizer = optim.sgd(sgd_momentum, weight_decay)
     real = None if batch_sizes is None else concatenation.real_rows(batch_sizes)
-    if full_symmetric and real is not None:
+    if moco.full_symmetric and real is not None:
         real = np.concatenate([real, real], axis=1)
     frozen = isinstance(client_lr, float | int) and client_lr == 0
-    if not feature_sharing and queue_size < num_clients:
-        raise ValueError(f"{num_clients} queues cannot be made of {queue_size} keys")
+    if not moco.feature_sharing and moco.queue_size < num_clients:
+        raise ValueError(f"{num_clients} queues cannot be made of {moco.queue_size} keys")
 
     def init(rng: Array) -> TrainState:
         rng_model, rng_queue = jax.random.split(rng)
         client_params, server_params = model.init(rng_model)
-        if feature_sharing:
-            queue = moco.init_queue(rng_queue, queue_size, model.key_dim)
+        if moco.feature_sharing:
+            queue = init_queue(rng_queue, moco.queue_size, model.key_dim)
         else:
-            queue = moco.init_queues(rng_queue, num_clients, queue_size // num_clients, model.key_dim)
+            queue = init_queues(rng_queue, num_clients, moco.queue_size // num_clients, model.key_dim)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             clients=clients.init(client_params, num_clients, optimizer),
@@ -89,12 +77,12 @@ def mocosfl(
     ) -> tuple[TrainState, StepInfo]:
         chex.assert_equal_shape(views)
         chex.assert_axis_dimension(views.query, 0, num_clients if cohort is None else len(cohort))
-        if full_symmetric:
+        if moco.full_symmetric:
             views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
         shape = (views.query.shape[0], views.query.shape[1])
         members = placement.select(state.clients, cohort)
         members, smashed, pullback = clients.forward(
-            placement.over_clients(model.client), members, views, momentum
+            placement.over_clients(model.client), members, views, moco.momentum
         )
 
         merged = SmashedData(*(placement.merge(x, real) for x in smashed))  # vector concatenation
@@ -125,16 +113,14 @@ def mocosfl(
             project,
             state.server,
             *merged,
+            moco=moco,
             optimizer=optimizer,
             learning_rate=optim.rate(server_lr, state.step),
-            momentum=momentum,
-            temperature=temperature,
-            symmetric=symmetric and not full_symmetric,
-            memory=placement.shared if feature_sharing else own_queues(cohort, shape),
+            queue_access=placement.shared if moco.feature_sharing else own_queues(cohort, shape),
         )
 
-    def own_queues(cohort: Array | None, shape: tuple[int, int]) -> moco.Memory:
-        return moco.per_client(
+    def own_queues(cohort: Array | None, shape: tuple[int, int]) -> QueueAccess:
+        return per_client(
             select=lambda queues: placement.select(queues, cohort),
             put_back=lambda queues, new: placement.put_back(queues, new, cohort),
             split=lambda batch: placement.split(batch, shape, real),

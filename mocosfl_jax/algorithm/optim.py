@@ -21,6 +21,9 @@ def sgd(momentum: float = 0.9, weight_decay: float = 5e-4) -> optax.GradientTran
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(decay=momentum))
 
 
+SGD = sgd()
+
+
 def rate(learning_rate: Schedule | float, step: Array) -> Array:
     """The learning rate at training step `step` [], of a schedule or of a constant."""
     return learning_rate(step) if callable(learning_rate) else jnp.asarray(learning_rate)

@@ -8,8 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mocosfl_jax.algorithm import moco, optim
-from mocosfl_jax.algorithm.moco import Memory, MoCoQueue
+from mocosfl_jax.algorithm import optim
+from mocosfl_jax.algorithm.moco import (
+    SHARED,
+    MoCoQueue,
+    MomentumContrast,
+    QueueAccess,
+    info_nce,
+    momentum_update,
+    normalise,
+)
 
 # Params, smashed data of some views [views, n, h, w, c], each a batch of its own -> projections [views, n, D]
 Projection = Callable[[Any, Array], Array]
@@ -40,12 +48,10 @@ def step(
     smashed_query: Array,
     smashed_key: Array,
     *,
+    moco: MomentumContrast,
     optimizer: optax.GradientTransformation,
     learning_rate: Array,
-    momentum: float,
-    temperature: float,
-    symmetric: bool,
-    memory: Memory = moco.SHARED,
+    queue_access: QueueAccess = SHARED,
 ) -> tuple[ServerState, Array, Contrast]:
     """One step of MoCo on the concatenated smashed data of the cohort.
 
@@ -54,28 +60,29 @@ def step(
       state: server state.
       smashed_query: [n, h, w, c], n = M * B, client by client.
       smashed_key: the same shape; a constant, also where it is used as a query.
+      moco: of momentum contrast. If symmetric, the key views are contrasted as queries too and both sets of
+        keys are enqueued; under the full symmetric loss the rows already have both views.
       optimizer: without learning rate, as `optim.sgd`.
       learning_rate: [].
-      momentum: tau of the momentum model, which is updated before any forward pass.
-      temperature: T of InfoNCE.
-      symmetric: also contrast the key views as queries, and enqueue both sets of keys.
-      memory: how rows meet the queue: one for all clients, or one for each.
+      queue_access: how rows meet the queue: one for all clients, or one for each.
 
     Returns:
       The new state, the gradient of the loss by `smashed_query`, and the contrast.
     """
-    key_params = moco.momentum_update(state.key_params, state.params, momentum)
+    symmetric = moco.symmetric and not moco.full_symmetric
+    # The momentum model is updated before any forward pass.
+    key_params = momentum_update(state.key_params, state.params, moco.momentum)
 
     def embed(params: Any, *views: Array) -> Array:
         """Unit rows [views, n, D]."""
-        return moco.normalise(project(params, jnp.stack(views)))
+        return normalise(project(params, jnp.stack(views)))
 
     keys = embed(key_params, *([smashed_query] if symmetric else []), smashed_key)
 
     def loss_fn(params: Any, smashed_query: Array) -> tuple[Array, Contrast]:
         queries = embed(params, smashed_query, *([smashed_key] if symmetric else []))
         directions = [
-            moco.info_nce(query, key, memory.similarities(state.queue, query), temperature)
+            info_nce(query, key, queue_access.similarities(state.queue, query), moco.temperature)
             for query, key in zip(queries, keys[::-1], strict=True)  # q1 with k2, q2 with k1
         ]
         loss = sum((loss for loss, _ in directions), jnp.zeros(()))
@@ -87,5 +94,5 @@ def step(
     params, opt_state = optim.descend(optimizer, grads, state.opt_state, state.params, learning_rate)
     queue = state.queue  # the loss has used it as it was
     for keys_of_view in keys:
-        queue = memory.enqueue(queue, keys_of_view)
+        queue = queue_access.enqueue(queue, keys_of_view)
     return ServerState(params, key_params, opt_state, queue), smashed_grad, contrast

@@ -16,6 +16,7 @@ from absl import flags
 
 from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
+from mocosfl_jax.config import resolve
 from mocosfl_jax.costs.accounting import Costs, Span, from_config
 
 USAGE = "--config=FILE, --config.FIELD=VALUE, --images=NUMBER, --image_size=PIXELS, --json, --help"
@@ -107,7 +108,7 @@ def print_costs(argv: Sequence[str]) -> None:
         flags.DEFINE_bool("json", False, "Print JSON.", flag_values=values)
 
     config, _, values = commandline.parse(argv, USAGE, define)
-    result = from_config(config.resolved(), values.images, values.image_size)
+    result = from_config(resolve(config), values.images, values.image_size)
     say(json.dumps(as_dict(result), indent=2) if values.json else table(result))
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mocosfl_jax import data
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Resolved
 from mocosfl_jax.costs.flops import (
     backward_flops,
     forward_flops,
@@ -16,8 +16,8 @@ from mocosfl_jax.costs.flops import (
     size_in_bytes,
 )
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.models import SplitModel, convolution
-from mocosfl_jax.training.experiment import build_model
+from mocosfl_jax.models import SplitModel
+from mocosfl_jax.training.build import build_model
 
 
 class Plan(NamedTuple):
@@ -280,11 +280,11 @@ def costs(model: SplitModel, plan: Plan) -> Costs:
     )
 
 
-def from_config(config: Config, images: int | None = None, image_size: int | None = None) -> Costs:
+def from_config(config: Resolved, images: int | None = None, image_size: int | None = None) -> Costs:
     """What the run of a configuration costs.
 
     Args:
-      config: resolved.
+      config: of the run.
       images: of the training set; None: as known for config.data.name.
       image_size: pixels a side; None: as known. config.data.image_size goes before both.
 
@@ -292,8 +292,6 @@ def from_config(config: Config, images: int | None = None, image_size: int | Non
       UserError: if the size of the data is not known, or the clients or the model do not fit it.
     """
     clients, moco = config.clients, config.moco
-    assert clients.cohort is not None and clients.batch_size is not None
-    assert config.sync.frequency is not None and moco.symmetric is not None
     for field, value, allowed in (
         ("algorithm", config.algorithm, "mocosfl"),
         ("clients.rich", clients.rich, 0),
@@ -316,7 +314,7 @@ def from_config(config: Config, images: int | None = None, image_size: int | Non
             f"config.clients.num: found {clients.num}, allowed: 1 to {most} "
             f"(a batch of {clients.batch_size} each of {images} images)"
         )
-    model = build_model(config, image_size, convolution.PLAIN)  # whatever a backend saves
+    model = build_model(config, image_size)  # in the plain forms, whatever a platform saves
     steps = math.ceil(images / (clients.num * clients.batch_size))
     plan = Plan(
         image_size=image_size,

@@ -40,8 +40,8 @@ class Residence(NamedTuple):
     why: str
 
 
-def residence(resident: bool | None, size: int) -> Residence:
-    """Where a training set of `size` bytes is to be; `resident` says so unless it is None.
+def residence(resident: bool | None, size: int, device: jax.Device) -> Residence:
+    """Where a training set of `size` bytes is to be on `device`; `resident` says so unless it is None.
 
     Raises:
       UserError: if several processes are to have it whole.
@@ -55,7 +55,7 @@ def residence(resident: bool | None, size: int) -> Residence:
         return Residence(False, "each process loads those of its own clients")
     if resident is not None:
         return Residence(resident, f"config.data.resident is {resident}")
-    stats = jax.local_devices()[0].memory_stats() or {}
+    stats = device.memory_stats() or {}
     if limit := stats.get("bytes_limit"):
         most = RESIDENT_SHARE * limit
         bound = f"{RESIDENT_SHARE:.0%} of the device's memory"
@@ -79,10 +79,10 @@ def pieces(steps: range, size: int) -> Iterator[range]:
         first += length
 
 
-def resident(images: Array, indices: Indices, piece_steps: int, place: Sharding | None = None) -> Feed:
+def resident(images: Array, indices: Indices, piece_steps: int, place: Sharding) -> Feed:
     """A feed from the whole set [n, H, W, 3] uint8 on the device.
 
-    `place` is where the pieces go, on several devices.
+    `place` is where the pieces go.
     """
     gather = jax.jit(lambda images, indices: images[indices], out_shardings=place)
     indices = lru_cache(1)(indices)
@@ -94,16 +94,16 @@ def resident(images: Array, indices: Indices, piece_steps: int, place: Sharding 
     return feed
 
 
-def _here(shape: tuple[int, ...], place: Sharding | None) -> dict[Any, Any]:
-    """Which part of an array [s, M, B] each device of this process gets; None: the only device."""
-    return {None: ...} if place is None else dict(place.addressable_devices_indices_map(shape))
+def _here(shape: tuple[int, ...], place: Sharding) -> dict[Any, Any]:
+    """Which part of an array [s, M, B] each device of this process gets."""
+    return dict(place.addressable_devices_indices_map(shape))
 
 
 def streamed(
     images: Images,
     indices: Indices,
     piece_steps: int,
-    place: Sharding | None = None,
+    place: Sharding,
     *,
     epochs: int,
     steps_per_epoch: int,
@@ -118,7 +118,7 @@ def streamed(
       images: [n, H, W, 3] uint8, in memory or on disk.
       indices: of the images of an epoch.
       piece_steps: steps of a piece, as in `pieces`.
-      place: where the pieces go, on several devices; None: the device.
+      place: where the pieces go.
       epochs: of the run, with those that are behind it.
       steps_per_epoch: S.
       steps_per_round: rounds are cut into pieces one by one; the last of an epoch may be shorter.
@@ -137,8 +137,6 @@ def streamed(
         return [images[rows[part]] for part in _here(rows.shape, place).values()]
 
     def put(parts: list[np.ndarray], steps: int) -> Array:
-        if place is None:
-            return jax.device_put(parts[0])
         shape = (steps, *indices(0).shape[1:], *images.shape[1:])
         devices = _here(shape[:3], place)
         pieces = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]

@@ -1,5 +1,6 @@
 """Networks that can be cut in two. The only folder that imports flax."""
 
+from mocosfl_jax.models.forms import Forms
 from mocosfl_jax.models.split import Features, SplitModel, check_model, split_model
 
-__all__ = ["Features", "SplitModel", "check_model", "split_model"]
+__all__ = ["Features", "Forms", "SplitModel", "check_model", "split_model"]

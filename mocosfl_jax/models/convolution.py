@@ -1,6 +1,6 @@
 """Convolutions, each in the forms that different backends compute fast; every form gives the same numbers.
 
-Images are NHWC, kernels HWIO, padding is by zeros on every side. `lowering` says which form is used where;
+Images are NHWC, kernels HWIO, padding is by zeros on every side. `forms.forms` says which form is used where;
 `direct_conv` is the plain one, against which the others are tested.
 """
 
@@ -25,11 +25,6 @@ class Lowering(NamedTuple):
 
     single: Convolution  # one model on a batch: the server
     stacked: Convolution  # one of many models, each with its kernel, in a loop or under `vmap`: the clients
-
-
-def lowering(backend: str) -> Lowering:
-    """What is fast on a backend, as `jax.default_backend()` names it."""
-    return Lowering(cpu_conv, matmul_conv) if backend == "cpu" else PLAIN
 
 
 def direct_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:

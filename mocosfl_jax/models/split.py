@@ -12,7 +12,7 @@ from jax import Array
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import mobilenetv2, resnet, vgg
 from mocosfl_jax.models.bottleneck import ClientBottleneck, ServerBottleneck, read_bottleneck
-from mocosfl_jax.models.convolution import Lowering, lowering
+from mocosfl_jax.models.forms import ACCELERATOR, Forms
 from mocosfl_jax.models.layers import HEADS, NORMS, Layer, Options, ProjectionHead
 
 Params = Any  # a tree of arrays
@@ -187,7 +187,7 @@ def split_model(
     norm: str = "group",
     compute_dtype: str = "float32",
     stacked_server: bool = False,
-    convolutions: Lowering | None = None,
+    forms: Forms = ACCELERATOR,
 ) -> SplitModel:
     """A network cut after its first `cut_layer` layers.
 
@@ -216,7 +216,7 @@ def split_model(
         projection head stay float32. (Where JAX's float64 is on, "float32" computes in that.) A CPU gains
         nothing: its bfloat16 convolutions can be slower.
       stacked_server: the server too is to be vmapped over stacked parameters, as clients are.
-      convolutions: the form that they take; None: what is fast on JAX's default backend.
+      forms: of the platform on which the model will run, see `forms.forms`; the numbers are the same in all.
 
     Raises:
       UserError: if a value is not possible; the message says what is.
@@ -242,7 +242,7 @@ def split_model(
     is_deep = name in resnet.DEPTHS and resnet.DEPTHS[name][1]
     mlp_dim = key_dim * (resnet.BOTTLENECK_EXPANSION if is_deep else 1)
     hidden_dim = {"linear": None, "mlp": mlp_dim, "mlp_bn": 2 * key_dim}[head]
-    single, stacked = convolutions or lowering(jax.default_backend())
+    single, stacked = forms.convolutions
     dtype = COMPUTE_DTYPES[compute_dtype]
     client = _Client(
         tuple(client_layers),

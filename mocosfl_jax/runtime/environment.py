@@ -16,14 +16,14 @@ _GIT_SECONDS = 10  # a folder on a slow disk is not worth more
 Environment = Mapping[str, str | None]  # name -> version; None: not known
 
 
-def environment() -> dict[str, str | None]:
-    """Versions of Python and of the packages that compute, our own commit, and the kind of device."""
+def environment(device: jax.Device) -> dict[str, str | None]:
+    """Versions of Python and of the packages that compute, our own commit, and the kind of `device`."""
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "mocosfl_jax": _version(_DISTRIBUTION),
         "commit": commit(Path(__file__).parents[1]),
-        "device": jax.devices()[0].device_kind,
+        "device": device.device_kind,
     }
 
 

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.runtime.stderr_filter import filter_stderr
 
 # Seconds. A process that has not been heard of for so long is taken for dead, and the others end.
 HEARTBEAT = 60
@@ -84,12 +84,12 @@ def join(where: Address | None) -> None:
     if where is None:
         if _detected_processes() == 1:
             return
-        _filter_stderr()
+        filter_stderr(*_messages())
         arguments: dict[str, Any] = {}
     elif where.num_processes == 1:
         return
     else:
-        _filter_stderr()
+        filter_stderr(*_messages())
         arguments = {
             "coordinator_address": where.coordinator,
             "num_processes": where.num_processes,
@@ -109,6 +109,14 @@ def join(where: Address | None) -> None:
     if not first():
         name = f"process {jax.process_index()} of {jax.process_count()}"
         print(f"{name}: process 0 tells how the run goes", file=sys.stderr, flush=True)
+
+
+def _messages() -> tuple[str, str]:
+    """What `filter_stderr` writes in place of what XLA writes of a lost process, and of one that did not come."""
+    return (
+        f"error: {LOST}; {AGAIN}\n",
+        f"error: the processes of the run did not meet within {MEETING} s\n",
+    )
 
 
 @contextlib.contextmanager
@@ -235,44 +243,3 @@ def _leave(status: int, message: str | None) -> NoReturn:
     if message is not None:
         os.write(2, f"error: {' '.join(message.split())[:2000]}\n".encode())
     os._exit(status)
-
-
-# When a process of the run dies, XLA ends the others from C++, with a stack trace that Python can neither
-# catch nor prevent. What C++ writes passes through a process that says it in one line, once, and leaves out
-# what the coordination service has to say besides.
-_FILTER = """
-import re, signal, sys
-for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(each, signal.SIG_IGN)
-lost, meeting, err = sys.argv[1].encode(), sys.argv[2].encode(), sys.stderr.buffer
-told = quiet = ended = False
-for line in sys.stdin.buffer:
-    fatal = b"Terminating process because the JAX distributed service" in line
-    ours = line.startswith(b"error: ")
-    ended = ended or fatal
-    if re.match(rb"[IWEF][0-9]{4} ", line):  # a message begins, and may have more lines
-        quiet = b"coordination_service" in line or b"preemption_sync_manager.cc" in line
-    if fatal or ours:
-        if not told:
-            err.write(line if ours else meeting if b"RegisterTask" in line or b"DEADLINE" in line else lost)
-        told = True
-    elif not (quiet or ended):
-        err.write(line)
-    err.flush()
-"""
-
-
-def _filter_stderr() -> None:
-    """Have what C++ writes to stderr pass through `_FILTER`; Python goes on to write there itself."""
-    sys.stderr.flush()
-    messages = (
-        f"error: {LOST}; {AGAIN}\n",
-        f"error: the processes of the run did not meet within {MEETING} s\n",
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", _FILTER, *messages], stdin=subprocess.PIPE, start_new_session=True
-    )
-    assert child.stdin is not None
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    os.dup2(child.stdin.fileno(), 2)
-    child.stdin.close()

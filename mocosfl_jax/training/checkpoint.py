@@ -225,7 +225,7 @@ def _free(path: Path) -> Path:
 
 
 def restore(
-    folder: Path, step: int | None, init: Callable[[Array], TrainState]
+    folder: Path, step: int | None, init: Callable[[Array], TrainState], device: jax.Device
 ) -> tuple[TrainState, Progress]:
     """One checkpoint, to look at: nothing in `folder` changes, and a training there may go on.
 
@@ -233,9 +233,10 @@ def restore(
       folder: of the checkpoints.
       step: whose checkpoint; None: the newest that can be read, with a warning of damaged newer ones.
       init: of the algorithm; it is not run, its state has the shapes and dtypes.
+      device: where the state goes.
 
     Returns:
-      State, on the first device, and progress.
+      State and progress.
 
     Raises:
       UserError: if there is no such checkpoint, it cannot be read, or it is of another network.
@@ -245,9 +246,9 @@ def restore(
         raise UserError(f"{folder}: found no checkpoint")
     if step is not None and step not in steps:
         raise UserError(f"--checkpoint: found {step}, allowed: {', '.join(map(str, steps))}")
-    device = SingleDeviceSharding(jax.devices()[0])
+    place = SingleDeviceSharding(device)
     like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(init, jax.random.key(0)),
     )
     with _manager_alone(folder) as manager:

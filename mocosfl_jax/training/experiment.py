@@ -1,35 +1,33 @@
-"""An experiment made ready: data read, dealt to the clients, algorithm built."""
+"""An experiment made ready: data read and dealt to the clients, algorithm built."""
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from mocosfl_jax import data
-from mocosfl_jax.algorithm import optim
-from mocosfl_jax.algorithm.clients import Sync
-from mocosfl_jax.algorithm.flmoco import flmoco
 from mocosfl_jax.algorithm.interface import Algorithm
-from mocosfl_jax.algorithm.mocosfl import mocosfl
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Resolved
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.feed import augment, batches, partition
 from mocosfl_jax.feed.partition import Rich
-from mocosfl_jax.models import SplitModel, check_model, split_model
-from mocosfl_jax.models.convolution import Lowering
-from mocosfl_jax.parallel import sharding
+from mocosfl_jax.models import SplitModel, check_model
+from mocosfl_jax.models import forms as platforms
+from mocosfl_jax.models.forms import Forms
+from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.training import saving
+from mocosfl_jax.training.build import build
 from mocosfl_jax.training.rounds import MakeViews
 
 
 class Run(NamedTuple):
     """What does not change while a run trains."""
 
-    config: Config  # resolved
+    config: Resolved
     dataset: data.Dataset
     residence: batches.Residence  # of the training images
     parts: list[np.ndarray]  # indices of each client's images
@@ -42,7 +40,8 @@ class Run(NamedTuple):
     images_per_step: int
     steps_per_epoch: int
     steps_per_round: int  # a round ends with a synchronization
-    mesh: Mesh | None = None  # over which the states of `algorithm` are placed; None: one device
+    mesh: Mesh  # over which the states of `algorithm` are placed
+    forms: Forms  # of the platform
 
     @property
     def total_steps(self) -> int:
@@ -85,46 +84,23 @@ class Run(NamedTuple):
         )
 
 
-def prepare(config: Config, mesh: Mesh | None = None) -> Run:
+def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
     """Read the data, deal it to the clients and build the algorithm. Nothing is compiled.
 
     Args:
-      config: not resolved yet, or already.
-      mesh: of `sharding.make_mesh`, for training on it. The sizes in `config.mesh` are not looked at, since
-        a run goes on, and is evaluated, on any number of devices.
+      config: what to run. The sizes in `config.mesh` are not looked at, since a run goes on, and is evaluated, on
+        any number of devices.
+      mesh: to train on.
+      forms: of the program; None: the fast ones on the mesh's platform.
 
     Raises:
       UserError: for whatever in the configuration or the data cannot be.
     """
-    config = config.resolved()
-    pool, moco = config.clients, config.moco
-    assert pool.cohort is not None and pool.batch_size is not None and config.sync.frequency is not None
-    assert moco.augmentation is not None and moco.head is not None
-    check_model(
-        config.model.name,
-        cut_layer=config.model.cut_layer,
-        width=config.model.width,
-        stem_stride=config.model.stem_stride,
-        bottleneck=config.model.bottleneck,
-        norm=config.model.norm,
-        compute_dtype=config.model.compute_dtype,
-        head=moco.head,
-    )
-    if config.algorithm == "mocosfl" and moco.feature_sharing:
-        sharding.check_queue(mesh, moco.queue_size)
-    rich = None
-    if pool.rich:
-        rich = Rich(max(1, round(pool.rich * pool.num)), pool.rich_data, pool.rich_batch)
-    batch_sizes = partition.batch_sizes(pool.num, pool.batch_size, rich)
-    dataset = data.load(
-        config.data.name, config.data.dir, config.data.image_size, max_broken=config.data.max_broken
-    )
-    residence = batches.residence(config.data.resident, math.prod(dataset.x_train.shape))
-    if residence.resident:
-        dataset = data.in_memory(dataset)
-    height, width = dataset.x_train.shape[1:3]
-    if height != width:
-        raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
+    forms = forms or platforms.forms(meshes.platform(mesh))
+    _check_before_data(config, mesh)
+    pool = config.clients
+    rich = Rich(max(1, round(pool.rich * pool.num)), pool.rich_data, pool.rich_batch) if pool.rich else None
+    dataset, residence = _load(config, mesh)
     parts = partition.partition(
         dataset.y_train,
         num_clients=pool.num,
@@ -134,27 +110,26 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Run:
         seed=config.seed,
         rich=rich,
     )
-    steps = pool.local_epochs * partition.steps_per_epoch(parts, batch_sizes)
+    batch_sizes = partition.batch_sizes(pool.num, pool.batch_size, rich)
     # The batch sizes of every cohort: the rich come first, and there are always as many of them.
     places = batch_sizes[partition.sample_cohort(pool.num, pool.cohort, seed=config.seed, epoch=0, rich=rich)]
-    keys = int(places.sum()) * (2 if moco.symmetric or moco.full_symmetric else 1)
-    if rich and moco.feature_sharing and moco.queue_size < keys:
-        raise UserError(
-            f"config.moco.queue_size: found {moco.queue_size}, allowed: {keys} or more (the keys of one step)"
-        )
+    _check_queue(config, places, rich)
+    steps = pool.local_epochs * partition.steps_per_epoch(parts, batch_sizes)
+    size = dataset.x_train.shape[1]
     model, algorithm = build(
         config,
-        image_size=height,
+        mesh,
+        forms,
+        image_size=size,
         steps_per_epoch=steps,
         batch_sizes=places.tolist() if rich else None,
         images=[len(part) for part in parts],
-        mesh=mesh,
     )
     make_views = partial(
         augment.two_views,
-        size=height,
-        version=moco.augmentation,
-        min_crop_scale=moco.min_crop_scale,
+        size=size,
+        version=config.moco.augmentation,
+        min_crop_scale=config.moco.min_crop_scale,
         mean=dataset.mean,
         std=dataset.std,
     )
@@ -173,120 +148,66 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Run:
         steps_per_epoch=steps,
         steps_per_round=max(1, steps // config.sync.frequency),
         mesh=mesh,
+        forms=forms,
     )
-    if config.saving.loss_threshold:
-        if hosts.several():
-            raise UserError(
-                f"config.saving.loss_threshold: found {config.saving.loss_threshold:g}, allowed: 0 with "
-                "several processes"
-            )
-        needed, limit = saving.gibibytes(run.replay), config.saving.replay_gib
-        if needed > limit:
-            raise UserError(
-                f"config.saving.replay_gib: found {limit:g}, allowed: {needed:.3g} or more "
-                "(the smashed data of one epoch)"
-            )
+    _check_saving(run)
     return run
 
 
-def build(
-    config: Config,
-    *,
-    image_size: int,
-    steps_per_epoch: int = 1,
-    batch_sizes: list[int] | None = None,
-    images: list[int] | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[SplitModel, Algorithm]:
-    """The network and the algorithm of a resolved configuration, without its data.
-
-    Args:
-      config: resolved.
-      image_size: pixels a side.
-      steps_per_epoch: for the schedules; does not matter where nothing is trained.
-      batch_sizes: [M], of each place in the cohort; None: all are alike, or nothing is trained.
-      images: [N], of each client, for weighted averages; None: nothing is trained.
-      mesh: over which the algorithm's states are placed; None: on one device.
-    """
-    placement = sharding.make_placement(mesh)
-    model = build_model(config, image_size)
-    moco, optimizer, sync = config.moco, config.optim, config.sync
-    assert moco.symmetric is not None and optimizer.schedule is not None
-    assert optimizer.client_lr is not None and optimizer.client_schedule is not None
-    epochs = config.total_epochs
-    client_schedule, steps_per_decay = optimizer.client_schedule, steps_per_epoch
-    if client_schedule == "official_per_step":
-        client_schedule, steps_per_decay = optimizer.schedule, 1
-    client_lr: optim.Schedule | float = optim.schedule(
-        client_schedule, optimizer.client_lr, epochs=epochs, steps_per_epoch=steps_per_decay, decay=0.2
+def _check_before_data(config: Resolved, mesh: Mesh) -> None:
+    """Raise UserError for a network or a queue that cannot be, before the data is read."""
+    check_model(
+        config.model.name,
+        cut_layer=config.model.cut_layer,
+        width=config.model.width,
+        stem_stride=config.model.stem_stride,
+        bottleneck=config.model.bottleneck,
+        norm=config.model.norm,
+        compute_dtype=config.model.compute_dtype,
+        head=config.moco.head,
     )
-    if optimizer.client_lr == 0:
-        client_lr = 0.0  # frozen, which no schedule can say
-    weights = np.array(images, np.float32) if sync.weighted else None
-    how = Sync(weights, sync.momentum_models, sync.buffers, sync.divergence_lambda)
-    if config.algorithm == "flmoco":
-        algorithm = flmoco(
-            model,
-            num_clients=config.clients.num,
-            lr=client_lr,
-            sgd_momentum=optimizer.momentum,
-            weight_decay=optimizer.weight_decay,
-            queue_size=moco.queue_size,
-            temperature=moco.temperature,
-            momentum=moco.momentum,
-            symmetric=moco.symmetric,
-            sync=how,
-            placement=placement,
-        )
-    else:
-        algorithm = mocosfl(
-            model,
-            num_clients=config.clients.num,
-            batch_sizes=batch_sizes,
-            server_lr=optim.schedule(
-                optimizer.schedule, optimizer.server_lr, epochs=epochs, steps_per_epoch=steps_per_epoch
-            ),
-            client_lr=client_lr,
-            sgd_momentum=optimizer.momentum,
-            weight_decay=optimizer.weight_decay,
-            queue_size=moco.queue_size,
-            temperature=moco.temperature,
-            momentum=moco.momentum,
-            symmetric=moco.symmetric,
-            full_symmetric=moco.full_symmetric,
-            feature_sharing=moco.feature_sharing,
-            sync=how,
-            placement=placement,
-        )
-    return model, sharding.distribute(algorithm, mesh, config.clients.num)
+    if config.algorithm == "mocosfl" and config.moco.feature_sharing:
+        meshes.check_queue(mesh, config.moco.queue_size)
 
 
-def network(config: Config, image_size: int) -> dict[str, Any]:
-    """The arguments of `split_model` that describe the network of a resolved configuration."""
-    model, moco = config.model, config.moco
-    assert moco.key_dim is not None and moco.head is not None
-    return {
-        "name": model.name,
-        "cut_layer": model.cut_layer,
-        "width": model.width,
-        "image_size": image_size,
-        "stem_stride": model.stem_stride,
-        "key_dim": moco.key_dim,
-        "head": moco.head,
-        "bottleneck": model.bottleneck,
-        "client_residual": model.client_residual,
-        "weight_standardisation": model.weight_standardisation,
-        "norm": model.norm,
-        "compute_dtype": model.compute_dtype,
-    }
-
-
-def build_model(config: Config, image_size: int, convolutions: Lowering | None = None) -> SplitModel:
-    """The network of a resolved configuration, for images of `image_size` pixels a side.
-
-    `convolutions` as in `split_model`.
-    """
-    stacked_server = config.algorithm == "flmoco"
-    return split_model(
-        **network(config, image_size), stacked_server=stacked_server, convolutions=convolutions
+def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, batches.Residence]:
+    """The data set, with its training images in memory if they are to stay on the device."""
+    dataset = data.load(
+        config.data.name, config.data.dir, config.data.image_size, max_broken=config.data.max_broken
     )
+    height, width = dataset.x_train.shape[1:3]
+    if height != width:
+        raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
+    size = math.prod(dataset.x_train.shape)
+    residence = batches.residence(config.data.resident, size, mesh.local_devices[0])
+    return data.in_memory(dataset) if residence.resident else dataset, residence
+
+
+def _check_queue(config: Resolved, places: np.ndarray, rich: Rich | None) -> None:
+    """Raise UserError if the keys of a step of rich and poor clients do not fit into the queue.
+
+    The keys of equal clients are counted when the configuration is resolved.
+    """
+    moco = config.moco
+    keys = int(places.sum()) * (2 if moco.symmetric or moco.full_symmetric else 1)
+    if rich and moco.feature_sharing and moco.queue_size < keys:
+        raise UserError(
+            f"config.moco.queue_size: found {moco.queue_size}, allowed: {keys} or more (the keys of one step)"
+        )
+
+
+def _check_saving(run: Run) -> None:
+    """Raise UserError if the smashed data of an epoch cannot be kept for a replay."""
+    settings = run.config.saving
+    if not settings.loss_threshold:
+        return
+    if hosts.several():
+        raise UserError(
+            f"config.saving.loss_threshold: found {settings.loss_threshold:g}, allowed: 0 with several processes"
+        )
+    needed = saving.gibibytes(run.replay)
+    if needed > settings.replay_gib:
+        raise UserError(
+            f"config.saving.replay_gib: found {settings.replay_gib:g}, allowed: {needed:.3g} or more "
+            "(the smashed data of one epoch)"
+        )

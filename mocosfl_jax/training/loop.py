@@ -1,11 +1,8 @@
 """The training loop: rounds, evaluation, metrics and checkpoints. It can stop and go on anywhere."""
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,37 +15,16 @@ from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.errors import DiskFullError, NonFiniteError
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import Encode, make_encode
-from mocosfl_jax.feed import batches
-from mocosfl_jax.feed.batches import Feed
-from mocosfl_jax.parallel import sharding
 from mocosfl_jax.runtime import hosts
-from mocosfl_jax.training import checkpoint, plots, report, rounds, saving, workdir
+from mocosfl_jax.training import checkpoint, journal, plots, report, rounds, saving, workdir
 from mocosfl_jax.training.checkpoint import Progress
 from mocosfl_jax.training.experiment import Run
+from mocosfl_jax.training.journal import Output
+from mocosfl_jax.training.programs import Programs, compile_programs
 from mocosfl_jax.training.saving import Traffic
 
 # Whether the run is to stop; with several processes, the same answer at the same call on all of them.
 Stop = Callable[[], bool]
-
-
-class Programs(NamedTuple):
-    """What is compiled."""
-
-    feed: Feed
-    run_steps: rounds.RunSteps
-    keeping_step: rounds.KeepingStep
-    replay_step: rounds.ReplayStep
-    sync: rounds.Sync
-    encode: Encode
-
-
-class Output(NamedTuple):
-    """Where the results of a run go."""
-
-    folder: Path  # the workdir, claimed: metrics.jsonl, checkpoints/ and plots
-    say: Callable[[str], None]  # gets lines for a person
-    metrics: Callable[[workdir.Metrics], None]  # gets what metrics.jsonl gets
-    writes: bool = True  # the files of the run; with several processes one does, but for the checkpoints
 
 
 def train(run: Run, stop: Stop, output: Output) -> bool:
@@ -66,6 +42,11 @@ def train(run: Run, stop: Stop, output: Output) -> bool:
       NonFiniteError: the newest checkpoint is from before that.
       UserError: if checkpoints are there but none can be read.
     """
+    with jax.default_device(run.mesh.local_devices[0]):
+        return _train(run, stop, output)
+
+
+def _train(run: Run, stop: Stop, output: Output) -> bool:
     rng_init, rng_views, rng_probe = jax.random.split(jax.random.key(run.config.seed), 3)
     state = jax.jit(run.algorithm.init)(rng_init)
     output.say(report.header(run, state))
@@ -118,65 +99,7 @@ def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progre
         **monitor.knn(run.dataset, run.config.eval, monitor.features(run.dataset, state, encode)),
     }
     metrics |= monitor.knn_raw_pixels(run.dataset, run.config.eval)
-    return record(run, Progress(), metrics, output)
-
-
-def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
-    """Compile the step, the bulk of all compilation; the others compile when they are first used."""
-    batch = (*places(run), *run.dataset.x_train.shape[1:])
-    place = sharding.of_images(run.mesh, run.cohort)
-    spread = sharding.make_spread(run.mesh, run.cohort, int(run.batch_sizes.max()))
-    size = 1
-    if rounds.scans_steps(jax.default_backend()):
-        size = batches.steps_per_piece(math.prod(batch), run.steps_per_round)
-    run_steps = rounds.make_run_steps(
-        run.algorithm,
-        run.make_views,
-        rng_views,
-        state=state,
-        images=jax.ShapeDtypeStruct((size, *batch), np.uint8, sharding=place),
-        cohort=None if run.whole_pool else run.cohort,
-        spread=spread,
-    )
-    return Programs(
-        make_feed(run, size),
-        run_steps,
-        rounds.make_keeping_step(run.algorithm, run.make_views, rng_views, spread),
-        rounds.make_replay_step(run.algorithm),
-        rounds.make_sync(run.algorithm),
-        encode,
-    )
-
-
-def places(run: Run) -> tuple[int, int]:
-    """M and B of the images that a step gets, which the devices can share out."""
-    return sharding.padded(run.mesh, run.cohort, int(run.batch_sizes.max()))
-
-
-def make_feed(run: Run, piece_steps: int) -> Feed:
-    """The images of the run's steps, from where they are."""
-    images = run.dataset.x_train
-    place = sharding.of_images(run.mesh, run.cohort)
-
-    def indices(epoch: int) -> np.ndarray:
-        """What only fills up the devices is the first image: the step does not look at it."""
-        dealt = run.indices(epoch)
-        return np.pad(
-            dealt, [(0, n - m) for n, m in zip((len(dealt), *places(run)), dealt.shape, strict=True)]
-        )
-
-    if run.residence.resident:
-        assert isinstance(images, np.ndarray)
-        return batches.resident(sharding.replicate(run.mesh, images), indices, piece_steps, place)
-    return batches.streamed(
-        images,
-        indices,
-        piece_steps,
-        place,
-        epochs=run.config.total_epochs,
-        steps_per_epoch=run.steps_per_epoch,
-        steps_per_round=run.steps_per_round,
-    )
+    return journal.record(run, Progress(), metrics, output)
 
 
 def run_epochs(
@@ -209,11 +132,11 @@ def run_epochs(
             epoch, rest = divmod(progress.step, run.steps_per_epoch)
             ended = epoch == config.total_epochs
             if rest == 0:
-                metrics = epoch_metrics(run, progress, epoch, divergence)
+                metrics = journal.epoch_metrics(run, progress, epoch, divergence)
                 if ended or (config.eval.every and epoch % config.eval.every == 0):
                     features = monitor.features(run.dataset, state, programs.encode)
                     metrics |= monitor.knn(run.dataset, run.config.eval, features)
-                progress = record(run, progress, metrics, output)._replace(
+                progress = journal.record(run, progress, metrics, output)._replace(
                     traffic=next_traffic(run, progress, metrics["loss"], epoch),
                     last_loss=metrics["loss"],
                     losses=(),
@@ -356,26 +279,6 @@ def next_traffic(run: Run, progress: Progress, loss: float, epoch: int) -> str:
     )
 
 
-def epoch_metrics(run: Run, progress: Progress, epoch: int, divergence: Array | None) -> dict[str, float]:
-    """Means over the steps of the epoch that has ended, its speed, and what it sent."""
-    images = len(progress.losses) * run.images_per_step
-    metrics = {
-        "step": progress.step,
-        "epoch": epoch,
-        "loss": float(np.mean(progress.losses)),
-        "top1": float(np.mean(progress.top1s)),
-        "images_per_s": round(images / progress.epoch_seconds, 1),
-    }
-    if divergence is not None:
-        metrics["divergence"] = float(np.mean(divergence))
-    if run.config.saving.loss_threshold:
-        one_way = run.smashed.size * run.smashed.dtype.itemsize * len(progress.losses)
-        traffic = Traffic(progress.traffic)
-        metrics["smashed_up_bytes"] = 0 if traffic is Traffic.NONE else 2 * one_way
-        metrics["smashed_down_bytes"] = one_way if traffic is Traffic.BOTH_WAYS else 0
-    return metrics
-
-
 def finish(
     run: Run, progress: Progress, features: monitor.Evaluated, rng_probe: Array, output: Output
 ) -> None:
@@ -384,7 +287,7 @@ def finish(
     # All processes compute it, so that none waits for another.
     if run.config.eval.probe_epochs and not any(hosts.of_first([probed])):
         end = {"step": run.total_steps, "epoch": run.config.total_epochs}
-        progress = record(
+        progress = journal.record(
             run,
             progress,
             end | monitor.linear_probe(run.dataset, run.config.eval, features, rng_probe),
@@ -396,23 +299,6 @@ def finish(
         output.say(report.summary(workdir.read_metrics(output.folder), output.folder))
 
 
-def record(run: Run, progress: Progress, metrics: workdir.Metrics, output: Output) -> Progress:
-    """Tell and write one line of metrics, after those that were not written before.
-
-    Raises:
-      DiskFullError: if the disk has no room, and the run is to stop then.
-    """
-    output.metrics(metrics)
-    output.say(report.metrics_line(metrics))
-    if not output.writes:
-        return progress
-    lines = (*progress.unwritten, dict(metrics))
-    with going_on(run, output):
-        workdir.append_metrics(output.folder, lines)
-        return progress._replace(metrics_lines=progress.metrics_lines + len(lines), unwritten=())
-    return progress._replace(unwritten=lines)
-
-
 def save(
     run: Run, manager: ocp.CheckpointManager, state: TrainState, progress: Progress, output: Output
 ) -> None:
@@ -421,18 +307,7 @@ def save(
     Raises:
       DiskFullError: if the disk has no room, and the run is to stop then.
     """
-    with going_on(run, output):
+    with journal.going_on(run, output):
         checkpoint.finish(manager)
-    with going_on(run, output):
+    with journal.going_on(run, output):
         checkpoint.save(manager, state, progress)
-
-
-@contextlib.contextmanager
-def going_on(run: Run, output: Output) -> Iterator[None]:
-    """On a full disk, leave out what is within and say so, if the configuration wants to train on."""
-    try:
-        yield
-    except DiskFullError as error:
-        if run.config.checkpoint.on_full_disk == "stop":
-            raise
-        output.say(f"{error}; the run goes on, and saves again when there is room")

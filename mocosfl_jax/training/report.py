@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mocosfl_jax.algorithm.interface import TrainState
-from mocosfl_jax.parallel import sharding
+from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.runtime.environment import environment
 from mocosfl_jax.training.experiment import Run
@@ -26,12 +26,12 @@ def header(run: Run, state: TrainState) -> str:
     client_params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients.params
     )
-    device = jax.devices()[0]
-    versions = environment()
+    device = meshes.first_device(run.mesh)
+    versions = environment(device)
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name in _PACKAGES)
     rows = {
-        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})"
-        f"{f' in {jax.process_count()} processes' if hosts.several() else ''}{sharding.describe(run.mesh)}"
+        "devices": f"{run.mesh.size} x {device.device_kind} ({device.platform})"
+        f"{f' in {jax.process_count()} processes' if hosts.several() else ''}{meshes.describe(run.mesh)}"
         + (f", computing in {dtype}" if (dtype := config.model.compute_dtype) != "float32" else ""),
         "versions": f"{packages}; commit {versions['commit'] or 'unknown'}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "

@@ -24,7 +24,7 @@ class Curve(NamedTuple):
     top1: list[Array]
 
 
-Sync = Callable[[TrainState, np.ndarray | None], tuple[TrainState, SyncInfo]]
+SyncProgram = Callable[[TrainState, np.ndarray | None], tuple[TrainState, SyncInfo]]
 RunSteps = Callable[[TrainState, Iterable[Array], np.ndarray | None], tuple[TrainState, Curve]]
 KeepingStep = Callable[[TrainState, Array, np.ndarray | None], tuple[TrainState, Curve, SmashedData]]
 ReplayStep = Callable[[TrainState, SmashedData, np.ndarray | None], tuple[TrainState, Curve]]
@@ -42,16 +42,7 @@ def _as_it_is(images: Array) -> Array:
     return images
 
 
-def scans_steps(backend: str) -> bool:
-    """Whether the steps between two synchronizations run as one program.
-
-    An accelerator saves the dispatch of each step. On a CPU a convolution inside a loop of the program
-    is some twenty times slower than outside of it, so there the host dispatches every step.
-    """
-    return backend != "cpu"
-
-
-def make_sync(algorithm: Algorithm) -> Sync:
+def make_sync(algorithm: Algorithm) -> SyncProgram:
     """Synchronization as a program: state, cohort [M] (None for the whole pool). The state is donated."""
     return jax.jit(algorithm.sync, donate_argnums=0)
 
@@ -117,9 +108,9 @@ def make_run_steps(
       rng: key of all augmentations of the run.
       state: a state as the function will get, for its shapes.
       images: of most pieces, [s, M, B, H, W, 3] uint8, with the sharding of all; s above 1: its steps run as
-        one program (see `scans_steps`).
+        one program (see `Forms.scan_rounds`).
       cohort: M, which may be less than the images have; None: every client takes part in every step.
-      spread: where the images of a step are within its program; of `sharding.make_spread` on several devices.
+      spread: where the images of a step are within its program; of `parallel.mesh.make_spread` on several devices.
 
     Returns:
       state, pieces of images (each of s steps or of one), cohort [M] int32 (None for the whole pool) -> new

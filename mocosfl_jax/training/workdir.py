@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config import Config, from_dict
+from mocosfl_jax.config import Resolved, from_dict
 from mocosfl_jax.config import differences as config_differences
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.runtime.environment import Environment, differences
@@ -48,14 +48,14 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def claim(workdir: Path, config: Config, environment: Environment) -> list[str]:
+def claim(workdir: Path, config: Resolved, environment: Environment) -> list[str]:
     """Make `workdir` and write config.json, or see that the one that is there says the same.
 
     Fields that do not change results may differ (`config.INDIFFERENT`), and so may the environment.
 
     Args:
       workdir: of the run.
-      config: resolved.
+      config: of the run.
       environment: of `environment.environment`; config.json keeps that of the start.
 
     Returns:
@@ -91,8 +91,8 @@ def claim(workdir: Path, config: Config, environment: Environment) -> list[str]:
     return differences(started, environment) if isinstance(started, dict) else []
 
 
-def read_config(workdir: Path) -> Config:
-    """The configuration of the run in `workdir`, resolved.
+def read_config(workdir: Path) -> Resolved:
+    """The configuration of the run in `workdir`.
 
     Raises:
       UserError: if there is no run, or one whose configuration does not fit.

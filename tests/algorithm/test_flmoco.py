@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax import SplitModel, Views, flmoco, mocosfl
+from mocosfl_jax import Forms, MomentumContrast, SplitModel, Views, flmoco, mocosfl, one_device
 from mocosfl_jax.algorithm.clients import Sync
 from mocosfl_jax.algorithm.moco import MoCoQueue
 from tests.support.algorithms import assert_trees_close, client
@@ -15,9 +15,17 @@ N, B, K = 3, 2, 12
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_client_is_a_centralised_moco_of_its_own(toy_model: SplitModel, symmetric: bool) -> None:
+def test_a_client_is_a_centralised_moco_of_its_own(
+    toy_model: SplitModel, symmetric: bool, forms: Forms
+) -> None:
     """Three steps of the clients 2 and 0, compared with a MocoSFL of one client that does not sync."""
-    algorithm = flmoco(toy_model, num_clients=N, lr=0.1, queue_size=K, temperature=1.0, symmetric=symmetric)
+    algorithm = flmoco(
+        toy_model,
+        num_clients=N,
+        lr=0.1,
+        moco=MomentumContrast(queue_size=K, temperature=1.0, symmetric=symmetric),
+        placement=one_device(forms),
+    )
     state = start = jax.jit(algorithm.init)(jax.random.key(0))
     assert state.server.keys.shape == (N, K, KEY_DIM)
     assert np.any(state.server.keys[0] != state.server.keys[1])
@@ -32,9 +40,7 @@ def test_a_client_is_a_centralised_moco_of_its_own(toy_model: SplitModel, symmet
         ),
         num_clients=1,
         server_lr=0.1,
-        queue_size=K,
-        temperature=1.0,
-        symmetric=symmetric,
+        moco=MomentumContrast(queue_size=K, temperature=1.0, symmetric=symmetric),
     )
     alone_step, alone_start = jax.jit(alone.step), jax.jit(alone.init)(jax.random.key(0))
     singles = {
@@ -67,7 +73,7 @@ def test_a_client_is_a_centralised_moco_of_its_own(toy_model: SplitModel, symmet
 
 
 def test_views_of_other_clients_than_the_cohort_are_refused(toy_model: SplitModel) -> None:
-    algorithm = flmoco(toy_model, num_clients=N, queue_size=K)
+    algorithm = flmoco(toy_model, num_clients=N, moco=MomentumContrast(queue_size=K))
     state = algorithm.init(jax.random.key(0))
     with pytest.raises(AssertionError):
         algorithm.step(state, random_views(0, 2, 4))
@@ -76,7 +82,9 @@ def test_views_of_other_clients_than_the_cohort_are_refused(toy_model: SplitMode
 
 
 def test_sync_averages_whole_models(toy_model: SplitModel) -> None:
-    algorithm = flmoco(toy_model, num_clients=N, queue_size=K, sync=Sync(momentum_models=True))
+    algorithm = flmoco(
+        toy_model, num_clients=N, moco=MomentumContrast(queue_size=K), sync=Sync(momentum_models=True)
+    )
     state = jax.jit(algorithm.init)(jax.random.key(0))
     noisy = jax.tree.map(
         lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), state.clients.params
@@ -91,7 +99,7 @@ def test_sync_averages_whole_models(toy_model: SplitModel) -> None:
 
 
 def test_encode_is_the_first_clients_network(toy_model: SplitModel) -> None:
-    algorithm = flmoco(toy_model, num_clients=N, queue_size=K)
+    algorithm = flmoco(toy_model, num_clients=N, moco=MomentumContrast(queue_size=K))
     state = algorithm.init(jax.random.key(0))
     images = random_views(4, 1, 5).query[0]
     params = client(state.clients.params, 0)

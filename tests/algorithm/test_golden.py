@@ -1,8 +1,9 @@
 """The step equals the official PyTorch code's, number by number, in float64.
 
 Every NAME.json with its NAME.npz in the folder given by --golden-dir is one case; tests/golden/README.md
-says how inputs are made and what the numbers are. Each is computed with the convolutions of this backend and
-with the plain ones, as accelerators have them; for time's sake one of the two is marked slow.
+says how inputs are made and what the numbers are. Each runs in the forms of a CPU and in those of an accelerator,
+on whatever platform the tests run; the slower networks are marked slow in the CPU's forms, which take longer to
+compile.
 """
 
 import json
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax.models.convolution import PLAIN, Lowering
+from mocosfl_jax.models.forms import Forms
+from tests.support.algorithms import FORMS
 from tests.support.golden import Case, build, is_transposed, lookup, ours, summary, to_torch
 
 RTOL, ATOL = 1e-6, 1e-9
@@ -27,17 +29,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     assert archs, f"no golden cases in {folder}"
     cases = []
     for name, arch in archs.items():
-        quick = "this backend's" if arch == "ResNet18" else "plain"
-        for form, convolutions in (("this backend's", None), ("plain", PLAIN)):
-            marks = () if form == quick else (pytest.mark.slow,)
-            cases.append(pytest.param(folder / name, convolutions, id=f"{name}, {form}", marks=marks))
-    metafunc.parametrize("case, convolutions", cases)
+        for form, forms in FORMS.items():
+            marks = (pytest.mark.slow,) if form == "cpu" and arch != "ResNet18" else ()
+            cases.append(pytest.param(folder / name, forms, id=f"{name}, {form}", marks=marks))
+    metafunc.parametrize("case, forms", cases)
 
 
-def test_golden(case: pathlib.Path, convolutions: Lowering | None, x64: None) -> None:
+def test_golden(case: pathlib.Path, forms: Forms, x64: None) -> None:
     golden = Case(case)
     s = golden.settings
-    algorithm, state = build(golden, convolutions)
+    algorithm, state = build(golden, forms)
     # These networks are large enough for optimised code to pay; conftest.py asks for the contrary.
     step = jax.jit(algorithm.step, compiler_options={"xla_backend_optimization_level": 3})
     sync = jax.jit(algorithm.sync)

@@ -10,11 +10,11 @@ import pytest
 from mocosfl_jax import SplitModel, Views
 from mocosfl_jax.algorithm import moco
 from mocosfl_jax.algorithm.concatenation import merge
-from tests.support.algorithms import LR, B, K, N, assert_trees_close, build, client, diverse
+from tests.support.algorithms import LR, B, Build, K, N, assert_trees_close, client, diverse
 from tests.support.toy import random_views
 
 
-def test_all_start_from_the_same_weights(toy_model: SplitModel) -> None:
+def test_all_start_from_the_same_weights(build: Build, toy_model: SplitModel) -> None:
     _, state = build(toy_model)
     for i in range(N):
         assert_trees_close(client(state.clients.params, i), client(state.clients.params, 0), rtol=0)
@@ -25,7 +25,7 @@ def test_all_start_from_the_same_weights(toy_model: SplitModel) -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_step_equals_a_loop_over_clients_with_end_to_end_gradients(
-    toy_model: SplitModel, symmetric: bool, x64: None
+    build: Build, toy_model: SplitModel, symmetric: bool, x64: None
 ) -> None:
     """One step by the book: no vmap, no split, one gradient through client and server together."""
     algorithm, state = build(toy_model, symmetric=symmetric)
@@ -88,7 +88,7 @@ def test_step_equals_a_loop_over_clients_with_end_to_end_gradients(
     assert new.step == 1
 
 
-def test_loss_does_not_depend_on_the_order_of_clients(toy_model: SplitModel) -> None:
+def test_loss_does_not_depend_on_the_order_of_clients(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     state, views = diverse(state), random_views(2, N, B)
     order = jnp.array([2, 0, 3, 1])
@@ -102,7 +102,7 @@ def test_loss_does_not_depend_on_the_order_of_clients(toy_model: SplitModel) -> 
     np.testing.assert_allclose(permuted.smashed_grad, merge(pieces), rtol=1e-4, atol=1e-7)
 
 
-def test_a_cohort_trains_as_a_pool_of_its_own_and_nobody_else(toy_model: SplitModel) -> None:
+def test_a_cohort_trains_as_a_pool_of_its_own_and_nobody_else(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     state, cohort = diverse(state), jnp.array([3, 1])
     views = random_views(3, 2, B)
@@ -116,7 +116,7 @@ def test_a_cohort_trains_as_a_pool_of_its_own_and_nobody_else(toy_model: SplitMo
     assert_trees_close(client(new.clients, idle), client(state.clients, idle), rtol=0)
 
 
-def test_sync_averages_the_cohort_and_loads_the_mean_into_all(toy_model: SplitModel) -> None:
+def test_sync_averages_the_cohort_and_loads_the_mean_into_all(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     state, cohort = diverse(state), jnp.array([1, 2])
     synced, _ = algorithm.sync(state, cohort)
@@ -130,14 +130,14 @@ def test_sync_averages_the_cohort_and_loads_the_mean_into_all(toy_model: SplitMo
     )
 
 
-def test_sync_of_equals_is_itself(toy_model: SplitModel) -> None:
+def test_sync_of_equals_is_itself(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     synced, info = algorithm.sync(state)
     assert_trees_close(synced, state, rtol=1e-6)
     np.testing.assert_allclose(info.divergence, np.zeros(N), atol=1e-6)
 
 
-def test_encode_is_the_first_client_and_the_server(toy_model: SplitModel, x64: None) -> None:
+def test_encode_is_the_first_client_and_the_server(build: Build, toy_model: SplitModel, x64: None) -> None:
     algorithm, state = build(toy_model)
     state = diverse(state)
     images = random_views(4, 1, 5).query[0]
@@ -148,7 +148,7 @@ def test_encode_is_the_first_client_and_the_server(toy_model: SplitModel, x64: N
     assert_trees_close(got, expected, rtol=1e-6)
 
 
-def test_learning_rates_follow_their_schedules(toy_model: SplitModel) -> None:
+def test_learning_rates_follow_their_schedules(build: Build, toy_model: SplitModel) -> None:
     """A rate of zero from step 1 on: weights stay, momentum models and the queue go on."""
 
     def stopping(step: jax.Array) -> jax.Array:
@@ -163,7 +163,7 @@ def test_learning_rates_follow_their_schedules(toy_model: SplitModel) -> None:
     assert np.any(second.server.queue.keys != first.server.queue.keys)
 
 
-def test_what_does_not_fit_together_is_refused(toy_model: SplitModel) -> None:
+def test_what_does_not_fit_together_is_refused(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     with pytest.raises(AssertionError):
         algorithm.step(state, random_views(1, N - 1, B))
@@ -176,7 +176,7 @@ def test_what_does_not_fit_together_is_refused(toy_model: SplitModel) -> None:
         build(toy_model, queue_size=3, feature_sharing=False)
 
 
-def test_training_lowers_the_loss_of_the_same_views(toy_model: SplitModel) -> None:
+def test_training_lowers_the_loss_of_the_same_views(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model, temperature=0.5)
     step, views, losses = jax.jit(algorithm.step), random_views(7, N, B), []
     for i in range(60):

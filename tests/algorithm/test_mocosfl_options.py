@@ -13,7 +13,7 @@ from mocosfl_jax.algorithm import moco
 from mocosfl_jax.algorithm.clients import Sync
 from mocosfl_jax.algorithm.concatenation import merge, real_rows, split
 from mocosfl_jax.algorithm.messages import SmashedData
-from tests.support.algorithms import B, K, N, assert_trees_close, build, client, diverse
+from tests.support.algorithms import B, Build, K, N, assert_trees_close, client, diverse
 from tests.support.toy import KEY_DIM, random_views
 
 TAU = 0.99  # of the momentum models, mocosfl's default
@@ -36,7 +36,7 @@ def test_concatenation_drops_the_padding_and_back() -> None:
 # Queues per client.
 
 
-def test_queues_per_client_equal_deques_under_sampling(toy_model: SplitModel) -> None:
+def test_queues_per_client_equal_deques_under_sampling(build: Build, toy_model: SplitModel) -> None:
     """Whoever takes part enqueues its own keys, queries' before keys'; nobody else's queue changes."""
     algorithm, state = build(toy_model, feature_sharing=False)
     deques = [collections.deque(np.asarray(keys), maxlen=K // N) for keys in state.server.queue.keys]
@@ -62,7 +62,7 @@ def test_queues_per_client_equal_deques_under_sampling(toy_model: SplitModel) ->
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_queue_per_client_contrasts_only_with_its_own(
-    toy_model: SplitModel, symmetric: bool, x64: None
+    build: Build, toy_model: SplitModel, symmetric: bool, x64: None
 ) -> None:
     """The loss is the mean over the clients of what each has by itself with its queue."""
     algorithm, state = build(toy_model, feature_sharing=False, symmetric=symmetric)
@@ -85,7 +85,9 @@ def test_queue_per_client_contrasts_only_with_its_own(
 @pytest.mark.parametrize(
     "options", [{}, {"symmetric": False}, {"feature_sharing": False}, {"full_symmetric": True}]
 )
-def test_padding_has_no_effect_at_all(toy_model: SplitModel, options: dict[str, Any], x64: None) -> None:
+def test_padding_has_no_effect_at_all(
+    build: Build, toy_model: SplitModel, options: dict[str, Any], x64: None
+) -> None:
     """Other padding, same bits: loss, gradients, every parameter and the queue. nan would show anywhere."""
     algorithm, state = build(toy_model, batch_sizes=[3, 3, 1, 2], **options)
     state, views = in_float64(diverse(state), random_views(1, N, 3))
@@ -97,7 +99,7 @@ def test_padding_has_no_effect_at_all(toy_model: SplitModel, options: dict[str, 
         assert one[1].smashed is not None and len(one[1].smashed.query) == 9
 
 
-def test_uneven_batches_equal_a_loop_over_clients(toy_model: SplitModel, x64: None) -> None:
+def test_uneven_batches_equal_a_loop_over_clients(build: Build, toy_model: SplitModel, x64: None) -> None:
     """The gradient of the mean over all 9 rows through each client by itself."""
     sizes = [3, 3, 1, 2]
     algorithm, state = build(toy_model, batch_sizes=sizes, symmetric=False)
@@ -127,7 +129,7 @@ def test_uneven_batches_equal_a_loop_over_clients(toy_model: SplitModel, x64: No
     assert int(new.server.queue.cursor) == sum(sizes)
 
 
-def test_equal_batch_sizes_are_the_plain_step(toy_model: SplitModel) -> None:
+def test_equal_batch_sizes_are_the_plain_step(build: Build, toy_model: SplitModel) -> None:
     plain, state = build(toy_model)
     named, _ = build(toy_model, batch_sizes=[B] * N)
     state, views = diverse(state), random_views(2, N, B)
@@ -137,7 +139,7 @@ def test_equal_batch_sizes_are_the_plain_step(toy_model: SplitModel) -> None:
 # Symmetric on the clients' side.
 
 
-def test_full_symmetric_is_the_gradient_of_both_views(toy_model: SplitModel, x64: None) -> None:
+def test_full_symmetric_is_the_gradient_of_both_views(build: Build, toy_model: SplitModel, x64: None) -> None:
     """Mean InfoNCE over 2 M B rows; gradients reach the clients from both views."""
     algorithm, state = build(toy_model, full_symmetric=True)
     state, views = in_float64(diverse(state), random_views(1, N, B))
@@ -179,7 +181,7 @@ def test_full_symmetric_is_the_gradient_of_both_views(toy_model: SplitModel, x64
 # Frozen clients, withheld gradients and replay.
 
 
-def test_frozen_clients_get_nothing_and_never_change(toy_model: SplitModel) -> None:
+def test_frozen_clients_get_nothing_and_never_change(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model, client_lr=0.0)
     new, info = algorithm.step(state, random_views(1, N, B))
     synced, _ = algorithm.sync(new)
@@ -190,7 +192,7 @@ def test_frozen_clients_get_nothing_and_never_change(toy_model: SplitModel) -> N
     assert_trees_close(new.server, moving.step(state, random_views(1, N, B))[0].server, rtol=1e-5, atol=1e-7)
 
 
-def test_frozen_clients_have_no_backward_pass(toy_model: SplitModel) -> None:
+def test_frozen_clients_have_no_backward_pass(build: Build, toy_model: SplitModel) -> None:
     """The compiled step has fewer products than the one that trains clients."""
 
     def products(client_lr: float) -> int:
@@ -201,7 +203,7 @@ def test_frozen_clients_have_no_backward_pass(toy_model: SplitModel) -> None:
     assert products(0.0) < products(0.1)
 
 
-def test_withheld_gradients_train_the_server_alone(toy_model: SplitModel) -> None:
+def test_withheld_gradients_train_the_server_alone(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     state, views = diverse(state), random_views(1, N, B)
     full, _ = algorithm.step(state, views)
@@ -213,7 +215,9 @@ def test_withheld_gradients_train_the_server_alone(toy_model: SplitModel) -> Non
 
 
 @pytest.mark.parametrize("feature_sharing", [True, False])
-def test_replay_is_the_servers_half_of_a_step(toy_model: SplitModel, feature_sharing: bool) -> None:
+def test_replay_is_the_servers_half_of_a_step(
+    build: Build, toy_model: SplitModel, feature_sharing: bool
+) -> None:
     algorithm, state = build(toy_model, feature_sharing=feature_sharing)
     state, cohort = diverse(state), jnp.array([1, 3])
     full, info = algorithm.step(state, random_views(1, 2, B), cohort)
@@ -233,7 +237,7 @@ def stacked(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def test_weighted_average(toy_model: SplitModel) -> None:
+def test_weighted_average(build: Build, toy_model: SplitModel) -> None:
     weights = np.array([1.0, 2.0, 3.0, 10.0], np.float32)
     algorithm, state = build(toy_model, sync=Sync(weights=weights))
     state, cohort = diverse(state), [1, 3]
@@ -243,7 +247,7 @@ def test_weighted_average(toy_model: SplitModel) -> None:
         np.testing.assert_allclose(mean, np.broadcast_to(expected, leaf.shape), rtol=1e-5, atol=1e-6)
 
 
-def test_monacosfl_averages_the_momentum_models_too(toy_model: SplitModel) -> None:
+def test_monacosfl_averages_the_momentum_models_too(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model, sync=Sync(momentum_models=True))
     state, cohort = diverse(state), [0, 2]
     synced, _ = algorithm.sync(state, jnp.array(cohort))
@@ -257,7 +261,7 @@ def test_monacosfl_averages_the_momentum_models_too(toy_model: SplitModel) -> No
 
 
 @pytest.mark.parametrize("buffers", ["keep", "reset", "average"])
-def test_buffers_are_kept_reset_or_averaged(toy_model: SplitModel, buffers: str) -> None:
+def test_buffers_are_kept_reset_or_averaged(build: Build, toy_model: SplitModel, buffers: str) -> None:
     algorithm, state = build(toy_model, sync=Sync(buffers=buffers))
     state, cohort = diverse(state), [0, 1, 3]
     synced, _ = algorithm.sync(state, jnp.array(cohort))
@@ -270,7 +274,7 @@ def test_buffers_are_kept_reset_or_averaged(toy_model: SplitModel, buffers: str)
         np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_divergence_is_the_summed_distance_to_the_mean(toy_model: SplitModel) -> None:
+def test_divergence_is_the_summed_distance_to_the_mean(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     state, cohort = diverse(state), [3, 0]
     _, info = algorithm.sync(state, jnp.array(cohort))
@@ -282,7 +286,7 @@ def test_divergence_is_the_summed_distance_to_the_mean(toy_model: SplitModel) ->
 
 
 @pytest.mark.parametrize("strength", [0.05, 100.0])
-def test_divergence_aware_averaging_by_the_book(toy_model: SplitModel, strength: float) -> None:
+def test_divergence_aware_averaging_by_the_book(build: Build, toy_model: SplitModel, strength: float) -> None:
     """Twice over: the first time scales each client's lambda, where mu was clipped."""
     algorithm, state = build(toy_model, sync=Sync(divergence_lambda=strength))
     state = diverse(state)._replace(clients=diverse(state).clients._replace(scales=jnp.zeros(N)))
@@ -309,7 +313,7 @@ def test_divergence_aware_averaging_by_the_book(toy_model: SplitModel, strength:
 # Everything on the server.
 
 
-def test_without_client_layers_it_is_centralised_moco(toy_model: SplitModel) -> None:
+def test_without_client_layers_it_is_centralised_moco(build: Build, toy_model: SplitModel) -> None:
     """One client whose model is the identity: the server alone does MoCo on the images."""
 
     def init(rng: jax.Array) -> tuple[Any, Any]:

@@ -17,8 +17,8 @@ from benchmarks import __main__ as command
 from benchmarks import augment, clients, data, epoch, evaluation, limit, memory, results, scaling, settings
 from benchmarks.settings import QUICKSTART, Setting
 from benchmarks.timing import finished, medians, stepper
-from mocosfl_jax.config import Config, quickstart
-from mocosfl_jax.training.experiment import build_model
+from mocosfl_jax.config import Config, quickstart, resolve
+from mocosfl_jax.training.build import build_model
 from tests.support.toy import in_place
 
 TINY = Setting(clients=3, batch=2, width=4, stem_stride=4, key_dim=8, queue_size=20, image_size=16)
@@ -203,7 +203,7 @@ def test_limit_is_a_share_of_the_peak(compiled: settings.Step) -> None:
 
 
 def test_the_quickstart_network_is_that_of_the_quickstart() -> None:
-    config = quickstart().resolved()
+    config = resolve(quickstart())
     model, _ = settings.build(QUICKSTART)
     shapes = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, build_model(config, 32))]
     assert shapes[0] == shapes[1]

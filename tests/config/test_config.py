@@ -1,28 +1,29 @@
 """Configurations: presets, settings of the paper, and checks with their messages."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 
-from mocosfl_jax.config import Clients, Config, Moco, differences, paper_settings, quickstart
+from mocosfl_jax.config import Clients, Config, Moco, differences, paper_settings, quickstart, resolve
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.training import experiment
+from tests.support.training import prepare
 
 
 def test_presets_fill_in_what_is_left_open_and_nothing_else() -> None:
-    v1 = Config(moco=Moco(preset="v1", key_dim=64)).resolved()
+    v1 = resolve(Config(moco=Moco(preset="v1", key_dim=64)))
     assert (v1.moco.key_dim, v1.moco.head, v1.moco.augmentation) == (64, "linear", "v1")
     assert v1.optim.schedule == "multistep"
-    v2 = Config().resolved()
+    v2 = resolve(Config())
     assert (v2.moco.key_dim, v2.moco.head, v2.moco.augmentation) == (1024, "mlp", "v2")
     assert (v2.optim.schedule, v2.clients.cohort) == ("cosine", 100)
     assert Config().moco.key_dim is None  # the original is left as it was
 
 
 def test_smaller_cohorts_take_more_epochs() -> None:
-    assert Config(epochs=200, clients=Clients(num=1000, cohort=100)).total_epochs == 2000
-    assert Config(epochs=200, clients=Clients(num=250, cohort=100)).total_epochs == 400
-    assert Config(epochs=200).total_epochs == 200
+    assert resolve(Config(epochs=200, clients=Clients(num=1000, cohort=100))).total_epochs == 2000
+    assert resolve(Config(epochs=200, clients=Clients(num=250, cohort=100))).total_epochs == 400
+    assert resolve(Config(epochs=200)).total_epochs == 200
 
 
 def setter(path: str, value: object) -> Callable[[Config], None]:
@@ -92,7 +93,7 @@ def test_impossible_values_are_named(path: str, value: object, message: str) -> 
     config = Config()
     setter(path, value)(config)
     with pytest.raises(UserError) as error:
-        config.resolved()
+        resolve(config)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 
@@ -103,11 +104,11 @@ def test_a_misspelt_field_cannot_be_set() -> None:
 
 
 def test_an_asymmetric_loss_needs_half_the_queue() -> None:
-    assert Config(moco=Moco(preset="v1", queue_size=100)).resolved().moco.queue_size == 100
+    assert resolve(Config(moco=Moco(preset="v1", queue_size=100))).moco.queue_size == 100
 
 
 def test_differences_name_field_and_values() -> None:
-    one, other = Config().as_dict(), Config(epochs=3, clients=Clients(num=7)).as_dict()
+    one, other = dataclasses.asdict(Config()), dataclasses.asdict(Config(epochs=3, clients=Clients(num=7)))
     assert differences(one, one) == []
     assert differences(one, other) == [
         "config.epochs: 200 there, 3 now",
@@ -135,7 +136,7 @@ def test_differences_name_field_and_values() -> None:
 )
 def test_settings_of_the_paper(num_clients: int, expected: tuple[int, int, int]) -> None:
     assert paper_settings(num_clients) == expected
-    resolved = Config(clients=Clients(num=num_clients)).resolved()
+    resolved = resolve(Config(clients=Clients(num=num_clients)))
     found = (resolved.clients.batch_size, resolved.clients.cohort, resolved.sync.frequency)
     assert found == expected
     assert resolved.total_epochs == 200 * (num_clients // expected[1])
@@ -151,7 +152,7 @@ def test_settings_of_the_paper(num_clients: int, expected: tuple[int, int, int])
     ],
 )
 def test_presets_of_the_paper(preset: str, expected: tuple[object, ...]) -> None:
-    config = Config(moco=Moco(preset=preset)).resolved()
+    config = resolve(Config(moco=Moco(preset=preset)))
     moco = config.moco
     found = (moco.key_dim, moco.head, moco.symmetric, moco.augmentation, config.optim.schedule)
     assert found == expected
@@ -165,9 +166,9 @@ def test_a_queue_below_the_keys_of_a_step_of_rich_and_poor_is_refused() -> None:
     config.clients = Clients(num=100, cohort=2, batch_size=1, rich=0.2)
     config.moco.queue_size = 33
     with pytest.raises(UserError, match=r"config.moco.queue_size: found 33, allowed: 34 or more \(the keys"):
-        experiment.prepare(config)
+        prepare(config)
     config.moco.queue_size = 34
-    assert experiment.prepare(config).images_per_step == 17
+    assert prepare(config).images_per_step == 17
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_a_queue_below_the_keys_of_a_step_of_rich_and_poor_is_refused() -> None:
 )
 def test_flmoco_has_no_server_to_choose_for(path: str, value: object) -> None:
     config = Config(algorithm="flmoco")
-    config.resolved()
+    resolve(config)
     setter(path, value)(config)
     with pytest.raises(UserError, match=f"config.{path}: found {value}, allowed: .* for flmoco"):
-        config.resolved()
+        resolve(config)

@@ -11,23 +11,21 @@ import jax.numpy as jnp
 import pytest
 from jax import Array, lax
 
-from mocosfl_jax import SplitModel, commandline, mocosfl, split_model
-from mocosfl_jax.algorithm import clients
-from mocosfl_jax.algorithm.placement import ONE_DEVICE
-from mocosfl_jax.config import Data, quickstart
+from mocosfl_jax import MomentumContrast, SplitModel, commandline, mocosfl, split_model
+from mocosfl_jax.config import Data, quickstart, resolve
 from mocosfl_jax.costs import __main__ as command
 from mocosfl_jax.costs import accounting, flops
 from mocosfl_jax.costs.accounting import Plan
 from mocosfl_jax.costs.flops import forward_flops
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.models.convolution import PLAIN
-from mocosfl_jax.training import experiment
+from mocosfl_jax.models.forms import ACCELERATOR
 from tests.support.toy import make_toy_model, random_views
+from tests.support.training import prepare
 
 MB = 2**20
 ROOT = pathlib.Path(__file__).parents[2]
 NARROW = split_model(
-    "resnet18", cut_layer=2, width=4, image_size=8, stem_stride=2, key_dim=8, convolutions=PLAIN
+    "resnet18", cut_layer=2, width=4, image_size=8, stem_stride=2, key_dim=8, forms=ACCELERATOR
 )
 MODELS = {"toy": (make_toy_model(), 4), "resnet": (NARROW, 8)}
 
@@ -128,13 +126,13 @@ CONV = 2 * (32 * 32 * 64) * (3 * 3 * 64)
 )
 def test_client_of_resnet18_by_hand(cut_layer: int, forward: int, backward: int) -> None:
     """The stem needs no gradient of the images."""
-    model = split_model("resnet18", cut_layer=cut_layer, convolutions=PLAIN)
+    model = split_model("resnet18", cut_layer=cut_layer, forms=ACCELERATOR)
     assert accounting.client_flops(model, plan(image_size=32)) == (forward, forward, backward, 0)
 
 
 def test_server_of_resnet18_by_hand() -> None:
     """Strides and shortcuts in; the first block's input is smashed data, whose gradient the clients want."""
-    model = split_model("resnet18", cut_layer=1, key_dim=128, head="linear", convolutions=PLAIN)
+    model = split_model("resnet18", cut_layer=1, key_dim=128, head="linear", forms=ACCELERATOR)
     maps = {64: 32 * 32, 128: 16 * 16, 256: 8 * 8, 512: 4 * 4}
     forward = 2 * 512 * 128 + 2 * maps[64] * 4 * 9 * 64 * 64
     for width in (128, 256, 512):
@@ -195,10 +193,11 @@ def training(model: SplitModel, numbers: Plan) -> tuple[Any, Any, Any, Any]:
     algorithm = mocosfl(
         model,
         num_clients=numbers.num_clients,
-        queue_size=numbers.queue_size,
-        symmetric=numbers.symmetric,
-        feature_sharing=numbers.feature_sharing,
-        placement=ONE_DEVICE._replace(over_clients=clients.at_once),
+        moco=MomentumContrast(
+            queue_size=numbers.queue_size,
+            symmetric=numbers.symmetric,
+            feature_sharing=numbers.feature_sharing,
+        ),
     )
     views = random_views(0, numbers.cohort, numbers.batch_size)
     size = numbers.image_size
@@ -301,7 +300,7 @@ def c4s2(model: SplitModel) -> SplitModel:
 )
 def test_table_1_of_the_paper(cut_layer: int, parameters: int, megabytes: str) -> None:
     """1,000 clients of 50 images, 100 in an epoch, synchronized once an epoch; 200 epochs a client."""
-    model = split_model("resnet18", cut_layer=cut_layer, convolutions=PLAIN)
+    model = split_model("resnet18", cut_layer=cut_layer, forms=ACCELERATOR)
     result = accounting.paper_costs(model, 32, images=50, epochs=200, syncs=200)
     forward = STEM // 2 + (cut_layer - 1) * CONV
     assert result.weights == 4 * 200 * parameters
@@ -312,7 +311,7 @@ def test_table_1_of_the_paper(cut_layer: int, parameters: int, megabytes: str) -
 
 
 def test_table_1_of_the_paper_with_a_bottleneck_and_frozen_clients() -> None:
-    model = split_model("resnet18", cut_layer=1, convolutions=PLAIN)
+    model = split_model("resnet18", cut_layer=1, forms=ACCELERATOR)
     result = accounting.paper_costs(c4s2(model), 32, images=50, epochs=200, syncs=200, frozen=True)
     assert result.weights == 0
     assert f"{result.smashed / MB:.2f}" == "39.06"
@@ -325,8 +324,8 @@ def test_a_configuration_gives_the_plan_of_its_run() -> None:
     config.sync.frequency = 7
     config.sync.buffers = "average"
     config.moco.feature_sharing = False
-    run = experiment.prepare(config)
-    result = accounting.from_config(config.resolved())
+    run = prepare(config)
+    result = accounting.from_config(resolve(config))
     assert result.plan.images == len(run.dataset.x_train)
     assert result.plan.image_size == run.dataset.x_train.shape[1]
     assert result.plan.steps == run.steps_per_epoch
@@ -341,14 +340,14 @@ def test_sizes_that_are_not_known_are_asked_for() -> None:
     config = quickstart()
     config.data = Data(name="food")
     with pytest.raises(UserError, match=r"^--images: found None for food, allowed: "):
-        accounting.from_config(config.resolved())
+        accounting.from_config(resolve(config))
     with pytest.raises(UserError, match=r"^--image_size: found None for food, allowed: "):
-        accounting.from_config(config.resolved(), images=200)
+        accounting.from_config(resolve(config), images=200)
     with pytest.raises(UserError, match=r"^config.clients.num: found 20, allowed: 1 to 19 "):
-        accounting.from_config(config.resolved(), images=99, image_size=16)
-    assert accounting.from_config(config.resolved(), images=200, image_size=16).plan.image_size == 16
+        accounting.from_config(resolve(config), images=99, image_size=16)
+    assert accounting.from_config(resolve(config), images=200, image_size=16).plan.image_size == 16
     config.data.image_size = 8
-    assert accounting.from_config(config.resolved(), images=200, image_size=16).plan.image_size == 8
+    assert accounting.from_config(resolve(config), images=200, image_size=16).plan.image_size == 8
 
 
 def test_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,7 +355,7 @@ def test_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     config = quickstart()
     config.optim.client_lr = 0.0
-    result = accounting.from_config(config.resolved(), images=400, image_size=8)
+    result = accounting.from_config(resolve(config), images=400, image_size=8)
     assert result.plan.frozen
     assert printed == command.table(result) + "\n"
     assert (
@@ -399,7 +398,7 @@ def test_readme_shows_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -
         (ROOT / "README.md").read_text(),
         re.DOTALL,
     )[0]
-    config = commandline.parse(["costs", *arguments.split()], "").config.resolved()
+    config = resolve(commandline.parse(["costs", *arguments.split()], "").config)
     printed = command.table(accounting.from_config(config)).splitlines()
     for line, real in zip(shown.splitlines(), printed, strict=True):
         if not line.startswith(("memory", "  activations")):

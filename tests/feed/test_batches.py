@@ -3,21 +3,23 @@
 import pathlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
-from mocosfl_jax import mocosfl
-from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Sync
+from mocosfl_jax import MomentumContrast, mocosfl
+from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Synchronization
 from mocosfl_jax.data.images import OnDisk
 from mocosfl_jax.feed import batches
-from mocosfl_jax.training import checkpoint, experiment, loop, workdir
+from mocosfl_jax.training import checkpoint, loop, programs, workdir
 from mocosfl_jax.training.experiment import Run
+from mocosfl_jax.training.journal import Output
 from tests.support.toy import IMAGE, make_toy_model
-from tests.support.training import comparable, train
+from tests.support.training import comparable, prepare, train
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -32,9 +34,10 @@ def indices(epoch: int) -> np.ndarray:
 def test_both_feeds_give_the_images_of_the_indices(size: int) -> None:
     """From the start, from the middle of an epoch, and after epochs that were left out."""
     images = np.random.default_rng(1).integers(0, 256, (20, *IMAGE), np.uint8)
+    place = SingleDeviceSharding(jax.devices()[0])
     feeds = (
-        batches.resident(jax.device_put(images), indices, size),
-        batches.streamed(images, indices, size, epochs=EPOCHS, steps_per_epoch=S, steps_per_round=R),
+        batches.resident(jax.device_put(images), indices, size, place),
+        batches.streamed(images, indices, size, place, epochs=EPOCHS, steps_per_epoch=S, steps_per_round=R),
     )
     for epoch, first in ((1, 3), (1, 6), (2, 0), (2, 3), (0, 0), (3, 6)):
         steps = range(first, min(first + R, S))
@@ -60,29 +63,37 @@ def test_the_next_images_are_loaded_while_the_device_works() -> None:
     def one_by_one(epoch: int) -> np.ndarray:
         return np.array([epoch], np.int32).reshape(1, 1, 1)
 
-    feed = batches.streamed(images, one_by_one, 1, epochs=500, steps_per_epoch=1, steps_per_round=1)
+    place = SingleDeviceSharding(jax.devices()[0])
+    feed = batches.streamed(images, one_by_one, 1, place, epochs=500, steps_per_epoch=1, steps_per_round=1)
     next(feed(0, range(1)))
     assert following.wait(20)
     assert len(loaded) <= 1 + 2 * batches._THREADS
 
 
-def test_a_set_is_resident_as_long_as_it_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = batches.RESIDENT_BYTES_ON_CPU
-    assert batches.residence(None, limit) == (
+class Device:
+    """One that reports its memory, as accelerators do; a CPU does not."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+
+    def memory_stats(self) -> dict[str, int] | None:
+        return {"bytes_limit": self.limit} if self.limit else None
+
+
+def test_a_set_is_resident_as_long_as_it_is_small() -> None:
+    limit, cpu, accelerator = batches.RESIDENT_BYTES_ON_CPU, cast(Any, Device(None)), cast(Any, Device(2**34))
+    assert batches.residence(None, limit, cpu) == (
         True,
         "at most 2 GiB, the limit of a device that does not tell its memory",
     )
-    assert not batches.residence(None, limit + 1).resident
-    assert batches.residence(True, limit + 1) == (True, "config.data.resident is True")
-    assert not batches.residence(False, 1).resident
-
-    class Device:
-        def memory_stats(self) -> dict[str, int]:
-            return {"bytes_limit": 2**34}
-
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert batches.residence(None, 2**32) == (True, "at most 4 GiB, 25% of the device's memory")
-    assert batches.residence(None, 2**32 + 1) == (False, "more than 4 GiB, 25% of the device's memory")
+    assert not batches.residence(None, limit + 1, cpu).resident
+    assert batches.residence(True, limit + 1, cpu) == (True, "config.data.resident is True")
+    assert not batches.residence(False, 1, cpu).resident
+    assert batches.residence(None, 2**32, accelerator) == (True, "at most 4 GiB, 25% of the device's memory")
+    assert batches.residence(None, 2**32 + 1, accelerator) == (
+        False,
+        "more than 4 GiB, 25% of the device's memory",
+    )
 
 
 def test_a_scanned_piece_has_a_bounded_size() -> None:
@@ -119,19 +130,21 @@ def write_images(folder: pathlib.Path, kind: str) -> None:
 
 
 def prepared(folder: pathlib.Path, kind: str, resident: bool) -> Run:
-    run = experiment.prepare(
+    run = prepare(
         Config(
             epochs=2,
             data=Data(name=kind, dir=str(folder), resident=resident),
             clients=Clients(num=6, cohort=5, batch_size=2, noniid_ratio=1.0),
-            sync=Sync(frequency=2),
+            sync=Synchronization(frequency=2),
             model=Model(width=4),
             moco=Moco(key_dim=8, queue_size=20),
             eval=Eval(every=0, knn_k=3, probe_epochs=1),
         )
     )
     model = make_toy_model()
-    return run._replace(model=model, algorithm=mocosfl(model, num_clients=6, queue_size=20))
+    return run._replace(
+        model=model, algorithm=mocosfl(model, num_clients=6, moco=MomentumContrast(queue_size=20))
+    )
 
 
 def last_state(run: Run, folder: pathlib.Path) -> list[np.ndarray]:
@@ -154,7 +167,7 @@ def test_a_streamed_run_is_the_resident_one_bit_for_bit(
 
     streamed = prepared(tmp_path / "image_folder", "image_folder", False)
     assert isinstance(streamed.dataset.x_train, OnDisk)
-    stop, make_feed = threading.Event(), loop.make_feed
+    stop, make_feed = threading.Event(), programs.make_feed
     said: list[str] = []
 
     def make_stopping_feed(run: Run, size: int) -> batches.Feed:
@@ -168,9 +181,9 @@ def test_a_streamed_run_is_the_resident_one_bit_for_bit(
         return stopping_feed
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_feed", make_stopping_feed)
+        patch.setattr(programs, "make_feed", make_stopping_feed)
         workdir.claim(tmp_path / "streamed", streamed.config, {})
-        output = loop.Output(tmp_path / "streamed", said.append, lambda metrics: None)
+        output = Output(tmp_path / "streamed", said.append, lambda metrics: None)
         assert not loop.train(streamed, stop.is_set, output)
     stopped = streamed.steps_per_epoch + 2 * streamed.steps_per_round
     assert said[-1] == f"saved at step {stopped} of {streamed.total_steps}"

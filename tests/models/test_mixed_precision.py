@@ -15,6 +15,7 @@ from PIL import Image
 
 from mocosfl_jax import (
     Algorithm,
+    MomentumContrast,
     SplitModel,
     TrainState,
     Views,
@@ -27,10 +28,11 @@ from mocosfl_jax import (
     split_model,
     train,
 )
-from mocosfl_jax.config import quickstart
+from mocosfl_jax.config import quickstart, resolve
 from mocosfl_jax.costs import accounting
 from mocosfl_jax.models import layers, resnet
-from mocosfl_jax.models.convolution import PLAIN, cpu_conv, depthwise_conv, direct_conv
+from mocosfl_jax.models.convolution import cpu_conv, depthwise_conv, direct_conv
+from mocosfl_jax.models.forms import ACCELERATOR
 from mocosfl_jax.training import workdir
 from tests.support.small_run import arguments
 
@@ -48,7 +50,11 @@ def build(compute_dtype: str, **changes: Any) -> tuple[SplitModel, Algorithm]:
     network = {"image_size": SIZE, "key_dim": 16} | (changes or NETWORKS["resnet18"])
     model = split_model(**network, compute_dtype=compute_dtype)
     return model, mocosfl(
-        model, num_clients=CLIENTS, queue_size=48, temperature=1.0, server_lr=LR, client_lr=LR
+        model,
+        num_clients=CLIENTS,
+        moco=MomentumContrast(queue_size=48, temperature=1.0),
+        server_lr=LR,
+        client_lr=LR,
     )
 
 
@@ -78,7 +84,7 @@ def products(jaxpr: core.Jaxpr, name: str) -> list[tuple[set[str], str]]:
 def test_networks_multiply_in_bfloat16_and_keep_float32(network: str) -> None:
     """Every convolution of forward and backward pass, and all matmuls but the head's; sums stay float32."""
     settings = {"image_size": SIZE} | NETWORKS[network]
-    model, algorithm = build("bfloat16", **settings, convolutions=PLAIN)
+    model, algorithm = build("bfloat16", **settings, forms=ACCELERATOR)
     state, views = shapes(algorithm, settings["image_size"])
     wanted = {"float32", "int32"}
     assert dtypes(state) == wanted
@@ -117,8 +123,8 @@ def test_only_head_and_contrast_multiply_in_float32() -> None:
 def test_fl_moco_and_queues_per_client_keep_float32() -> None:
     model, _ = build("bfloat16", name="resnet18", cut_layer=1, width=4, stacked_server=True)
     for algorithm in (
-        flmoco(model, num_clients=CLIENTS, queue_size=16),
-        mocosfl(model, num_clients=CLIENTS, queue_size=48, feature_sharing=False),
+        flmoco(model, num_clients=CLIENTS, moco=MomentumContrast(queue_size=16)),
+        mocosfl(model, num_clients=CLIENTS, moco=MomentumContrast(queue_size=48, feature_sharing=False)),
     ):
         state, views = shapes(algorithm, SIZE)
         new, info = jax.eval_shape(algorithm.step, state, views)
@@ -224,7 +230,7 @@ def test_a_cpu_takes_winograd_for_float32_only() -> None:
 
 
 def test_half_the_traffic_is_counted() -> None:
-    config = quickstart().resolved()
+    config = resolve(quickstart())
     exact = accounting.from_config(config)
     config.model.compute_dtype = "bfloat16"
     rounded = accounting.from_config(config)

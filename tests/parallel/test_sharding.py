@@ -14,19 +14,34 @@ import numpy as np
 import pytest
 from jax import Array
 
-from mocosfl_jax import Algorithm, SplitModel, TrainState, Views, flmoco, mocosfl
+from mocosfl_jax import (
+    Algorithm,
+    Forms,
+    MomentumContrast,
+    SplitModel,
+    TrainState,
+    Views,
+    flmoco,
+    mocosfl,
+    one_device,
+)
 from mocosfl_jax.algorithm.clients import Sync
 from mocosfl_jax.config import Clients, Config, Data, Eval, Mesh, Moco, Model
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.feed import batches
 from mocosfl_jax.models import convolution
 from mocosfl_jax.models.convolution import direct_conv, patches_conv
+from mocosfl_jax.models.forms import CPU
 from mocosfl_jax.models.layers import batch_norm, group_norm
-from mocosfl_jax.parallel import sharding
+from mocosfl_jax.parallel.exchange import make_placement
+from mocosfl_jax.parallel.mesh import make_mesh, make_spread, of_images, padded, replicate
+from mocosfl_jax.parallel.state import distribute, rest
 from mocosfl_jax.train import main
 from mocosfl_jax.training import experiment, loop, rounds, workdir
+from mocosfl_jax.training.journal import Output
 from tests.support.small_run import arguments
 from tests.support.toy import in_place, make_toy_model
+from tests.support.training import prepare, single
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 SIZE, CHANNELS, KEY_DIM = 6, 4, 8
@@ -68,22 +83,27 @@ class Case(NamedTuple):
     num_clients: int
     cohort: int | None = None  # M; None: the whole pool
     batch: int = 2
+    moco: dict[str, Any] = {}  # noqa: RUF012
     options: dict[str, Any] = {}  # noqa: RUF012
     baseline: bool = False  # FL-MoCo
 
 
-UNEVEN = {"batch_sizes": [3, 3, 1, 1, 1], "full_symmetric": True}
+UNEVEN = {"batch_sizes": [3, 3, 1, 1, 1]}
 CASES = {
     "whole pool": Case(8),
     "pool that does not divide": Case(10, options={"sync": Sync(divergence_lambda=0.5)}),
     "sampled cohort": Case(19, 10, options={"sync": Sync(momentum_models=True, buffers="average")}),
     "sampled, rich and poor, queues per client": Case(
-        9, 5, 3, {**UNEVEN, "feature_sharing": False, "sync": Sync(np.arange(1.0, 10.0))}
+        9,
+        5,
+        3,
+        {"full_symmetric": True, "feature_sharing": False},
+        UNEVEN | {"sync": Sync(np.arange(1.0, 10.0))},
     ),
     "FL-MoCo": Case(10, 5, baseline=True),
-    "batch of 1, asymmetric": Case(11, batch=1, options={"symmetric": False}),
-    "rich and poor": Case(5, batch=3, options=UNEVEN),
-    "queues per client": Case(10, options={"feature_sharing": False}),
+    "batch of 1, asymmetric": Case(11, batch=1, moco={"symmetric": False}),
+    "rich and poor": Case(5, batch=3, moco={"full_symmetric": True}, options=UNEVEN),
+    "queues per client": Case(10, moco={"feature_sharing": False}),
     "one client": Case(1, batch=12),
 }
 QUICK = [(name, *mesh) for name in list(CASES)[1:4] for mesh in MESHES]
@@ -91,14 +111,15 @@ QUICK += [("whole pool", 8, 1), ("whole pool", 2, 4), ("FL-MoCo", 4, 2)]
 ALL = [(name, *mesh) for name in CASES for mesh in MESHES]
 
 
-def build(case: Case, mesh: Any) -> Algorithm:
-    placement = sharding.make_placement(mesh)
-    settings: dict[str, Any] = {"num_clients": case.num_clients, "queue_size": 80, "temperature": 1.0}
+def build(case: Case, mesh: jax.sharding.Mesh, forms: Forms = CPU) -> Algorithm:
+    placement = make_placement(mesh, forms)
+    moco = MomentumContrast(queue_size=80, temperature=1.0, **case.moco)
+    settings: dict[str, Any] = {"num_clients": case.num_clients, "moco": moco, "placement": placement}
     if case.baseline:
-        algorithm = flmoco(conv_model(stacked_server=True), placement=placement, **settings)
+        algorithm = flmoco(conv_model(stacked_server=True), **settings)
     else:
-        algorithm = mocosfl(conv_model(), placement=placement, **settings, **case.options)
-    return sharding.distribute(algorithm, mesh, case.num_clients)
+        algorithm = mocosfl(conv_model(), **settings, **case.options)
+    return distribute(algorithm, mesh, case.num_clients)
 
 
 def diverse(state: TrainState) -> TrainState:
@@ -110,9 +131,9 @@ def diverse(state: TrainState) -> TrainState:
     return wide._replace(clients=noisy._replace(scales=jnp.zeros(len(noisy.scales))))
 
 
-def draw(case: Case, mesh: Any, seed: int) -> Views:
+def draw(case: Case, mesh: jax.sharding.Mesh, seed: int) -> Views:
     shape = (2, case.cohort or case.num_clients, case.batch, SIZE, SIZE, 3)
-    return Views(*(sharding.replicate(mesh, x) for x in np.random.default_rng(seed).standard_normal(shape)))
+    return Views(*(replicate(mesh, x) for x in np.random.default_rng(seed).standard_normal(shape)))
 
 
 class Trained(NamedTuple):
@@ -124,11 +145,11 @@ class Trained(NamedTuple):
 @functools.cache
 def train(name: str, data: int, model: int) -> Trained:
     """Two rounds of two steps in float64, on a mesh."""
-    case, mesh = CASES[name], sharding.make_mesh(Mesh(data=data, model=model))
+    case, mesh = CASES[name], make_mesh(Mesh(data=data, model=model), jax.devices())
     algorithm = build(case, mesh)
     state = diverse(jax.tree.map(jnp.array, initial(name)))
-    if mesh is not None:
-        state = jax.jit(partial(sharding.rest, mesh))(state)
+    if mesh.size > 1:
+        state = jax.jit(partial(rest, mesh))(state)
     cohorts: list[Any] = [None, None]
     if case.cohort is not None:
         draws = (
@@ -157,7 +178,7 @@ def train(name: str, data: int, model: int) -> Trained:
 @functools.cache
 def initial(name: str) -> Any:
     """A fresh TrainState, as numpy arrays: jax's would be donated."""
-    return jax.tree.map(np.asarray, jax.jit(build(CASES[name], None).init)(jax.random.key(0)))
+    return jax.tree.map(np.asarray, jax.jit(build(CASES[name], single()).init)(jax.random.key(0)))
 
 
 def trimmed(case: Case, state: TrainState) -> TrainState:
@@ -170,7 +191,7 @@ def trimmed(case: Case, state: TrainState) -> TrainState:
     state = state._replace(clients=jax.tree.map(trim, state.clients))
     if case.baseline:
         return state._replace(server=jax.tree.map(trim, state.server))
-    if not case.options.get("feature_sharing", True):
+    if not case.moco.get("feature_sharing", True):
         return state._replace(server=state.server._replace(queue=jax.tree.map(trim, state.server.queue)))
     return state
 
@@ -255,7 +276,7 @@ def assert_nothing_large_is_gathered(name: str, data: int, model: int) -> None:
 def test_a_convolution_in_chunks_stays_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Winograd's loop over images, on rows that do not divide, with its gradients; nothing is gathered."""
     monkeypatch.setattr(convolution, "CACHE_ELEMENTS", 1)
-    mesh = sharding.make_mesh(Mesh(data=4, model=2))
+    mesh = make_mesh(Mesh(data=4, model=2), jax.devices())
 
     def server(conv: Any) -> Any:
         def model(kernel: Array, x: Array) -> Array:
@@ -268,8 +289,8 @@ def test_a_convolution_in_chunks_stays_on_each_device(monkeypatch: pytest.Monkey
         return jnp.sum(model(kernel, x) ** 2)
 
     rng = np.random.default_rng(0)
-    kernel, x = (sharding.replicate(mesh, rng.normal(size=s)) for s in ((3, 3, 2, 3), (2, 29, 8, 8, 2)))
-    on_mesh = sharding.make_placement(mesh).over_rows(server(convolution.winograd_conv))
+    kernel, x = (replicate(mesh, rng.normal(size=s)) for s in ((3, 3, 2, 3), (2, 29, 8, 8, 2)))
+    on_mesh = make_placement(mesh, CPU).over_rows(server(convolution.winograd_conv))
     plain = server(partial(direct_conv, stride=1, padding=1))
     found, expected = (
         jax.jit(jax.value_and_grad(partial(loss, model), (0, 1)))(kernel, x) for model in (on_mesh, plain)
@@ -291,7 +312,7 @@ def test_a_convolution_in_chunks_stays_on_each_device(monkeypatch: pytest.Monkey
 def test_state_is_cut_into_equal_pieces() -> None:
     """Bytes on each device: of the pool 1/8 on every mesh, of the server's large tensors 1/model."""
     for data, model in MESHES:
-        mesh = sharding.make_mesh(Mesh(data=data, model=model))
+        mesh = make_mesh(Mesh(data=data, model=model), jax.devices())
         state = jax.jit(build(CASES["whole pool"], mesh).init)(jax.random.key(0))
         for leaf in jax.tree.leaves(state.clients):
             assert {s.data.nbytes for s in leaf.addressable_shards} == {leaf.nbytes // 8}
@@ -302,7 +323,7 @@ def test_state_is_cut_into_equal_pieces() -> None:
 # The training loop and the command.
 
 
-def prepared(path: pathlib.Path, mesh: Any) -> experiment.Run:
+def prepared(path: pathlib.Path, mesh: jax.sharding.Mesh) -> experiment.Run:
     """Five of six clients an epoch, rounds of 3, 3 and 1 steps, of the toy network."""
     config = Config(
         epochs=3,
@@ -313,12 +334,15 @@ def prepared(path: pathlib.Path, mesh: Any) -> experiment.Run:
         eval=Eval(every=1, knn_k=3, probe_epochs=0),
     )
     config.sync.frequency = 2
-    run = experiment.prepare(config, mesh)
+    run = prepare(config, mesh)
     model = make_toy_model()
     algorithm = mocosfl(
-        model, num_clients=6, queue_size=24, temperature=1.0, placement=sharding.make_placement(mesh)
+        model,
+        num_clients=6,
+        moco=MomentumContrast(queue_size=24, temperature=1.0),
+        placement=make_placement(mesh, CPU),
     )
-    return run._replace(model=model, algorithm=sharding.distribute(algorithm, mesh, 6))
+    return run._replace(model=model, algorithm=distribute(algorithm, mesh, 6))
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
@@ -328,7 +352,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
     pictures, labels = rng.integers(0, 256, (84, 4, 4, 3)).astype(np.uint8), np.arange(84) % 3
     np.savez(path, x_train=pictures, y_train=labels, x_test=pictures[:20], y_test=labels[:20])
 
-    def go(folder: pathlib.Path, mesh: Any, last_epoch: int) -> bool:
+    def go(folder: pathlib.Path, mesh: jax.sharding.Mesh, last_epoch: int) -> bool:
         run = prepared(path, mesh)
         workdir.claim(folder, run.config, {})
         stop = threading.Event()
@@ -337,12 +361,12 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
             if metrics["epoch"] == last_epoch:
                 stop.set()
 
-        return loop.train(run, stop.is_set, loop.Output(folder, lambda line: None, watch))
+        return loop.train(run, stop.is_set, Output(folder, lambda line: None, watch))
 
-    assert not go(tmp_path / "many", sharding.make_mesh(Mesh()), 1)
-    assert not go(tmp_path / "many", sharding.make_mesh(Mesh(data=2, model=4)), 2)
-    assert go(tmp_path / "many", None, -1)
-    assert go(tmp_path / "one", None, -1)
+    assert not go(tmp_path / "many", make_mesh(Mesh(), jax.devices()), 1)
+    assert not go(tmp_path / "many", make_mesh(Mesh(data=2, model=4), jax.devices()), 2)
+    assert go(tmp_path / "many", single(), -1)
+    assert go(tmp_path / "one", single(), -1)
     many, one = (workdir.read_metrics(tmp_path / name) for name in ("many", "one"))
     assert [m["step"] for m in many] == [m["step"] for m in one] == [0, 7, 14, 21]
     for a, b in zip(many[1:], one[1:], strict=True):
@@ -362,16 +386,21 @@ def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
     indices = np.random.default_rng(1).integers(0, 40, (3, 5, 2)).astype(np.int32)
     cohort = np.array([0, 1, 3, 4, 6], np.int32)
     ends = []
-    for mesh, scan in ((None, False), (sharding.make_mesh(Mesh(data=4, model=2)), True)):
-        placement = sharding.make_placement(mesh)
-        algorithm = sharding.distribute(
-            mocosfl(make_toy_model(), num_clients=7, queue_size=24, temperature=1.0, placement=placement),
+    for mesh, scan in ((single(), False), (make_mesh(Mesh(data=4, model=2), jax.devices()), True)):
+        placement = make_placement(mesh, CPU)
+        algorithm = distribute(
+            mocosfl(
+                make_toy_model(),
+                num_clients=7,
+                moco=MomentumContrast(queue_size=24, temperature=1.0),
+                placement=placement,
+            ),
             mesh,
             7,
         )
-        place, size = sharding.of_images(mesh, 5), 3 if scan else 1
-        places = sharding.padded(mesh, 5, 2)
-        padded = np.pad(indices, [(0, 0), (0, places[0] - 5), (0, 0)])
+        place, size = of_images(mesh, 5), 3 if scan else 1
+        places = padded(mesh, 5, 2)
+        filled = np.pad(indices, [(0, 0), (0, places[0] - 5), (0, 0)])
         state = jax.jit(algorithm.init)(jax.random.key(0))
         run = rounds.make_run_steps(
             algorithm,
@@ -380,11 +409,11 @@ def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
             state=state,
             images=jax.ShapeDtypeStruct((size, *places, *pictures.shape[1:]), np.uint8, sharding=place),
             cohort=5,
-            spread=sharding.make_spread(mesh, 5, 2),
+            spread=make_spread(mesh, 5, 2),
         )
-        dealt = {epoch: padded for epoch in range(2)}
+        dealt = {epoch: filled for epoch in range(2)}
         feeds = [
-            batches.resident(sharding.replicate(mesh, pictures), dealt.__getitem__, size, place),
+            batches.resident(replicate(mesh, pictures), dealt.__getitem__, size, place),
             batches.streamed(
                 pictures,
                 dealt.__getitem__,
@@ -427,12 +456,16 @@ def test_the_command_trains_on_all_devices(
 def test_sizes_that_are_left_open_take_what_is_left(
     sizes: tuple[int | None, int | None], shape: tuple[int, int]
 ) -> None:
-    mesh = sharding.make_mesh(Mesh(data=sizes[0], model=sizes[1]))
-    assert mesh is not None and mesh.devices.shape == shape
+    mesh = make_mesh(Mesh(data=sizes[0], model=sizes[1]), jax.devices())
+    assert mesh.devices.shape == shape
 
 
-def test_one_device_needs_no_mesh() -> None:
-    assert sharding.make_mesh(Mesh(data=1, model=1)) is None
+def test_one_device_is_a_mesh_on_which_nothing_is_distributed() -> None:
+    mesh = make_mesh(Mesh(data=1, model=1), jax.devices()[3:])
+    assert mesh.devices.tolist() == [[jax.devices()[3]]]
+    algorithm = mocosfl(make_toy_model(), num_clients=2)
+    assert distribute(algorithm, mesh, 2) is algorithm
+    assert make_placement(mesh, CPU) == one_device(CPU)
 
 
 @pytest.mark.parametrize(
@@ -445,4 +478,4 @@ def test_one_device_needs_no_mesh() -> None:
 )
 def test_a_mesh_that_cannot_be_is_refused(sizes: tuple[int | None, int | None], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sharding.make_mesh(Mesh(data=sizes[0], model=sizes[1]))
+        make_mesh(Mesh(data=sizes[0], model=sizes[1]), jax.devices())

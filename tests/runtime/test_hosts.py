@@ -18,10 +18,10 @@ from mocosfl_jax.commandline import parse
 from mocosfl_jax.config import Config, Mesh
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.feed import batches
-from mocosfl_jax.parallel import sharding
-from mocosfl_jax.runtime import hosts
+from mocosfl_jax.parallel.mesh import make_mesh
+from mocosfl_jax.runtime import hosts, stderr_filter
 from mocosfl_jax.train import main
-from mocosfl_jax.training import checkpoint, experiment, loop, workdir
+from mocosfl_jax.training import checkpoint, experiment, journal, workdir
 from tests.support.processes import (
     EPOCHS,
     ROOT,
@@ -34,7 +34,7 @@ from tests.support.processes import (
     start,
 )
 from tests.support.toy import in_place, last_arrays
-from tests.support.training import comparable
+from tests.support.training import comparable, prepare
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -54,16 +54,16 @@ def train_here(argv: list[str], stop_after: int | None = None) -> None:
     """The command in this process alone, on two of its devices; until the end of an epoch, if given."""
     with in_place(), pytest.MonkeyPatch.context() as patch:
         if stop_after is not None:
-            patch.setattr(loop, "record", stopping(stop_after))
+            patch.setattr(journal, "record", stopping(stop_after))
         assert main(argv) == (0 if stop_after is None else 128 + signal.SIGTERM)
 
 
 def stopping(epoch: int) -> Callable[..., checkpoint.Progress]:
-    """`loop.record`, with a SIGTERM at the end of the epoch."""
-    record = loop.record
+    """`journal.record`, with a SIGTERM at the end of the epoch."""
+    record = journal.record
 
     def stopping(
-        run: experiment.Run, progress: checkpoint.Progress, metrics: workdir.Metrics, output: loop.Output
+        run: experiment.Run, progress: checkpoint.Progress, metrics: workdir.Metrics, output: journal.Output
     ) -> checkpoint.Progress:
         if metrics["epoch"] == epoch:
             signal.raise_signal(signal.SIGTERM)
@@ -133,7 +133,7 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
 
     # Each has loaded images of its own clients, a half of the cohort, and no others.
     config: Config = parse(argv[:-1], "").config
-    run = experiment.prepare(config)
+    run = prepare(config)
     dealt = np.concatenate([run.indices(epoch) for epoch in range(EPOCHS)])
     for process, members in enumerate((slice(2), slice(2, 4))):
         loaded = {int(row) for row in (tmp_path / f"rows_{process}").read_text().split()}
@@ -243,7 +243,7 @@ def test_one_process_needs_no_address() -> None:
 )
 def test_what_cpp_says_when_another_is_lost_is_one_line(written: list[str], passed: list[str | None]) -> None:
     """And what it says of other things passes, also after it has spoken of the coordination service."""
-    command = [sys.executable, "-c", hosts._FILTER, f"{LOST}\n", "no meeting\n"]
+    command = [sys.executable, "-c", stderr_filter.FILTER, f"{LOST}\n", "no meeting\n"]
     text = "".join(f"{line}\n" for line in written)
     ended = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
     expected = [line if line is not None else told for line, told in zip(passed, written, strict=False)]
@@ -295,10 +295,13 @@ def test_a_cluster_counts_if_it_has_started_several_processes(
 def test_what_several_processes_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "several", lambda: True)
     with pytest.raises(UserError, match=r"config\.mesh: found data 4 and model 1, allowed: a product of 8"):
-        sharding.make_mesh(Mesh(data=4, model=1))
+        make_mesh(Mesh(data=4, model=1), jax.devices())
     with pytest.raises(UserError, match=r"config\.data\.resident: found True, allowed: False or None"):
-        batches.residence(True, 1)
-    assert batches.residence(None, 1) == (False, "each process loads those of its own clients")
+        batches.residence(True, 1, jax.devices()[0])
+    assert batches.residence(None, 1, jax.devices()[0]) == (
+        False,
+        "each process loads those of its own clients",
+    )
 
 
 @pytest.mark.parametrize("name", ["one_node.sh", "slurm.sh", "tpu_pod.sh"])

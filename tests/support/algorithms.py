@@ -1,21 +1,41 @@
 """The algorithm on the toy network, compiled, and comparisons of trees."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from mocosfl_jax import Algorithm, SplitModel, TrainState, mocosfl
+from mocosfl_jax import Algorithm, Forms, MomentumContrast, SplitModel, TrainState, mocosfl, one_device
+from mocosfl_jax.models.forms import ACCELERATOR, CPU
 
 N, B, K = 4, 3, 48
-
-
 LR = 0.1
 
 
-def build(model: SplitModel, num_clients: int = N, **changes: Any) -> tuple[Algorithm, TrainState]:
-    settings = {"server_lr": LR, "client_lr": LR, "queue_size": K, "temperature": 1.0} | changes
-    pure = mocosfl(model, num_clients=num_clients, **settings)
+# Both run on any platform, and have to give the same numbers.
+FORMS = {"cpu": CPU, "accelerator": ACCELERATOR}
+
+
+class Build(Protocol):
+    """`build` in one of the `FORMS`."""
+
+    def __call__(
+        self, model: SplitModel, num_clients: int = N, **changes: Any
+    ) -> tuple[Algorithm, TrainState]: ...
+
+
+def build(
+    forms: Forms, model: SplitModel, num_clients: int = N, **changes: Any
+) -> tuple[Algorithm, TrainState]:
+    """MocoSFL on `model`, compiled, with its first state; `changes` are of `MomentumContrast` or of `mocosfl`."""
+    moco = {name: changes.pop(name) for name in MomentumContrast._fields if name in changes}
+    pure = mocosfl(
+        model,
+        num_clients=num_clients,
+        moco=MomentumContrast(**{"queue_size": K, "temperature": 1.0} | moco),
+        placement=one_device(forms),
+        **{"server_lr": LR, "client_lr": LR} | changes,
+    )
     algorithm = Algorithm(
         jax.jit(pure.init),
         jax.jit(pure.step, static_argnames="send_gradients"),

@@ -9,9 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mocosfl_jax import Algorithm, TrainState, Views, mocosfl, split_model
+from mocosfl_jax import (
+    Algorithm,
+    Forms,
+    MomentumContrast,
+    TrainState,
+    Views,
+    mocosfl,
+    one_device,
+    split_model,
+)
+from mocosfl_jax.algorithm import optim
 from mocosfl_jax.models import mobilenetv2, vgg
-from mocosfl_jax.models.convolution import Lowering
 
 
 class Case:
@@ -111,7 +120,7 @@ def summary(x: np.ndarray) -> np.ndarray:
     return np.concatenate([[flat.sum(), np.sqrt((flat**2).sum())], flat[positions]])
 
 
-def build(case: Case, convolutions: Lowering | None) -> tuple[Algorithm, TrainState]:
+def build(case: Case, forms: Forms) -> tuple[Algorithm, TrainState]:
     """The public algorithm of the case, in the case's initial state."""
     s = case.settings
     model = split_model(
@@ -123,7 +132,7 @@ def build(case: Case, convolutions: Lowering | None) -> tuple[Algorithm, TrainSt
         bottleneck=None if s["bottleneck"] == "None" else s["bottleneck"],
         client_residual=s["c_residual"],
         weight_standardisation=s["WS"],
-        convolutions=convolutions,
+        forms=forms,
     )
     algorithm = mocosfl(
         model,
@@ -131,12 +140,14 @@ def build(case: Case, convolutions: Lowering | None) -> tuple[Algorithm, TrainSt
         server_lr=s["lr"],
         # As a schedule: the number 0 would freeze the clients, and no gradient would cross.
         client_lr=lambda step: jnp.asarray(s["c_lr"]),
-        sgd_momentum=s["momentum"],
-        weight_decay=s["weight_decay"],
-        queue_size=s["K"],
-        temperature=s["T"],
-        symmetric=s["symmetric"],
-        feature_sharing=s["feature_sharing"],
+        optimizer=optim.sgd(s["momentum"], s["weight_decay"]),
+        placement=one_device(forms),
+        moco=MomentumContrast(
+            queue_size=s["K"],
+            temperature=s["T"],
+            symmetric=s["symmetric"],
+            feature_sharing=s["feature_sharing"],
+        ),
     )
     state = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, float if leaf.dtype == jnp.float32 else leaf.dtype),

@@ -10,7 +10,8 @@ import numpy as np
 from jax import Array
 
 from mocosfl_jax import SplitModel, Views, train
-from mocosfl_jax.training import checkpoint, experiment
+from mocosfl_jax.training import build, checkpoint
+from tests.support.training import prepare
 
 IMAGE = (4, 4, 3)
 KEY_DIM = 8
@@ -44,20 +45,20 @@ def make_toy_model() -> SplitModel:
 @contextlib.contextmanager
 def in_place() -> Iterator[None]:
     """Within, whatever network a configuration wants is the toy network."""
-    build_model = experiment.build_model
-    experiment.build_model = lambda *_, **__: make_toy_model()
+    build_model = build.build_model
+    build.build_model = lambda *_, **__: make_toy_model()
     try:
         yield
     finally:
-        experiment.build_model = build_model
+        build.build_model = build_model
 
 
 def last_arrays(argv: Sequence[str], folder: pathlib.Path) -> list[np.ndarray]:
     """All arrays of the newest checkpoint of a run with the toy network, read on one device."""
     config, *_ = train.parse(argv)
     with in_place():
-        run = experiment.prepare(config)
-    state, _ = checkpoint.restore(folder / "checkpoints", None, run.algorithm.init)
+        run = prepare(config)
+    state, _ = checkpoint.restore(folder / "checkpoints", None, run.algorithm.init, jax.devices()[0])
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 

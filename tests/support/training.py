@@ -1,13 +1,30 @@
-"""Training in this process, stopped where a test wants it."""
+"""Training in this process: a run made ready on one device, stopped where a test wants it."""
 
 import pathlib
 import threading
 from collections.abc import Callable, Mapping
 
-from mocosfl_jax.training import loop, workdir
+import jax
+from jax.sharding import Mesh
+
+from mocosfl_jax.config import Config, resolve
+from mocosfl_jax.models.forms import Forms
+from mocosfl_jax.parallel.mesh import one_device
+from mocosfl_jax.training import experiment, loop, workdir
 from mocosfl_jax.training.experiment import Run
+from mocosfl_jax.training.journal import Output
 
 Metrics = Mapping[str, float]
+
+
+def single() -> Mesh:
+    """The mesh of JAX's first device."""
+    return one_device(jax.devices()[0])
+
+
+def prepare(config: Config, mesh: Mesh | None = None, forms: Forms | None = None) -> Run:
+    """The run of a configuration, by default on one device in the forms of its platform."""
+    return experiment.prepare(resolve(config), mesh or single(), forms)
 
 
 def train(run: Run, folder: pathlib.Path, stop_at: Callable[[Metrics], bool] = lambda metrics: False) -> bool:
@@ -19,8 +36,9 @@ def train(run: Run, folder: pathlib.Path, stop_at: Callable[[Metrics], bool] = l
         if stop_at(metrics):
             stop.set()
 
-    return loop.train(run, stop.is_set, loop.Output(folder, lambda line: None, watch))
+    return loop.train(run, stop.is_set, Output(folder, lambda line: None, watch))
 
 
 def comparable(folder: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without the speed, which differs from run to run."""
     return [{k: v for k, v in m.items() if k != "images_per_s"} for m in workdir.read_metrics(folder)]

@@ -18,15 +18,16 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import mocosfl
+from mocosfl_jax import MomentumContrast, mocosfl
 from mocosfl_jax.algorithm.messages import SmashedData
-from mocosfl_jax.config import Checkpoint, Clients, Config, Data, Eval, Moco, Model, Sync
+from mocosfl_jax.config import Checkpoint, Clients, Config, Data, Eval, Moco, Model, Synchronization
 from mocosfl_jax.errors import DiskFullError
-from mocosfl_jax.training import checkpoint, experiment, loop, saving, workdir
+from mocosfl_jax.training import checkpoint, loop, saving, workdir
 from mocosfl_jax.training.experiment import Run
+from mocosfl_jax.training.journal import Output
 from tests.support.small_run import arguments
 from tests.support.toy import IMAGE, make_toy_model
-from tests.support.training import Metrics, comparable, train
+from tests.support.training import Metrics, comparable, prepare, train
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -47,12 +48,12 @@ def prepared(folder: pathlib.Path, on_full_disk: str) -> Run:
     rng = np.random.default_rng(0)
     pictures, labels = rng.integers(0, 256, (24, *IMAGE)).astype(np.uint8), np.arange(24) % 3
     np.savez(path, x_train=pictures, y_train=labels, x_test=pictures, y_test=labels)
-    run = experiment.prepare(
+    run = prepare(
         Config(
             epochs=4,
             data=Data(name="npz", dir=str(path)),
             clients=Clients(num=3, batch_size=2, noniid_ratio=1.0),
-            sync=Sync(frequency=1),
+            sync=Synchronization(frequency=1),
             model=Model(width=4),
             moco=Moco(key_dim=8, queue_size=20),
             eval=Eval(every=0, knn_k=3, probe_epochs=0),
@@ -60,7 +61,9 @@ def prepared(folder: pathlib.Path, on_full_disk: str) -> Run:
         )
     )
     model = make_toy_model()
-    return run._replace(model=model, algorithm=mocosfl(model, num_clients=3, queue_size=20))
+    return run._replace(
+        model=model, algorithm=mocosfl(model, num_clients=3, moco=MomentumContrast(queue_size=20))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def train_watched(
     said: list[str] = []
     workdir.claim(folder, run.config, {})
     try:
-        loop.train(run, lambda: False, loop.Output(folder, said.append, watch))
+        loop.train(run, lambda: False, Output(folder, said.append, watch))
     except DiskFullError as error:
         return said, error
     return said, None

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import mocosfl
-from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Sync
-from mocosfl_jax.training import experiment, workdir
+from mocosfl_jax import MomentumContrast, mocosfl
+from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Synchronization
+from mocosfl_jax.training import workdir
 from mocosfl_jax.training.experiment import Run
 from tests.support.toy import IMAGE, make_toy_model
-from tests.support.training import Metrics, comparable, train
+from tests.support.training import Metrics, comparable, prepare, train
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +27,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     labels = np.arange(84) % 3
     pictures = rng.integers(0, 256, (84, *IMAGE)).astype(np.uint8)
     np.savez(path, x_train=pictures, y_train=labels, x_test=pictures[:20], y_test=labels[:20])
-    run = experiment.prepare(
+    run = prepare(
         Config(
             epochs=4,
             data=Data(name="npz", dir=str(path)),
             clients=Clients(num=6, cohort=5, batch_size=2, noniid_ratio=1.0),
-            sync=Sync(frequency=2),
+            sync=Synchronization(frequency=2),
             model=Model(width=4),
             moco=Moco(key_dim=8, queue_size=20),
             eval=Eval(every=2, knn_k=3, probe_epochs=2),
         )
     )
     model = make_toy_model()
-    return run._replace(model=model, algorithm=mocosfl(model, num_clients=6, queue_size=20))
+    return run._replace(
+        model=model, algorithm=mocosfl(model, num_clients=6, moco=MomentumContrast(queue_size=20))
+    )
 
 
 @pytest.fixture(scope="module")

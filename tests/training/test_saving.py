@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax import mocosfl
+from mocosfl_jax import MomentumContrast, mocosfl
 from mocosfl_jax.algorithm.messages import SmashedData
-from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Saving, Sync, quickstart
+from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Saving, Synchronization, quickstart
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.training import checkpoint, experiment, saving, workdir
+from mocosfl_jax.training import checkpoint, saving, workdir
 from mocosfl_jax.training.experiment import Run
 from mocosfl_jax.training.saving import Traffic
 from tests.support.toy import IMAGE, make_toy_model
-from tests.support.training import comparable, train
+from tests.support.training import comparable, prepare, train
 
 EPOCHS = 7
 
@@ -94,7 +94,7 @@ def test_a_store_beyond_its_budget_is_refused(tmp_path: pathlib.Path) -> None:
     config.saving = Saving(loss_threshold=1.0, replay_gib=0.1)
     # 60 steps of 2 x 100 x 16 x 16 x 16 floats.
     with pytest.raises(UserError, match=r"config\.saving\.replay_gib: found 0.1, allowed: 0.183 or more"):
-        experiment.prepare(config)
+        prepare(config)
     saving.Store(tmp_path, floats(1024, 2, 1024, 16, 16, 1)).require_space()
     with pytest.raises(UserError, match=r"found .* GiB free, 2.15e\+09 GiB are needed"):
         saving.Store(tmp_path, floats(2**29, 2, 2**29)).require_space()
@@ -108,12 +108,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     rng = np.random.default_rng(0)
     pictures, labels = rng.integers(0, 256, (24, *IMAGE)).astype(np.uint8), np.arange(24) % 3
     np.savez(path, x_train=pictures, y_train=labels, x_test=pictures[:9], y_test=labels[:9])
-    prepared = experiment.prepare(
+    prepared = prepare(
         Config(
             epochs=EPOCHS,
             data=Data(name="npz", dir=str(path)),
             clients=Clients(num=3, cohort=2, batch_size=2, noniid_ratio=1.0),
-            sync=Sync(frequency=2),
+            sync=Synchronization(frequency=2),
             saving=Saving(loss_threshold=1e6, warmup_epochs=1),
             model=Model(width=4),
             moco=Moco(key_dim=8, queue_size=24, feature_sharing=False),
@@ -121,7 +121,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         )
     )
     model = make_toy_model()
-    algorithm = mocosfl(model, num_clients=3, queue_size=24, feature_sharing=False)
+    algorithm = mocosfl(model, num_clients=3, moco=MomentumContrast(queue_size=24, feature_sharing=False))
     return prepared._replace(model=model, algorithm=algorithm)
 
 

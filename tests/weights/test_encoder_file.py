@@ -12,11 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mocosfl_jax import TrainState, export, import_official, load_encoder, normalise
-from mocosfl_jax.config import quickstart
+from mocosfl_jax.config import quickstart, resolve
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.training import checkpoint, experiment, workdir
+from mocosfl_jax.models.forms import ACCELERATOR
+from mocosfl_jax.training import checkpoint, workdir
+from mocosfl_jax.training.build import build
 from mocosfl_jax.weights.encoder_file import export_encoder
 from tests.support.encoders import METADATA, NETWORK, random_params
+from tests.support.training import single
 
 OFFICIAL = pathlib.Path(__file__).parents[1] / "official"
 
@@ -119,10 +122,10 @@ def test_an_exported_run_encodes_as_the_run_does(
     config = quickstart()
     config.algorithm, config.clients.num, config.model.width = algorithm, 2, 4
     config.moco.key_dim, config.moco.queue_size = 6, 200
-    config = config.resolved()
-    workdir.claim(folder, config, {})
+    resolved = resolve(config)
+    workdir.claim(folder, resolved, {})
     workdir.write_preprocessing(folder, workdir.Preprocessing(16, (0.1, 0.2, 0.3), (0.5, 0.5, 0.25)))
-    _, run = experiment.build(config, image_size=16)
+    _, run = build(resolved, single(), ACCELERATOR, image_size=16)
 
     def state(seed: int) -> TrainState:
         """One in which no two clients are alike; drawing it needs no compilation."""

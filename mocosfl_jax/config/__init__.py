@@ -1,0 +1,38 @@
+"""What an experiment is, the paper's defaults, and the checks. Nothing here reads files or imports JAX."""
+
+from mocosfl_jax.config.fields import (
+    Checkpoint,
+    Clients,
+    Config,
+    Data,
+    Eval,
+    Mesh,
+    Moco,
+    Model,
+    Optim,
+    Saving,
+    Synchronization,
+    quickstart,
+)
+from mocosfl_jax.config.record import differences, from_dict
+from mocosfl_jax.config.resolution import Resolved, paper_settings, resolve
+
+__all__ = [
+    "Checkpoint",
+    "Clients",
+    "Config",
+    "Data",
+    "Eval",
+    "Mesh",
+    "Moco",
+    "Model",
+    "Optim",
+    "Resolved",
+    "Saving",
+    "Synchronization",
+    "differences",
+    "from_dict",
+    "paper_settings",
+    "quickstart",
+    "resolve",
+]

@@ -1,0 +1,278 @@
+"""From a configuration as it is written to one in which every setting has a value, checked.
+
+`resolve` fills in what is left to the paper's defaults for N clients and to a MoCo preset.
+"""
+
+import copy
+import dataclasses
+import math
+import typing
+from typing import Any, NamedTuple
+
+from mocosfl_jax.config.fields import Checkpoint, Config, Data, Eval, Mesh, Model, Saving
+from mocosfl_jax.errors import UserError
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ResolvedClients:
+    """`fields.Clients`, filled in."""
+
+    num: int
+    cohort: int
+    batch_size: int
+    noniid_ratio: float
+    dirichlet_alpha: float | None
+    rich: float
+    rich_data: float
+    rich_batch: int
+    local_epochs: int
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ResolvedSynchronization:
+    """`fields.Synchronization`, filled in."""
+
+    frequency: int
+    weighted: bool
+    momentum_models: bool
+    buffers: str
+    divergence_lambda: float | None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ResolvedMoco:
+    """`fields.Moco`, filled in."""
+
+    preset: str
+    key_dim: int
+    head: str
+    symmetric: bool
+    augmentation: str
+    full_symmetric: bool
+    feature_sharing: bool
+    queue_size: int
+    temperature: float
+    momentum: float
+    min_crop_scale: float
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ResolvedOptim:
+    """`fields.Optim`, filled in."""
+
+    server_lr: float
+    client_lr: float
+    momentum: float
+    weight_decay: float
+    schedule: str
+    client_schedule: str
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Resolved:
+    """A `fields.Config` in which nothing is left to a preset or to the number of clients."""
+
+    algorithm: str
+    seed: int
+    epochs: int
+    data: Data
+    clients: ResolvedClients
+    sync: ResolvedSynchronization
+    saving: Saving
+    model: Model
+    moco: ResolvedMoco
+    optim: ResolvedOptim
+    eval: Eval
+    checkpoint: Checkpoint
+    mesh: Mesh
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, as config.json holds them."""
+        return dataclasses.asdict(self)
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs that are run: smaller cohorts take N // M times as many."""
+        return self.epochs * (self.clients.num // self.clients.cohort)
+
+
+def resolve(config: Config) -> Resolved:
+    """Fill in every field that is left to a preset or to N, and check all of them.
+
+    Raises:
+      UserError: names the first field with a wrong type or an impossible value.
+    """
+    _check_types(config, "config")
+    config = copy.deepcopy(config)
+    moco, optim, clients, sync = config.moco, config.optim, config.clients, config.sync
+    _allow("moco.preset", moco.preset, tuple(_PRESETS))
+    _fill(moco, _PRESETS[moco.preset])
+    _fill(optim, {"schedule": _PRESET_SCHEDULE[moco.preset], "client_lr": optim.server_lr})
+    _fill(optim, {"client_schedule": optim.schedule})
+    _in_range("clients.num", clients.num, 1)
+    paper = paper_settings(clients.num)
+    _fill(clients, {"batch_size": paper.batch_size, "cohort": paper.cohort})
+    _fill(sync, {"frequency": paper.sync_frequency})
+    resolved = _as_resolved(config)
+    _check_values(resolved)
+    return resolved
+
+
+def _as_resolved(config: Config) -> Resolved:
+    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    kinds = {
+        "clients": ResolvedClients,
+        "sync": ResolvedSynchronization,
+        "moco": ResolvedMoco,
+        "optim": ResolvedOptim,
+    }
+    filled = {name: kind(**dataclasses.asdict(sections[name])) for name, kind in kinds.items()}
+    return Resolved(**sections | filled)
+
+
+class PaperSettings(NamedTuple):
+    """What the paper's experiments set by the number of clients alone."""
+
+    batch_size: int  # B
+    cohort: int  # M
+    sync_frequency: int  # synchronizations an epoch
+
+
+def paper_settings(num_clients: int) -> PaperSettings:
+    """The automatic settings of the paper's tables for N clients (the official code's auto_adjust)."""
+    batch_size = 100 // num_clients if num_clients <= 50 else 1
+    cohort = num_clients if num_clients < 200 else num_clients // (num_clients // 100)
+    return PaperSettings(batch_size, cohort, max(1, 1000 // (batch_size * num_clients)))
+
+
+_V2 = {"head": "mlp", "symmetric": True, "augmentation": "v2"}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "v1": {"key_dim": 128, "head": "linear", "symmetric": False, "augmentation": "v1"},
+    "small_v2": {"key_dim": 512} | _V2,
+    "v2": {"key_dim": 1024} | _V2,
+    "large_v2": {"key_dim": 2048} | _V2 | {"head": "mlp_bn"},
+}
+_PRESET_SCHEDULE = {"v1": "multistep", "small_v2": "cosine", "v2": "cosine", "large_v2": "cosine"}
+
+
+def _fill(node: Any, values: dict[str, Any]) -> None:
+    """Give the fields that are None their values."""
+    for field, value in values.items():
+        if getattr(node, field) is None:
+            setattr(node, field, value)
+
+
+def _check_types(node: Any, path: str) -> None:
+    """Config files are Python, so any value can be in any field."""
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        assert not isinstance(field.type, str)
+        allowed = typing.get_args(field.type) or (field.type,)
+        if dataclasses.is_dataclass(field.type):
+            if type(value) is not field.type:
+                raise UserError(f"{path}.{field.name}: found {value!r}, allowed: a {allowed[0].__name__}")
+            _check_types(value, f"{path}.{field.name}")
+            continue
+        fits = isinstance(value, int) and not isinstance(value, bool) if float in allowed else False
+        if not fits and type(value) not in allowed:
+            names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
+            raise UserError(f"{path}.{field.name}: found {value!r}, allowed: {names}")
+        if isinstance(value, int) and abs(value) >= 2**63:  # beyond, arithmetic with floats overflows
+            raise UserError(f"{path}.{field.name}: found {value}, allowed: a number of 64 bits")
+
+
+def _check_values(config: Resolved) -> None:
+    """Everything that can be known before data is read and a network is built."""
+    clients, sync, moco, optim = config.clients, config.sync, config.moco, config.optim
+    evaluation, saving = config.eval, config.saving
+    _allow("algorithm", config.algorithm, ("mocosfl", "flmoco"))
+    _allow("moco.augmentation", moco.augmentation, ("v1", "v2"))
+    _allow("moco.head", moco.head, ("linear", "mlp", "mlp_bn"))
+    _allow("optim.schedule", optim.schedule, ("cosine", "multistep", "constant"))
+    client_schedules = ("cosine", "multistep", "constant", "official_per_step")
+    _allow("optim.client_schedule", optim.client_schedule, client_schedules)
+    _allow("sync.buffers", sync.buffers, ("keep", "reset", "average"))
+    _in_range("seed", config.seed, 0, 2**32 - 1)
+    _in_range("epochs", config.epochs, 1)
+    _in_range("data.max_broken", config.data.max_broken, 0.0, 1.0)
+    _in_range("clients.cohort", clients.cohort, 1, clients.num, "the clients of the pool")
+    _in_range("clients.batch_size", clients.batch_size, 1)
+    _in_range("clients.noniid_ratio", clients.noniid_ratio, 0.0, 1.0, open_low=True)
+    if clients.dirichlet_alpha is not None:
+        _in_range("clients.dirichlet_alpha", clients.dirichlet_alpha, 0.0, open_low=True)
+    if not 0 <= clients.rich < 1:
+        raise UserError(f"config.clients.rich: found {clients.rich}, allowed: 0 or more, less than 1")
+    if not 0 < clients.rich_data < 1:
+        raise UserError(
+            f"config.clients.rich_data: found {clients.rich_data}, allowed: more than 0, less than 1"
+        )
+    _in_range("clients.rich_batch", clients.rich_batch, 1)
+    _in_range("clients.local_epochs", clients.local_epochs, 1)
+    _in_range("sync.frequency", sync.frequency, 1)
+    if sync.divergence_lambda is not None:
+        _in_range("sync.divergence_lambda", sync.divergence_lambda, 0.0, open_low=True)
+    _in_range("saving.loss_threshold", saving.loss_threshold, 0.0)
+    _in_range("saving.warmup_epochs", saving.warmup_epochs, 0)
+    _in_range("saving.replay_gib", saving.replay_gib, 0.0, open_low=True)
+    _in_range("model.cut_layer", config.model.cut_layer, 0)
+    _in_range("moco.key_dim", moco.key_dim, 1)
+    views = 2 if moco.symmetric or moco.full_symmetric else 1
+    largest = clients.batch_size * (clients.rich_batch if clients.rich else 1)
+    if config.algorithm == "flmoco":
+        _in_range("moco.queue_size", moco.queue_size, largest * views, why="a client's keys of one step")
+    elif not moco.feature_sharing:
+        keys = clients.num * largest * views
+        _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step in N queues")
+    elif not clients.rich:  # else `experiment.prepare` sees how many of the cohort are
+        keys = clients.cohort * largest * views
+        _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step")
+    _in_range("moco.temperature", moco.temperature, 0.0, open_low=True)
+    _in_range("moco.momentum", moco.momentum, 0.0, 1.0)
+    _in_range("moco.min_crop_scale", moco.min_crop_scale, 0.0, 1.0, open_low=True)
+    for name in ("server_lr", "client_lr", "weight_decay"):
+        _in_range(f"optim.{name}", getattr(optim, name), 0.0)
+    _in_range("optim.momentum", optim.momentum, 0.0, 1.0)
+    _in_range("eval.every", evaluation.every, 0)
+    _in_range("eval.knn_k", evaluation.knn_k, 1)
+    _in_range("eval.knn_temperature", evaluation.knn_temperature, 0.0, open_low=True)
+    _in_range("eval.probe_epochs", evaluation.probe_epochs, 0)
+    _in_range("checkpoint.every", config.checkpoint.every, 1)
+    _in_range("checkpoint.keep", config.checkpoint.keep, 1)
+    for axis in ("data", "model"):
+        if getattr(config.mesh, axis) is not None:
+            _in_range(f"mesh.{axis}", getattr(config.mesh, axis), 1)
+    _allow("checkpoint.on_full_disk", config.checkpoint.on_full_disk, ("stop", "continue"))
+    if config.algorithm == "flmoco":
+        _only_mocosfl(config)
+    elif clients.local_epochs != 1:
+        raise UserError(f"config.clients.local_epochs: found {clients.local_epochs}, allowed: 1 (not flmoco)")
+
+
+def _only_mocosfl(config: Resolved) -> None:
+    """Refuse what FL-MoCo, which has no server to train, does not have."""
+    for field, value, allowed in (
+        ("clients.rich", config.clients.rich, 0.0),
+        ("moco.feature_sharing", config.moco.feature_sharing, True),
+        ("moco.full_symmetric", config.moco.full_symmetric, False),
+        ("saving.loss_threshold", config.saving.loss_threshold, 0.0),
+        ("model.bottleneck", config.model.bottleneck, None),
+    ):
+        if value != allowed:
+            raise UserError(f"config.{field}: found {value}, allowed: {allowed} for flmoco")
+
+
+def _allow(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"config.{field}: found {value!r}, allowed: {', '.join(allowed)}")
+
+
+def _in_range(
+    field: str, value: float, low: float, high: float = math.inf, why: str = "", *, open_low: bool = False
+) -> None:
+    """`low` itself is allowed unless `open_low`; `why` says where the bound comes from."""
+    if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
+        return
+    bounds = f"more than {low:g}" if open_low else f"{low} or more"
+    if high < math.inf:
+        bounds = f"more than {low:g}, at most {high:g}" if open_low else f"{low} to {high}"
+    raise UserError(f"config.{field}: found {value}, allowed: {bounds}" + (f" ({why})" if why else ""))

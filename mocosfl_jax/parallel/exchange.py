@@ -1,0 +1,251 @@
+"""What the devices of a mesh exchange in a step: members of the cohort, rows of the batch, parameters and keys.
+
+The program is that of one device and XLA partitions it; only the models are run by each device on its own shard.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from mocosfl_jax.algorithm import concatenation, moco
+from mocosfl_jax.algorithm.moco import MoCoQueue, QueueAccess
+from mocosfl_jax.algorithm.placement import Placement, RowsModel, one_device
+from mocosfl_jax.models.forms import Forms, at_once
+from mocosfl_jax.parallel.mesh import CLIENTS, DATA, EVERY, MODEL, VIEWS, at, pad, pad_tree, share
+from mocosfl_jax.parallel.state import tensor
+
+
+def make_placement(mesh: Mesh, forms: Forms) -> Placement:
+    """The functions by which the algorithm is placed on a mesh, with the clients in the form of its platform."""
+    if mesh.size == 1:
+        return one_device(forms)
+    return Placement(
+        over_clients=partial(_over_clients, mesh, forms),
+        select=partial(_select, mesh),
+        put_back=partial(_put_back, mesh),
+        merge=partial(_merge, mesh),
+        split=partial(_split, mesh),
+        gather=partial(_gather, mesh),
+        over_rows=partial(_over_rows, mesh),
+        shared=QueueAccess(partial(_similarities, mesh), partial(_enqueue, mesh)),
+    )
+
+
+# --- cohort out of the pool and back
+#
+# Nobody knows beforehand on which device a member is. So blocks of the cohort, as large as what a device has
+# of it in the end, travel around the devices in a ring, and each adds to them or takes from them what is
+# its own: no device ever holds more than its share and one block.
+
+
+def _select(mesh: Mesh, pool: Any, cohort: Array | None) -> Any:
+    if cohort is None:
+        return pool
+    size, count = mesh.size, len(cohort)
+
+    def of_device(pool: Any, blocks: Array) -> Any:
+        me = jax.lax.axis_index(EVERY)
+
+        def mine(block: Array) -> Any:
+            """This device's members among those in the block, zeros for the others."""
+            here, rows = _here(pool, blocks[block], me)
+            return jax.tree.map(
+                lambda leaf: jnp.where(here.reshape(-1, *[1] * (leaf.ndim - 1)), leaf[rows], 0), pool
+            )
+
+        def travel(moves: int, block: Any) -> Any:
+            return jax.tree.map(jnp.add, _pass_on(mesh, block), mine((me - 1 - moves) % size))
+
+        return jax.lax.fori_loop(1, size, travel, mine((me - 1) % size))
+
+    members = _per_device(mesh, of_device, _blocks(cohort, size))(pad_tree(pool, size))
+    return jax.tree.map(lambda leaf: at(mesh, leaf[:count], CLIENTS), members)
+
+
+def _put_back(mesh: Mesh, pool: Any, members: Any, cohort: Array | None) -> Any:
+    if cohort is None:
+        return members
+    size, count = mesh.size, len(jax.tree.leaves(pool)[0])
+
+    def of_device(pool: Any, members: Any, blocks: Array) -> Any:
+        me = jax.lax.axis_index(EVERY)
+
+        def take(pool: Any, members: Any, block: Array) -> Any:
+            here, rows = _here(pool, blocks[block], me)
+            rows = jnp.where(here, rows, len(jax.tree.leaves(pool)[0]))  # beyond the end: dropped
+            return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new, mode="drop"), pool, members)
+
+        def travel(moves: int, carry: Any) -> Any:
+            pool, members = carry
+            members = _pass_on(mesh, members)
+            return take(pool, members, (me - moves) % size), members
+
+        return jax.lax.fori_loop(1, size, travel, (take(pool, members, me), members))[0]
+
+    put = _per_device(mesh, of_device, _blocks(cohort, size))
+    whole = put(pad_tree(pool, size), pad_tree(members, size))
+    return jax.tree.map(lambda leaf: at(mesh, leaf[:count], CLIENTS), whole)
+
+
+def _here(pool: Any, members: Array, me: Array) -> tuple[Array, Array]:
+    """Which of the `members` this device has, and in which of its rows (any row for the others)."""
+    count = len(jax.tree.leaves(pool)[0])
+    rows = members - me * count
+    here = (rows >= 0) & (rows < count)
+    return here, jnp.where(here, rows, 0)
+
+
+def _blocks(cohort: Array, size: int) -> Array:
+    """The cohort [M] as [size, m], padded with a client that nobody has."""
+    missing = share(len(cohort), size) * size - len(cohort)
+    return jnp.pad(jnp.asarray(cohort), (0, missing), constant_values=-1).reshape(size, -1)
+
+
+def _pass_on(mesh: Mesh, tree: Any, by: int = 1) -> Any:
+    """Every device's `tree` to the device `by` further on in the ring."""
+    ring = [(i, (i + by) % mesh.size) for i in range(mesh.size)]
+    return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, EVERY, ring), tree)
+
+
+def _per_device(mesh: Mesh, function: Callable[..., Any], *whole: Array) -> Callable[..., Any]:
+    """`function` of each device's piece of some trees, and of `whole`; its results are pieces again."""
+    return lambda *pieces: jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(*[CLIENTS] * len(pieces), *[P()] * len(whole)),
+        out_specs=CLIENTS,
+        check_vma=False,
+    )(*pieces, *whole)
+
+
+# --- concatenation
+
+
+def _merge(mesh: Mesh, x: Array, real: np.ndarray | None = None) -> Array:
+    if _in_place(mesh, x.shape[:2], real):
+        return at(mesh, concatenation.merge(x), CLIENTS)
+    real = np.ones(x.shape[:2], bool) if real is None else real
+    rows = pad(x, mesh.size).reshape(-1, *x.shape[2:])
+    count = int(real.sum())
+    merged = _carry(mesh, rows, _legs(real, mesh.size), share(count, mesh.size))
+    return at(mesh, merged[:count], CLIENTS)
+
+
+def _split(mesh: Mesh, x: Array, shape: tuple[int, int], real: np.ndarray | None = None) -> Array:
+    if _in_place(mesh, shape, real):
+        return at(mesh, concatenation.split(x, shape), CLIENTS)
+    real = np.ones(shape, bool) if real is None else real
+    places, batch = shape
+    back = [Leg(-leg.by, leg.arrive, leg.leave) for leg in _legs(real, mesh.size)]
+    rows = _carry(mesh, pad(x, mesh.size), back, share(places, mesh.size) * batch)
+    return at(mesh, rows.reshape(-1, batch, *x.shape[1:])[:places], CLIENTS)
+
+
+def _in_place(mesh: Mesh, shape: tuple[int, ...], real: np.ndarray | None) -> bool:
+    """Whether a device's share of the rows are those of its share of the clients."""
+    return (real is None or bool(real.all())) and (shape[0] % mesh.size == 0 or shape[1] == 1)
+
+
+class Leg(NamedTuple):
+    """The rows that go to the device that is `by` further on, as the devices D count their own rows."""
+
+    by: int
+    leave: np.ndarray  # [D, c], where they are; beyond the end: there is none
+    arrive: np.ndarray  # [D, c], where they go
+
+
+def _legs(real: np.ndarray, size: int) -> list[Leg]:
+    """How real rows get from the clients' places, padded [M, B], to an equal share for each device.
+
+    In the order of `concatenation.merge`, which the queue takes them in.
+    """
+    before = share(len(real), size) * real.shape[1]
+    after = share(int(real.sum()), size)
+    source, leave = np.divmod(np.flatnonzero(real), before)
+    target, arrive = np.divmod(np.arange(len(source)), after)
+    legs = []
+    for by in np.unique((target - source) % size):
+        gone = [((target - source) % size == by) & (source == device) for device in range(size)]
+        width = max(int(g.sum()) for g in gone)
+        leaves, arrives = np.full((size, width), before), np.full((size, width), after)
+        for device, g in enumerate(gone):
+            leaves[device, : g.sum()] = leave[g]
+            arrives[(device + by) % size, : g.sum()] = arrive[g]
+        legs.append(Leg(int(by), leaves, arrives))
+    return legs
+
+
+def _carry(mesh: Mesh, rows: Array, legs: list[Leg], count: int) -> Array:
+    """Every device's `count` rows after the `legs`, zeros where none has arrived."""
+
+    def of_device(rows: Array) -> Array:
+        me = jax.lax.axis_index(EVERY)
+        result = jnp.zeros((count, *rows.shape[1:]), rows.dtype)
+        for leg in legs:
+            moving = rows.at[jnp.asarray(leg.leave)[me]].get(mode="fill", fill_value=0)
+            moving = _pass_on(mesh, moving, leg.by) if leg.by else moving
+            result = result.at[jnp.asarray(leg.arrive)[me]].set(moving, mode="drop")
+        return result
+
+    return _per_device(mesh, of_device)(rows)
+
+
+# --- models: each device runs them on what it has, as one device alone would
+
+
+def _over_clients(mesh: Mesh, forms: Forms, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*stacked: Any) -> Any:
+        count = len(jax.tree.leaves(stacked)[0])
+        if count == 1:  # whose images are shared out
+            return at_once(function)(*stacked)
+        results = _per_device(mesh, forms.over_clients(function))(*(pad_tree(x, mesh.size) for x in stacked))
+        return jax.tree.map(lambda leaf: at(mesh, leaf[:count], CLIENTS), results)
+
+    return run
+
+
+def _over_rows(mesh: Mesh, model: RowsModel) -> RowsModel:
+    def run(params: Any, views: Array) -> Array:
+        padded = jax.vmap(lambda rows: pad(rows, mesh.size))(views)
+        results = jax.shard_map(model, mesh=mesh, in_specs=(P(), VIEWS), out_specs=VIEWS, check_vma=False)(
+            params, padded
+        )
+        return at(mesh, results[:, : views.shape[1]], VIEWS)
+
+    return run
+
+
+# --- the server
+
+
+def _gather(mesh: Mesh, params: Any) -> Any:
+    """The whole of `params` on every device; their gradient is summed to where they rest."""
+
+    @jax.custom_vjp
+    def gather(leaf: Array) -> Array:
+        return at(mesh, leaf, P())
+
+    gather.defvjp(
+        lambda leaf: (gather(leaf), None),
+        # Replicated before it is cut: XLA would take the cut as a wish to cut all that it is computed from.
+        lambda _, grad: (at(mesh, at(mesh, grad, P()), tensor(mesh, grad.shape)),),
+    )
+    return jax.tree.map(gather, params)
+
+
+def _similarities(mesh: Mesh, queue: MoCoQueue, query: Array) -> Array:
+    """Queries go to all rows of the queue, and stay cut over `data`."""
+    return at(mesh, moco.similarities(queue, at(mesh, query, P(DATA))), P(DATA, MODEL))
+
+
+def _enqueue(mesh: Mesh, queue: MoCoQueue, keys: Array) -> MoCoQueue:
+    """Keys go everywhere; each device keeps those of its rows of the queue."""
+    queue = moco.enqueue(queue, at(mesh, keys, P()))
+    return MoCoQueue(at(mesh, queue.keys, P(MODEL)), queue.cursor)

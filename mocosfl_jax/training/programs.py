@@ -1,0 +1,85 @@
+"""What a run compiles, and the images that it feeds to the compiled step."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from mocosfl_jax.algorithm.interface import TrainState
+from mocosfl_jax.evaluation.features import Encode
+from mocosfl_jax.feed import batches
+from mocosfl_jax.feed.batches import Feed
+from mocosfl_jax.parallel import mesh as meshes
+from mocosfl_jax.training import rounds
+from mocosfl_jax.training.experiment import Run
+
+
+class Programs(NamedTuple):
+    """What is compiled."""
+
+    feed: Feed
+    run_steps: rounds.RunSteps
+    keeping_step: rounds.KeepingStep
+    replay_step: rounds.ReplayStep
+    sync: rounds.SyncProgram
+    encode: Encode
+
+
+def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
+    """Compile the step, the bulk of all compilation; the others compile when they are first used."""
+    batch = (*places(run), *run.dataset.x_train.shape[1:])
+    place = meshes.of_images(run.mesh, run.cohort)
+    spread = meshes.make_spread(run.mesh, run.cohort, int(run.batch_sizes.max()))
+    size = 1
+    if run.forms.scan_rounds:
+        size = batches.steps_per_piece(math.prod(batch), run.steps_per_round)
+    run_steps = rounds.make_run_steps(
+        run.algorithm,
+        run.make_views,
+        rng_views,
+        state=state,
+        images=jax.ShapeDtypeStruct((size, *batch), np.uint8, sharding=place),
+        cohort=None if run.whole_pool else run.cohort,
+        spread=spread,
+    )
+    return Programs(
+        make_feed(run, size),
+        run_steps,
+        rounds.make_keeping_step(run.algorithm, run.make_views, rng_views, spread),
+        rounds.make_replay_step(run.algorithm),
+        rounds.make_sync(run.algorithm),
+        encode,
+    )
+
+
+def places(run: Run) -> tuple[int, int]:
+    """M and B of the images that a step gets, which the devices can share out."""
+    return meshes.padded(run.mesh, run.cohort, int(run.batch_sizes.max()))
+
+
+def make_feed(run: Run, piece_steps: int) -> Feed:
+    """The images of the run's steps, from where they are."""
+    images = run.dataset.x_train
+    place = meshes.of_images(run.mesh, run.cohort)
+
+    def indices(epoch: int) -> np.ndarray:
+        """What only fills up the devices is the first image: the step does not look at it."""
+        dealt = run.indices(epoch)
+        return np.pad(
+            dealt, [(0, n - m) for n, m in zip((len(dealt), *places(run)), dealt.shape, strict=True)]
+        )
+
+    if run.residence.resident:
+        assert isinstance(images, np.ndarray)
+        return batches.resident(meshes.replicate(run.mesh, images), indices, piece_steps, place)
+    return batches.streamed(
+        images,
+        indices,
+        piece_steps,
+        place,
+        epochs=run.config.total_epochs,
+        steps_per_epoch=run.steps_per_epoch,
+        steps_per_round=run.steps_per_round,
+    )
