@@ -1,6 +1,7 @@
-"""The client side: N models stacked along a leading axis, run as one batched operation.
+"""The client side: N models stacked along a leading axis and run as one batched operation.
 
-Smashed data leaves and its gradient enters; nothing else passes between this module and the server.
+Smashed data leaves the clients and its gradient comes back. Nothing else passes between them and the server,
+and neither module imports the other.
 """
 
 from collections.abc import Callable
@@ -19,51 +20,59 @@ from mocosfl_jax.algorithm.moco import momentum_update
 # The client-side models of a cohort: params [M, ...], images [M, B, H, W, 3] -> smashed data [M, B, h, w, c]
 CohortModel = Callable[[Any, Array], Array]
 Pullback = Callable[[Array], Any]  # gradient of smashed queries [M, B, h, w, c] -> gradient of params
-
-
 Stacked = TypeVar("Stacked")  # a tree whose leaves have a leading client axis
 
 
 class ClientState(NamedTuple):
-    """Every leaf has a leading client axis: [N, ...] for the pool, [M, ...] for a cohort."""
+    """The state of stacked clients. Every leaf has a leading axis: N for the pool, M for a cohort."""
 
     params: Any
-    key_params: Any  # the momentum models
+    key_params: Any  # parameters of the momentum models
     opt_state: Any
-    scales: Array  # [N], lambda of divergence-aware averaging; 0 before a client's first one
+    scales: Array  # [N], lambda of divergence-aware averaging; 0 before a client's first average
 
 
 class Sync(NamedTuple):
     """How the clients are synchronized. The default is the paper's: plain FedAvg of the online models."""
 
-    weights: np.ndarray | None = None  # [N], of each client in the average; None: all alike
-    momentum_models: bool = False  # average them too: MonAcoSFL (Przewięźlikowski et al. 2024)
-    buffers: str = "keep"  # SGD buffers: keep, reset or average
-    divergence_lambda: float | None = None  # first lambda of divergence-aware averaging; None: without
+    weights: np.ndarray | None = None  # [N], weight of each client in the average; None for equal weights
+    momentum_models: bool = (
+        False  # also average the momentum models: MonAcoSFL (Przewięźlikowski et al. 2024)
+    )
+    buffers: str = "keep"  # what happens to the SGD buffers: "keep", "reset" or "average"
+    divergence_lambda: float | None = (
+        None  # first lambda of divergence-aware averaging; None for plain FedAvg
+    )
 
 
 FEDAVG = Sync()
 
 
 def init(params: Any, num_clients: int, optimizer: optax.GradientTransformation) -> ClientState:
-    """All clients start from the same `params` (one client's), the momentum models as copies."""
+    """Give all clients the same `params` (of one client); the momentum models start as copies.
+
+    Args:
+      params: Parameters of one client-side model.
+      num_clients: N.
+      optimizer: Without a learning rate, as `optim.sgd` makes it.
+    """
 
     def stack(leaf: Array) -> Array:
         return jnp.repeat(leaf[None], num_clients, axis=0)
 
     stacked = jax.tree.map(stack, params)
-    # A second stack: donation forbids two leaves that share a buffer.
+    # Stacked a second time, since donation forbids two leaves that share a buffer.
     key_params = jax.tree.map(stack, params)
     return ClientState(stacked, key_params, optimizer.init(stacked), jnp.zeros(num_clients))
 
 
 def select(pool: Stacked, cohort: Array | None) -> Stacked:
-    """What the clients in `cohort` [M] have of `pool`, leaves [N, ...]; None: all of them, in order."""
+    """The rows of `pool` [N, ...] that belong to the clients in `cohort` [M]; None selects all, in order."""
     return pool if cohort is None else jax.tree.map(lambda leaf: leaf[cohort], pool)
 
 
 def put_back(pool: Stacked, members: Stacked, cohort: Array | None) -> Stacked:
-    """`pool`, leaves [N, ...], with what the clients in `cohort` [M] have replaced by `members`."""
+    """`pool` [N, ...] with the rows of the clients in `cohort` [M] replaced by `members` [M, ...]."""
     if cohort is None:
         return members
     return jax.tree.map(lambda leaf, new: leaf.at[cohort].set(new, unique_indices=True), pool, members)
@@ -72,9 +81,19 @@ def put_back(pool: Stacked, members: Stacked, cohort: Array | None) -> Stacked:
 def forward(
     cohort_model: CohortModel, state: ClientState, views: Views, momentum: float
 ) -> tuple[ClientState, SmashedData, Pullback]:
-    """Every client's online model on its query views, then its momentum model on its key views.
+    """Run every client's online model on its query views, and its momentum model on its key views.
 
-    The momentum models are updated in between (after the online forward, before their own).
+    The momentum models are updated after the online forward pass and before their own.
+
+    Args:
+      cohort_model: The client-side model, over stacked clients.
+      state: Of the cohort, leaves [M, ...].
+      views: [M, B, H, W, 3] each.
+      momentum: tau of the momentum models.
+
+    Returns:
+      The state with new momentum models, the smashed data [M, B, h, w, c], and the pullback that maps the
+      gradient of the smashed queries to the gradient of the parameters.
     """
     query, pullback = jax.vjp(lambda params: cohort_model(params, views.query), state.params)
     key_params = momentum_update(state.key_params, state.params, momentum)
@@ -89,7 +108,7 @@ def backward(
     optimizer: optax.GradientTransformation,
     learning_rate: Array,
 ) -> ClientState:
-    """Every client's backward pass from its piece of `smashed_grad` [M, B, h, w, c], and its SGD step."""
+    """Run every client's backward pass from its rows of `smashed_grad` [M, B, h, w, c], and update it."""
     params, opt_state = optim.descend(
         optimizer, pullback(smashed_grad), state.opt_state, state.params, learning_rate
     )
@@ -97,18 +116,18 @@ def backward(
 
 
 def synchronize(pool: ClientState, cohort: Array | None, how: Sync) -> tuple[ClientState, Array]:
-    """FedAvg: average the models of the cohort and load the mean into all clients.
+    """FedAvg: average the models of the cohort and load the mean into all clients (McMahan et al. 2017).
 
-    All that is done is a weighted sum over the pool, in which only the cohort has weight, and one model for
-    every client: over several devices, no client's model leaves its device.
+    The mean is a weighted sum over the pool in which only the cohort has weight, so over several devices no
+    client's model leaves its device.
 
     Args:
-      pool: all clients.
-      cohort: [M], whose models are averaged; None: all.
-      how: what else is done, and with which weights.
+      pool: All clients, leaves [N, ...].
+      cohort: [M], the clients to average; None for all.
+      how: The weights, and what else is averaged.
 
     Returns:
-      The pool, and how far each client of the cohort was from the mean, [M].
+      The new pool, and the distance of each client of the cohort from the mean, [M].
     """
     num_clients = len(pool.scales)
     weights = None if how.weights is None else jnp.asarray(how.weights)

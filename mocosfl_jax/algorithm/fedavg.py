@@ -1,6 +1,6 @@
-"""Averaging of the client-side models (McMahan et al. 2017) and how far apart they are.
+"""Averages of the client-side models (McMahan et al. 2017), and their distance from the average.
 
-Trees are stacked: every leaf has a leading client axis.
+The trees are stacked: every leaf has a leading client axis.
 """
 
 from typing import Any
@@ -11,7 +11,14 @@ from jax import Array
 
 
 def average(stacked: Any, weights: Array | None = None) -> Any:
-    """Mean over the client axis of every leaf [N, ...], weighted by `weights` [N] if given."""
+    """The mean of every leaf [N, ...] over the client axis, weighted by `weights` [N] if given.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> stacked = {"kernel": jnp.array([[0.0, 1.0], [4.0, 5.0]])}  # two clients
+      >>> average(stacked, weights=jnp.array([3.0, 1.0]))["kernel"].tolist()
+      [1.0, 2.0]
+    """
     if weights is None:
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), stacked)
     shares = weights / jnp.sum(weights)
@@ -19,19 +26,19 @@ def average(stacked: Any, weights: Array | None = None) -> Any:
 
 
 def _each(per_client: Array, leaf: Array) -> Array:
-    """`per_client` [N] as a factor of `leaf` [N, ...]."""
+    """`per_client` [N], reshaped to multiply `leaf` [N, ...]."""
     return per_client.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def broadcast(params: Any, num_clients: int) -> Any:
-    """One model's `params` loaded into `num_clients` clients: every leaf becomes [N, ...]."""
+    """Load the `params` of one model into `num_clients` clients: every leaf becomes [N, ...]."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (num_clients, *leaf.shape)), params)
 
 
 def divergence(stacked: Any, mean: Any) -> Array:
-    """How far each client's model [N, ...] is from `mean`: [N].
+    """The distance [N] of each client's model [N, ...] from `mean`.
 
-    The sum over the parameter tensors of the L2 norm of the difference, as the official code has it.
+    It is the sum over the parameter tensors of the L2 norm of the difference, as in the official code.
     """
 
     def distance(params: Any) -> Array:
@@ -44,22 +51,23 @@ def divergence(stacked: Any, mean: Any) -> Array:
 def divergence_aware(
     stacked: Any, mean: Any, divergences: Array, scales: Array, strength: float, taking_part: Array
 ) -> tuple[Any, Array]:
-    """Divergence-aware averaging (Zhuang et al., ICLR 2022): who is far from the mean keeps more of its own.
+    """Divergence-aware averaging (Zhuang et al., ICLR 2022): distant clients keep more of their own model.
 
-    mu = min(lambda * divergence, 1); a client's model becomes mu * its own + (1 - mu) * the mean. lambda is
-    `strength` the first time, and from then on what makes the same divergence give the same mu. Who does not
-    take part gets the mean, and keeps its lambda.
+    A client's model becomes mu * its own + (1 - mu) * the mean, with mu = min(lambda * divergence, 1). lambda
+    is `strength` at the client's first synchronization. That synchronization fixes the client's lambda for
+    all later ones, so that an equal divergence gives an equal mu. Clients that do not take part get the mean
+    and keep their lambda.
 
     Args:
-      stacked: the clients' models, leaves [N, ...].
-      mean: their average.
-      divergences: [N], of `divergence`.
+      stacked: The clients' models, leaves [N, ...].
+      mean: Their average.
+      divergences: [N], from `divergence`.
       scales: [N], each client's lambda; 0 before its first synchronization.
-      strength: the first lambda.
-      taking_part: [N] bool.
+      strength: The first lambda.
+      taking_part: [N] bool, the clients that take part.
 
     Returns:
-      The new models and scales.
+      The new models and the new scales.
     """
     mu = jnp.minimum(jnp.where(scales > 0, scales, strength) * divergences, 1.0)
     mu = jnp.where(taking_part, mu, 0.0)

@@ -1,7 +1,8 @@
-"""FL-MoCo, the federated baseline of the paper: MoCo on each client, FedAvg of whole models.
+"""FL-MoCo, the federated baseline of the paper: MoCo on each client, and FedAvg of whole models.
 
-A client is what MocoSFL's server would be if the cut lay before the first layer: the whole network, with
-a queue of its own, and its images are its smashed data. All clients take their steps as one operation.
+Each client runs the server's step of MocoSFL with a cut before the first layer: it has the whole network and
+a queue of its own, and its images take the place of the smashed data. All clients take their steps as one
+operation.
 """
 
 import chex
@@ -29,21 +30,21 @@ def flmoco(
     sync: Sync = FEDAVG,
     placement: Placement = ONE_DEVICE,
 ) -> Algorithm:
-    """FL-MoCo (Li et al. 2023) behind the functions of MocoSFL.
+    """FL-MoCo (Li et al. 2023) with the interface of MocoSFL.
 
     Args:
-      model: the network; where it is cut does not matter, only both of its sides must be fit to be
-        stacked (`split_model(..., stacked_server=True)`).
-      num_clients: N, the client pool.
-      moco: of momentum contrast; every client has a queue of `queue_size` keys.
-      optimizer: of the clients, without learning rate.
-      lr: learning rate, or a schedule over training steps.
-      sync: how the clients are averaged.
-      placement: of arrays on devices; of `parallel.exchange.make_placement` for more than one.
+      model: The network. Its cut does not matter, but both sides must be suited to stacking:
+        `split_model(..., stacked_server=True)`.
+      num_clients: N, the size of the client pool.
+      moco: Settings of momentum contrast. Every client has a queue of `queue_size` keys.
+      optimizer: Of the clients, without a learning rate.
+      lr: Learning rate, or a schedule over training steps.
+      sync: How the clients are averaged.
+      placement: Where arrays live, as for `mocosfl`.
 
     Returns:
-      The algorithm. Its TrainState has both sides of the network in `clients.params` and the queues,
-      keys [N, K, D], in `server`. A step's loss and top1 are means over the clients.
+      The algorithm. Its TrainState has both sides of the network in `clients.params`, and in `server` the
+      queues, with keys [N, K, D]. The loss and top1 of a step are means over the clients.
     """
 
     def project(params: tuple, images: Array) -> Array:
@@ -64,7 +65,7 @@ def flmoco(
         def local_step(
             member: ClientState, queue: MoCoQueue, views: Views
         ) -> tuple[ClientState, MoCoQueue, server.Contrast]:
-            """One client, by itself."""
+            """The step of one client."""
             local, _, contrast = server.step(
                 project,
                 server.ServerState(member.params, member.key_params, member.opt_state, queue),

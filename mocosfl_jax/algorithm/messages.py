@@ -1,4 +1,4 @@
-"""What enters the clients and what they send across the cut."""
+"""The arrays that enter the clients and those that cross the cut."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ from jax import Array
 
 
 class Views(NamedTuple):
-    """Two augmentations of the same images, normalised."""
+    """Two normalised augmentations of the same images."""
 
     query: Array  # [..., H, W, 3], float32
     key: Array  # [..., H, W, 3], float32
 
 
 class SmashedData(NamedTuple):
-    """Output of the client-side models at the cut: [M, B, h, w, c] each, concatenated [n, h, w, c]."""
+    """Outputs of the client-side models at the cut, [M, B, h, w, c] each, or concatenated [n, h, w, c]."""
 
-    query: Array  # of the online models
-    key: Array  # of the momentum models; a constant to the server
+    query: Array  # from the online models
+    key: Array  # from the momentum models; the server treats it as a constant

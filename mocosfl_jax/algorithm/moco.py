@@ -12,48 +12,52 @@ from jax import Array
 class MomentumContrast(NamedTuple):
     """The settings of momentum contrast. The defaults are those of Li et al. 2023."""
 
-    queue_size: int = 6000  # K, at least the keys of a step
+    queue_size: int = 6000  # K, at least the number of keys of a step
     temperature: float = 0.1  # T of InfoNCE
-    momentum: float = 0.99  # tau of the momentum models, client-side and server-side
-    symmetric: bool = True  # the symmetric loss of MoCo V2: the key views are contrasted as queries too
-    # In place of it: clients run both models on both views, the loss is the mean over all 2 M B rows, and clients
-    # get gradients for both views (MonAcoSFL, Przewięźlikowski et al. 2024). MocoSFL only.
+    momentum: float = 0.99  # tau of the momentum models, on both sides of the cut
+    symmetric: bool = True  # the symmetric loss of MoCo V2: the key views also serve as queries
+    # Replaces the symmetric loss. Clients run both models on both views, the loss is the mean over all 2 M B
+    # rows, and clients receive gradients for both views (MonAcoSFL, Przewięźlikowski et al. 2024). Not in
+    # FL-MoCo.
     full_symmetric: bool = False
-    feature_sharing: bool = True  # one queue for all clients; else each has one of K // N keys. MocoSFL only
-
-    @property
-    def views(self) -> int:
-        """Views of an image that give keys in a step."""
-        return 2 if self.symmetric or self.full_symmetric else 1
+    # One queue for all clients. Without it each client has a queue of K // N keys. Not in FL-MoCo.
+    feature_sharing: bool = True
 
 
 class MoCoQueue(NamedTuple):
     """A ring buffer of the K newest keys. Queues per client have a leading client axis."""
 
     keys: Array  # [K, D], unit rows
-    cursor: Array  # [] int32, the row to overwrite next: the oldest key
+    cursor: Array  # [] int32, the row of the oldest key, which is overwritten next
 
 
 def init_queue(rng: Array, size: int, key_dim: int) -> MoCoQueue:
-    """K = `size` normalised Gaussian rows of width `key_dim`."""
+    """A queue of K = `size` normalised Gaussian rows of width `key_dim`."""
     return MoCoQueue(normalise(jax.random.normal(rng, (size, key_dim))), jnp.zeros((), jnp.int32))
 
 
 def init_queues(rng: Array, num_clients: int, size: int, key_dim: int) -> MoCoQueue:
-    """A queue of `size` keys for each of N clients: keys [N, size, D], cursors [N]."""
+    """One queue of `size` keys for each of N clients: keys [N, size, D], cursors [N]."""
     return jax.vmap(lambda rng: init_queue(rng, size, key_dim))(jax.random.split(rng, num_clients))
 
 
 def enqueue(queue: MoCoQueue, keys: Array, real: Array | None = None) -> MoCoQueue:
     """Replace the oldest keys by `keys` [n, D], wrapping around at the end.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> queue = MoCoQueue(keys=jnp.zeros((3, 1)), cursor=jnp.array(2))
+      >>> queue = enqueue(queue, jnp.array([[1.0], [2.0]]))
+      >>> queue.keys[:, 0].tolist(), int(queue.cursor)
+      ([2.0, 0.0, 1.0], 1)
+
     Args:
-      queue: the queue.
-      keys: [n, D], the oldest first.
-      real: [n] bool, which rows of `keys` to take; None: all of them.
+      queue: The queue.
+      keys: [n, D], oldest first.
+      real: [n] bool, the rows of `keys` to take; None for all of them.
 
     Raises:
-      ValueError: if n > K.
+      ValueError: If n > K.
     """
     size = queue.keys.shape[0]
     if keys.shape[0] > size:
@@ -61,19 +65,19 @@ def enqueue(queue: MoCoQueue, keys: Array, real: Array | None = None) -> MoCoQue
     if real is None:
         real = jnp.ones(keys.shape[0], bool)
     place = jnp.cumsum(real, dtype=jnp.int32) - 1
-    rows = jnp.where(real, (queue.cursor + place) % size, size)  # a row beyond the end is dropped
+    rows = jnp.where(real, (queue.cursor + place) % size, size)  # rows beyond the end are dropped
     cursor = (queue.cursor + jnp.sum(real, dtype=jnp.int32)) % size
     return MoCoQueue(queue.keys.at[rows].set(keys, mode="drop"), cursor)
 
 
 def similarities(queue: MoCoQueue, query: Array) -> Array:
-    """Cosine similarities [n, K] of `query` [n, D] and the keys of the queue, all unit rows."""
-    # Full precision: accelerators would round the factors, and 1 / T multiplies the error.
+    """Cosine similarities [n, K] of `query` [n, D] and the keys of the queue; all rows have unit length."""
+    # Full precision, since accelerators would round the factors and 1 / T multiplies the error.
     return jnp.matmul(query, queue.keys.T, precision=jax.lax.Precision.HIGHEST)
 
 
 class QueueAccess(NamedTuple):
-    """How the rows of a batch meet the keys that are remembered."""
+    """How the rows of a batch are compared with a queue and added to it."""
 
     similarities: Callable[[MoCoQueue, Array], Array]  # queue, queries [n, D] -> [n, K]
     enqueue: Callable[[MoCoQueue, Array], MoCoQueue]  # queue, keys [n, D] -> queue
@@ -89,17 +93,18 @@ def per_client(
     merge: Callable[[Array], Array],
     real: np.ndarray,
 ) -> QueueAccess:
-    """Feature sharing off: every client is contrasted with its own keys only.
+    """Access without feature sharing: every client is contrasted with its own keys only.
 
     Args:
-      select: queues of the pool [N, K, D] -> those of the cohort [M, K, D].
-      put_back: the pool's with the cohort's in their places.
-      split: rows of the batch [n, ...] as [M, B, ...].
-      merge: and back.
-      real: [M, B] bool, which of these rows there are.
+      select: Queues of the pool [N, K, D] -> queues of the cohort [M, K, D].
+      put_back: Queues of the pool, queues of the cohort -> queues of the pool with those of the cohort
+        replaced.
+      split: Rows of the batch [n, ...] -> [M, B, ...].
+      merge: The inverse of `split`.
+      real: [M, B] bool, the rows that are not padding.
 
     Returns:
-      Access to queues [N, K, D] with cursors [N].
+      Access to queues with keys [N, K, D] and cursors [N].
     """
 
     def similarities_(queues: MoCoQueue, query: Array) -> Array:
@@ -112,9 +117,9 @@ def per_client(
 
 
 def normalise(x: Array) -> Array:
-    """Rows of `x` [..., D] scaled to length 1; a zero row stays zero.
+    """Scale the rows of `x` [..., D] to length 1; a zero row stays zero.
 
-    x / max(||x||, 1e-12), written so that the gradient of a zero row is finite.
+    This is x / max(||x||, 1e-12), written so that the gradient of a zero row is finite.
     """
     squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
@@ -123,17 +128,24 @@ def normalise(x: Array) -> Array:
 def info_nce(query: Array, key: Array, negatives: Array, temperature: float) -> tuple[Array, Array]:
     """InfoNCE of queries against their positive keys and the negatives (He et al. 2020, eq. 1).
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> query = key = jnp.array([[1.0, 0.0]])
+      >>> loss, top1 = info_nce(query, key, negatives=jnp.array([[0.0]]), temperature=1.0)
+      >>> round(float(loss), 4), float(top1)  # log(1 + exp(-1)), and the positive wins
+      (0.3133, 1.0)
+
     Args:
       query: [n, D], unit rows.
       key: [n, D], unit rows; row i is the positive of query i.
-      negatives: [n, K], similarities of each query and its negatives.
+      negatives: [n, K], similarities of each query to its negatives.
       temperature: T.
 
     Returns:
-      The loss, a mean over the n queries, and the share of queries whose positive has the largest
-      logit of all (contrastive accuracy), both [].
+      The loss [], a mean over the n queries, and the contrastive accuracy []: the share of queries whose
+      positive has the largest logit.
     """
-    # Positive and negatives are not concatenated: the negatives may be spread over devices.
+    # Positives and negatives are not concatenated, since the negatives may be sharded over devices.
     positive, negatives = jnp.sum(query * key, axis=-1) / temperature, negatives / temperature
     hardest = jnp.max(negatives, axis=1)
     largest = jax.lax.stop_gradient(jnp.maximum(positive, hardest))

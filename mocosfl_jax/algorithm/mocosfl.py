@@ -31,26 +31,41 @@ def mocosfl(
     sync: Sync = FEDAVG,
     placement: Placement = ONE_DEVICE,
 ) -> Algorithm:
-    """MocoSFL.
+    """MocoSFL (Li et al. 2023, algorithm 1) as pure functions.
+
+    Example:
+      >>> import jax
+      >>> from mocosfl_jax import MomentumContrast, mocosfl, split_model, two_views
+      >>> model = split_model("resnet18", cut_layer=1, width=4, image_size=8, key_dim=8)
+      >>> algorithm = mocosfl(model, num_clients=4, moco=MomentumContrast(queue_size=16))
+      >>> state = jax.jit(algorithm.init)(jax.random.key(0))
+      >>> images = jax.random.uniform(jax.random.key(1), (4, 2, 8, 8, 3))  # [clients, batch, H, W, RGB]
+      >>> views = two_views(jax.random.key(2), images, size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+      >>> state, info = jax.jit(algorithm.step)(state, views)
+      >>> state, _ = jax.jit(algorithm.sync)(state)
+      >>> int(state.step), info.smashed.query.shape
+      (1, (8, 8, 8, 4))
 
     Args:
-      model: the network, cut in two.
-      num_clients: N, the client pool.
-      batch_sizes: images of each place in the cohort [M], where clients differ; views are then padded to
-        the largest. None: all rows of the views are images.
-      moco: of momentum contrast, on both sides of the cut.
-      optimizer: of both sides, without learning rate; element-wise, so that it applies to stacked clients.
-      server_lr: learning rate of the server-side model, or a schedule over training steps.
-      client_lr: the same for the client-side models. The number 0 freezes them: they get no gradients and
-        are not synchronized.
-      sync: how the clients are averaged.
-      placement: of arrays on devices; of `parallel.exchange.make_placement` for more than one.
+      model: The network, cut in two.
+      num_clients: N, the size of the client pool.
+      batch_sizes: The batch size of each place in the cohort, [M], if they differ. Views are then padded to
+        the largest. None if every row of the views is an image.
+      moco: Settings of momentum contrast, for both sides of the cut.
+      optimizer: For both sides, without a learning rate. It must act element-wise, since it is applied to
+        stacked clients.
+      server_lr: Learning rate of the server-side model, or a schedule over training steps.
+      client_lr: Learning rate of the client-side models, or a schedule. The number 0 freezes the clients:
+        they receive no gradients and are not synchronized.
+      sync: How the clients are averaged.
+      placement: Where arrays live. `ONE_DEVICE` runs on any single device; `one_device(forms("cpu"))` is
+        faster on a CPU; `parallel.exchange.make_placement` is for several devices.
 
     Returns:
-      The algorithm as functions.
+      The algorithm. Jit its functions and donate their state.
 
     Raises:
-      ValueError: if queues per client would hold no key.
+      ValueError: If queues per client would hold no key.
     """
     real = None if batch_sizes is None else concatenation.real_rows(batch_sizes)
     if moco.full_symmetric and real is not None:
@@ -138,7 +153,7 @@ def mocosfl(
         return new_state, StepInfo(*contrast, smashed=None, smashed_grad=None)
 
     def synchronize(state: TrainState, cohort: Array | None = None) -> tuple[TrainState, SyncInfo]:
-        if frozen or not jax.tree.leaves(state.clients.params):  # all alike, and they stay so
+        if frozen or not jax.tree.leaves(state.clients.params):  # the clients are equal and stay equal
             return state, SyncInfo(jnp.zeros(num_clients if cohort is None else len(cohort)))
         pool, divergence = clients.synchronize(state.clients, cohort, sync)
         return state._replace(clients=pool), SyncInfo(divergence)

@@ -1,8 +1,7 @@
-"""Where the arrays of a training step live, as far as the algorithm has to say: a few functions.
+"""How a training step moves its arrays between client pool, cohort, concatenated batch, server and queue.
 
-None of them changes a value. The algorithm calls them where data passes from one stack of clients to
-another, or from the clients to the server; by default all is on one device and they are the plain functions.
-`parallel.exchange` makes those of a mesh.
+The algorithm calls the functions of a `Placement` wherever data moves. None of them changes a value. On one
+device they are the plain functions; `parallel.exchange` makes those of a mesh.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,7 @@ RowsModel = Callable[[Any, Array], Array]  # params, x [..., n, h, w, c] -> [...
 
 
 class Placement(NamedTuple):
-    """How one step's data passes between client pool, cohort, concatenated batch, server and queue."""
+    """The functions that move the data of one training step."""
 
     # A function of one client -> the same of stacks of clients [M, ...]
     over_clients: Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -25,20 +24,20 @@ class Placement(NamedTuple):
     select: Callable[[Any, Array | None], Any] = clients.select
     # pool [N, ...], members [M, ...], cohort [M] or None -> pool
     put_back: Callable[[Any, Any, Array | None], Any] = clients.put_back
-    # [M, B, ...], which rows are real [M, B] or None -> concatenated batch [n, ...]
+    # [M, B, ...], mask of the real rows [M, B] or None -> concatenated batch [n, ...]
     merge: Callable[..., Array] = concatenation.merge
-    # concatenated batch [n, ...], (M, B), which rows are real -> [M, B, ...], zeros elsewhere
+    # concatenated batch [n, ...], (M, B), mask of the real rows -> [M, B, ...], zeros elsewhere
     split: Callable[..., Array] = concatenation.split
-    # The server's parameters, as they are at rest -> where they are used
+    # The server's parameters at rest -> the same parameters where they are used
     gather: Callable[[Any], Any] = lambda params: params
-    # A model of a batch, each of its rows by itself -> the same of views of the batch [views, n, ...]
+    # A model that treats each row of a batch by itself -> the same model on several views [views, n, ...]
     over_rows: Callable[[RowsModel], RowsModel] = lambda model: model
-    # How queries meet the queue that all clients share, and how it takes their keys
+    # Access to the queue that all clients share
     shared: moco.QueueAccess = moco.SHARED
 
 
 def one_device(forms: Forms) -> Placement:
-    """Everything on one device, with the clients in the form of its platform."""
+    """Everything on one device, with the clients in the given form."""
     return Placement(forms.over_clients)
 
 

@@ -1,4 +1,4 @@
-"""The server side: one model on the concatenated smashed data of the cohort, contrasted by MoCo."""
+"""The server side: one model on the concatenated smashed data of the cohort, trained by momentum contrast."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,26 +19,28 @@ from mocosfl_jax.algorithm.moco import (
     normalise,
 )
 
-# Params, smashed data of some views [views, n, h, w, c], each a batch of its own -> projections [views, n, D]
+# params, smashed data [views, n, h, w, c] -> projections [views, n, D]; each view is a batch of its own
 Projection = Callable[[Any, Array], Array]
 
 
 class ServerState(NamedTuple):
+    """The state of the server."""
+
     params: Any
-    key_params: Any  # the momentum model
+    key_params: Any  # parameters of the momentum model
     opt_state: Any
-    queue: MoCoQueue  # shared by all clients, or stacked: one for each
+    queue: MoCoQueue  # one for all clients, or stacked with one for each client
 
 
 class Contrast(NamedTuple):
-    """How well the server told the positives from the queue."""
+    """How well the queries pick out their positives."""
 
-    loss: Array  # []; the sum of both directions if symmetric
-    top1: Array  # []; of the last direction computed
+    loss: Array  # [], the sum of both directions if symmetric
+    top1: Array  # [], contrastive accuracy of the last direction
 
 
 def init(params: Any, queue: MoCoQueue, optimizer: optax.GradientTransformation) -> ServerState:
-    """The momentum model starts as a copy: donation forbids two leaves that share a buffer."""
+    """The first state. The momentum model is a copy: donation forbids two leaves that share a buffer."""
     return ServerState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), queue)
 
 
@@ -53,21 +55,24 @@ def step(
     learning_rate: Array,
     queue_access: QueueAccess = SHARED,
 ) -> tuple[ServerState, Array, Contrast]:
-    """One step of MoCo on the concatenated smashed data of the cohort.
+    """One step of MoCo on the concatenated smashed data of the cohort (He et al. 2020, algorithm 1).
 
     Args:
-      project: the server-side model with its head, without normalisation.
-      state: server state.
-      smashed_query: [n, h, w, c], n = M * B, client by client.
-      smashed_key: the same shape; a constant, also where it is used as a query.
-      moco: of momentum contrast. If symmetric, the key views are contrasted as queries too and both sets of
-        keys are enqueued; under the full symmetric loss the rows already have both views.
-      optimizer: without learning rate, as `optim.sgd`.
+      project: The server-side model with its head, without normalisation.
+      state: Of the server.
+      smashed_query: [n, h, w, c] with n = M * B rows, ordered by client.
+      smashed_key: [n, h, w, c]; a constant, also where it is used as a query.
+      moco: Settings. If symmetric, the key views also serve as queries, and both sets of keys are enqueued.
+        Under the full symmetric loss the rows already contain both views.
+      optimizer: Without a learning rate, as `optim.sgd` makes it.
       learning_rate: [].
-      queue_access: how rows meet the queue: one for all clients, or one for each.
+      queue_access: How rows meet the queue: one queue for all clients, or one for each.
 
     Returns:
-      The new state, the gradient of the loss by `smashed_query`, and the contrast.
+      The new state, the gradient of the loss with respect to `smashed_query` [n, h, w, c], and the contrast.
+
+    Raises:
+      ValueError: If the queue is smaller than the keys of one view.
     """
     symmetric = moco.symmetric and not moco.full_symmetric
     # The momentum model is updated before any forward pass.
@@ -92,7 +97,7 @@ def step(
         state.params, smashed_query
     )
     params, opt_state = optim.descend(optimizer, grads, state.opt_state, state.params, learning_rate)
-    queue = state.queue  # the loss has used it as it was
+    queue = state.queue  # enqueued only now: the loss uses the keys of earlier steps
     for keys_of_view in keys:
         queue = queue_access.enqueue(queue, keys_of_view)
     return ServerState(params, key_params, opt_state, queue), smashed_grad, contrast

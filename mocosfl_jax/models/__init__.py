@@ -1,4 +1,4 @@
-"""Networks that can be cut in two. The only folder that imports flax."""
+"""Networks that can be cut in two. Only this folder imports Flax."""
 
 from mocosfl_jax.models.forms import Forms
 from mocosfl_jax.models.split import Features, SplitModel, check_model, split_model

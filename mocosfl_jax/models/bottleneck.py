@@ -1,4 +1,4 @@
-"""Bottleneck layers at the cut: the client sends fewer channels and pixels, the server restores them."""
+"""Bottleneck layers at the cut: the client sends fewer channels and pixels, and the server restores them."""
 
 import re
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from mocosfl_jax.models.layers import Conv, Options, TransposedConv
 
 
 class Bottleneck(NamedTuple):
-    """What a string such as "C4S2" stands for."""
+    """The meaning of a string such as "C4S2"."""
 
     channels: int  # of the smashed data
     halvings: int  # of height and width
@@ -20,7 +20,15 @@ class Bottleneck(NamedTuple):
 
 
 def read_bottleneck(text: str) -> Bottleneck:
-    """Read "CxSy", "KkCxS1" or either with noReLU: x channels, 1/y of the pixels a side, k x k kernels."""
+    """Parse "CxSy" or "KkCxS1", optionally with noReLU: x channels, 1/y of the pixels a side, k x k kernels.
+
+    Example:
+      >>> read_bottleneck("C4S2")
+      Bottleneck(channels=4, halvings=1, kernel_size=3, relu=True)
+
+    Raises:
+      UserError: If the text has another form.
+    """
     found = re.fullmatch(r"(noReLU)?(?:K(\d*[13579]))?C([1-9]\d*)S([124])(noReLU)?", text)
     if found is None or (found[2] is not None and found[4] != "1"):
         raise UserError(
@@ -32,7 +40,7 @@ def read_bottleneck(text: str) -> Bottleneck:
 
 
 class ClientBottleneck(nn.Module):
-    """[n, H, W, C] to [n, H / y, W / y, x]: one convolution, or one of stride 2 for every halving."""
+    """[n, H, W, C] -> [n, H / y, W / y, x]: one convolution, or one of stride 2 for each halving."""
 
     bottleneck: Bottleneck
     options: Options
@@ -48,7 +56,7 @@ class ClientBottleneck(nn.Module):
 
 
 class ServerBottleneck(nn.Module):
-    """[n, H / y, W / y, x] to [n, H, W, features]: one convolution, or a transposed one for every halving."""
+    """[n, H / y, W / y, x] -> [n, H, W, features]: one convolution, or a transposed one for each halving."""
 
     bottleneck: Bottleneck
     features: int

@@ -1,6 +1,6 @@
-"""Convolutions, each in the forms that different backends compute fast; every form gives the same numbers.
+"""Convolutions in several forms, each fast on some platform; all give the same numbers.
 
-Images are NHWC, kernels HWIO, padding is by zeros on every side. `forms.forms` says which form is used where;
+Images are NHWC, kernels HWIO, and padding is zero on every side. `forms.forms` chooses the form;
 `direct_conv` is the plain one, against which the others are tested.
 """
 
@@ -15,16 +15,16 @@ from jax import Array
 
 
 class Convolution(Protocol):
-    """How a convolution is computed; what it computes is the same for all of them."""
+    """A form of the convolution. All forms compute the same function."""
 
     def __call__(self, x: Array, kernel: Array, *, stride: int, padding: int) -> Array: ...
 
 
 class Lowering(NamedTuple):
-    """The form of the convolutions of a network."""
+    """The forms of the convolutions of a network."""
 
-    single: Convolution  # one model on a batch: the server
-    stacked: Convolution  # one of many models, each with its kernel, in a loop or under `vmap`: the clients
+    single: Convolution  # for one model on a batch: the server
+    stacked: Convolution  # for many models, each with its own kernel, in a loop or under `vmap`: the clients
 
 
 def direct_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
@@ -41,14 +41,14 @@ def direct_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
 def patches_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
     """`direct_conv` as one matmul over patches.
 
-    Under `vmap` over kernels it becomes a batched matmul, where a convolution would become a grouped
-    one, which is some two hundred times slower on a CPU. Hence the client-side models use it.
+    Under `vmap` over kernels it becomes a batched matmul. A convolution would become a grouped convolution,
+    which is about two hundred times slower on a CPU. So the client-side models use this form.
     """
     return _patches(x, kernel, stride, padding) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _patches(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """What lies under `kernel` wherever it is put: [n, h, w, kh * kw * in]."""
+    """The patches of `x` that the kernel is applied to: [n, h, w, kh * kw * in]."""
     kh, kw = kernel.shape[:2]
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     return jnp.concatenate(windows(x, kh, kw, stride), axis=-1)
@@ -58,7 +58,7 @@ PLAIN = Lowering(direct_conv, patches_conv)
 
 
 def windows(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
-    """What lies under each of the kh * kw entries of a kernel, row by row, wherever the kernel is put."""
+    """The pixels that each of the kh * kw entries of a kernel multiplies, row by row: [n, h, w, C] each."""
     height = (x.shape[1] - kh) // stride + 1
     width = (x.shape[2] - kw) // stride + 1
     return [
@@ -71,10 +71,9 @@ def windows(x: Array, kh: int, kw: int, stride: int) -> list[Array]:
 def depthwise_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
     """Convolution of each channel of `x` [n, H, W, C] with its own slice of `kernel` [kh, kw, 1, C].
 
-    All is computed in the dtype of the kernel; the result and the gradient of `x` are rounded to that of
-    `x`, which may be bfloat16.
-    Shifts, multiplications and additions: on a CPU seventeen times as fast as a grouped convolution
-    (8 and 132 ms for [200, 16, 16, 96] on two cores), and still faster with its gradients.
+    It is computed in the dtype of the kernel. The result and the gradient of `x` are rounded to the dtype of
+    `x`, which may be bfloat16. Shifts, multiplications and additions are seventeen times as fast on a CPU as
+    a grouped convolution (8 and 132 ms for [200, 16, 16, 96] on two cores), and still faster with gradients.
     """
     kh, kw, _, channels = kernel.shape
     dtype, x = x.dtype, x.astype(kernel.dtype)
@@ -104,10 +103,10 @@ LEAST_CHANNELS = 32  # for Winograd: the fewer, the more of its time goes into t
 
 
 def cpu_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
-    """`direct_conv` of one model, as a CPU computes it fastest."""
+    """`direct_conv` of one model, in the form that is fastest on a CPU."""
     kh = kernel.shape[0]
-    # Where the output is the smaller of the two, XLA would exchange image and kernel, and then take ten times
-    # as long as a matmul does (2x2 images of 128 channels).
+    # If the output is smaller than the kernel, XLA exchanges image and kernel, which takes ten times as long
+    # as a matmul (2x2 images of 128 channels).
     small = (x.shape[1] + 2 * padding - kh) // stride + 1 < kh
     if kh == 1 or small or _suits_winograd(x, kernel, stride, padding):
         return matmul_conv(x, kernel, stride=stride, padding=padding)
@@ -115,7 +114,7 @@ def cpu_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
 
 
 def matmul_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
-    """`direct_conv` by matmuls alone: in a loop of the program XLA's own is twenty times slower."""
+    """`direct_conv` by matmuls alone. In a loop of the program, XLA's convolution is twenty times slower."""
     if _suits_winograd(x, kernel, stride, padding):
         return winograd_conv(x, kernel)
     return matmul(_patches(x, kernel, stride, padding), kernel.reshape(-1, kernel.shape[-1]))
@@ -125,13 +124,13 @@ def _suits_winograd(x: Array, kernel: Array, stride: int, padding: int) -> bool:
     _, height, width, channels = x.shape
     even = height % 2 == width % 2 == 0
     many = min(channels, kernel.shape[-1]) >= LEAST_CHANNELS
-    exact = x.dtype.itemsize >= 4  # the sums of its transforms would be rounded to bfloat16
+    exact = x.dtype.itemsize >= 4  # in bfloat16 the sums of the transforms would be rounded
     return kernel.shape[:2] == (3, 3) and stride == padding == 1 and even and many and exact
 
 
 @jax.custom_vjp
 def matmul(x: Array, matrix: Array) -> Array:
-    """`x` [..., in] times `matrix` [in, out]; its gradient by `matrix` does not transpose `x` in memory."""
+    """`x` [..., in] times `matrix` [in, out]. The gradient of `matrix` does not transpose `x` in memory."""
     return x @ matrix
 
 
@@ -144,7 +143,7 @@ matmul.defvjp(lambda x, matrix: (x @ matrix, (x, matrix)), _matmul_bwd)
 
 
 def _rows(x: Array) -> Array:
-    """`x` [..., C] as a matrix, which is written once, where a matmul would compute it while it reads."""
+    """`x` [..., C] as a matrix. The barrier keeps it in memory; a matmul would otherwise compute it again."""
     return jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
 
 
@@ -161,8 +160,8 @@ def winograd_conv(x: Array, kernel: Array) -> Array:
     """`direct_conv` with a 3x3 kernel, stride 1 and padding 1, by 2.25 times fewer multiplications.
 
     Tiles and kernel are transformed, each of the 16 entries of a tile is one matmul over channels, and the
-    products are transformed back; of some images at a time, so that the tiles stay in the cache. Rounding is
-    that of a direct convolution.
+    products are transformed back. It works on a few images at a time, so that the tiles stay in the cache.
+    The rounding error is that of a direct convolution.
 
     Args:
       x: [n, H, W, in], H and W even.
@@ -184,7 +183,7 @@ def _winograd_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array
     x, kernel = saved
 
     def kernel_grad(x: Array, grad: Array) -> Grid:
-        """By the transformed kernel: 4 by 4 of [in, out]."""
+        """The gradient of the transformed kernel: 4 by 4 of [in, out]."""
         return _pairwise(
             lambda tiles, of_product: _rows(tiles).T @ _rows(of_product),
             _tiles(x),
@@ -194,7 +193,7 @@ def _winograd_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array
     of_kernel = _sandwich(
         _KERNEL.T, _sum_of_chunks(kernel_grad, (x, grad), _images_at_once(x, grad.shape[-1]))
     )
-    # The gradient by x is a convolution with the kernel turned around, which exchanges the first and the last
+    # The gradient of x is a convolution with the rotated kernel. Rotation exchanges the first and the last
     # row of the transformed kernel, and the first and the last column.
     transformed = _sandwich(_KERNEL, kernel)
     turned = [[transformed[i][j].T for j in (3, 1, 2, 0)] for i in (3, 1, 2, 0)]
@@ -223,7 +222,7 @@ def _join(tiles: Grid) -> Array:
 
 
 def _sandwich(matrix: np.ndarray, grid: Grid | Array) -> Grid:
-    """matrix @ grid @ matrix.T, written as sums: most entries of `matrix` are 0, 1 or -1."""
+    """matrix @ grid @ matrix.T, written as sums, since most entries of `matrix` are 0, 1 or -1."""
 
     def combine(row: np.ndarray, arrays: Sequence[Array]) -> Array:
         terms = [a if c == 1 else -a if c == -1 else c * a for c, a in zip(row, arrays, strict=True) if c]
@@ -239,14 +238,14 @@ def _pairwise(function: Callable[[Array, Array], Array], left: Grid, right: Grid
 
 
 def _images_at_once(x: Array, features: int) -> int:
-    """For Winograd: as many as the cache holds, and enough that a matmul has more rows than its matrix."""
+    """Images that Winograd works on at a time: few enough for the cache, and enough for tall matmuls."""
     _, height, width, channels = x.shape
     most = max(channels, features)
     return max(CACHE_ELEMENTS // (4 * height * width * most), 2 * most // (height * width // 4))
 
 
 def _chunk(n: int, wanted: int) -> int:
-    """The divisor of n whose ratio to `wanted` is nearest to 1."""
+    """The divisor of n that is closest to `wanted`, by ratio."""
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     return min(divisors, key=lambda d: abs(math.log(d / max(1, wanted))))
 
@@ -256,7 +255,7 @@ def _chunks(x: Array, size: int) -> Array:
 
 
 def _in_chunks(function: Callable[[Array], Array], x: Array, images: int) -> Array:
-    """function(x), which treats each of the n images of `x` by itself, on about so many of them at a time."""
+    """function(x), a function of each image by itself, on about `images` of the n images at a time."""
     size = _chunk(len(x), images)
     if size == len(x):
         return function(x)
@@ -265,7 +264,7 @@ def _in_chunks(function: Callable[[Array], Array], x: Array, images: int) -> Arr
 
 
 def _sum_of_chunks(function: Callable[..., Grid], xs: tuple[Array, ...], images: int) -> Grid:
-    """function(*xs), sums over the images, on about so many of them at a time."""
+    """function(*xs), a sum over images, on about `images` of them at a time."""
     size = _chunk(len(xs[0]), images)
     if size == len(xs[0]):
         return function(*xs)

@@ -1,7 +1,7 @@
-"""The forms of one computation: what is fast on a CPU differs from what is fast on an accelerator.
+"""The forms in which a program is written: what is fast on a CPU is slow on an accelerator, and vice versa.
 
-All forms give the same numbers, up to rounding. `forms` chooses by platform; the choice is then passed down as a
-value, so that any form can be run, and tested, on any platform.
+All forms give the same numbers, up to rounding. `forms` chooses by platform, and the choice is passed down as
+a value. So any form can be run, and tested, on any platform.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,14 @@ def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of one client, for client after client in a loop of the program.
+    """A function of one client, for one client after another in a loop of the program.
 
-    What one client works on stays in a CPU's cache. The backward pass computes the forward pass of each client
+    The arrays of one client stay in a CPU's cache. The backward pass computes the forward pass of each client
     again, which takes no longer than to write its intermediate results to memory and read them back.
     """
-    again = jax.checkpoint(function, prevent_cse=False)  # loops keep apart what is computed twice
+    again = jax.checkpoint(
+        function, prevent_cse=False
+    )  # a loop needs no barrier against merging the two passes
     return lambda *stacked: jax.lax.map(lambda client: again(*client), stacked)
 
 
@@ -31,10 +33,11 @@ class Forms(NamedTuple):
     """How a training program is written for a platform."""
 
     convolutions: Lowering
-    # A function of one client -> the same of stacks of clients [M, ...]
+    # A function of one client -> the same function of stacked clients [M, ...]
     over_clients: Callable[[Callable[..., Any]], Callable[..., Any]]
-    # The steps between two synchronizations are one program. An accelerator saves the dispatch of each step; on a
-    # CPU a convolution inside a loop of the program is about twenty times slower than outside.
+    # Whether the steps between two synchronizations are one program. That saves an accelerator the dispatch
+    # of each step. On a CPU a convolution is about twenty times slower inside a loop of the program than
+    # outside.
     scan_rounds: bool
 
 
@@ -43,9 +46,13 @@ CPU = Forms(Lowering(cpu_conv, matmul_conv), one_by_one, scan_rounds=False)
 
 
 def forms(platform: str) -> Forms:
-    """The fast forms on a platform.
+    """The fast forms for a platform.
+
+    Example:
+      >>> forms("cpu").scan_rounds, forms("tpu").scan_rounds
+      (False, True)
 
     Args:
-      platform: as `jax.Device.platform` names it: "cpu", "gpu" or "tpu".
+      platform: As in `jax.Device.platform`: "cpu", "gpu" or "tpu".
     """
     return CPU if platform == "cpu" else ACCELERATOR

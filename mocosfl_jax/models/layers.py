@@ -1,7 +1,7 @@
-"""The layers of which every network here is made: norms, max-pool, projection head.
+"""The layers that all networks share: convolutions, norms, max-pool and projection head.
 
-Each is a function for one model; `jax.vmap` over stacked parameters makes it one batched operation.
-Images are NHWC, kernels HWIO. No layer carries running statistics.
+Each is a function of one model; `jax.vmap` over stacked parameters makes it one batched operation. Images are
+NHWC and kernels HWIO. No layer has running statistics.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ HEADS = ("linear", "mlp", "mlp_bn")
 
 
 def max_pool(x: Array) -> Array:
-    """2x2 max-pool of `x` [n, H, W, C]; of equals the first takes the gradient, as in PyTorch.
+    """2x2 max-pool of `x` [n, H, W, C]. The first of equal pixels takes the gradient, as in PyTorch.
 
-    Comparisons of slices: forward and backward take half the time of a reduction over windows.
+    Comparing slices takes half the time of a reduction over windows, forward and backward.
     """
     largest, *others = windows(x, 2, 2, 2)
     for other in others:
@@ -34,7 +34,7 @@ def max_pool(x: Array) -> Array:
 
 
 def standardise(kernel: Array) -> Array:
-    """Weight standardisation: each output channel minus its mean, over (its std + 1e-5).
+    """Weight standardisation: each output channel minus its mean, divided by (its std + 1e-5).
 
     The std has ddof 1, as in the official code.
 
@@ -49,17 +49,17 @@ def standardise(kernel: Array) -> Array:
 def group_norm(
     x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP, epsilon: float = 1e-5
 ) -> Array:
-    """Group normalisation (Wu and He 2018) of `x` [n, H, W, C] with `group` channels a group.
+    """Group normalisation (Wu and He 2018) of `x` [n, H, W, C] with `group` channels per group.
 
-    `scale` and `bias` are [C]. The variance takes two passes, since the difference of two large means
-    would cancel in float32. All is computed in their dtype; the result and the gradient of `x` are
-    rounded to that of `x`, which may be bfloat16.
+    `scale` and `bias` are [C], and the computation is in their dtype. The result and the gradient of `x` are
+    rounded to the dtype of `x`, which may be bfloat16. The variance takes two passes, since in float32 the
+    difference of two large means would cancel.
     """
     return _group_norm_fwd(x, scale, bias, group, epsilon)[0]
 
 
-# Means are taken per channel over the pixels first and then over the channels of a group, and the norm is
-# applied as x * a + b: several times faster on a CPU than reshaping x into groups.
+# Means are taken over the pixels of each channel and then over the channels of a group, and the norm is
+# applied as x * a + b. On a CPU this is several times faster than reshaping x into groups.
 
 
 def _group_norm_fwd(
@@ -82,9 +82,9 @@ def _group_norm_bwd(
     dtype = x.dtype
     x, grad = x.astype(scale.dtype), grad.astype(scale.dtype)
     pixels = x.shape[1] * x.shape[2]
-    of_bias = _pixel_mean(grad)  # of each image
+    of_bias = _pixel_mean(grad)  # for each image
     of_scale = _pixel_mean(grad * (x - mean)) * inverse
-    # What the gradient does to a group's mean and to its variance cancels out.
+    # The parts of the gradient that would change a group's mean or its variance are removed.
     shift = _group_mean(scale * of_bias, group)
     stretch = _group_mean(scale * of_scale, group) * inverse
     of_x = inverse * (grad * scale - shift - (x - mean) * stretch)
@@ -96,7 +96,7 @@ group_norm.defvjp(_group_norm_fwd, _group_norm_bwd)
 
 
 def _pixel_mean(x: Array) -> Array:
-    """[n, H, W, C] -> [n, 1, 1, C]. Halves are added as long as there are any, which XLA vectorises."""
+    """The mean over pixels, [n, H, W, C] -> [n, 1, 1, C]. Adding halves lets XLA vectorise the sum."""
     n, height, width, channels = x.shape
     x = x.reshape(n, height * width, channels)
     while x.shape[1] > 1 and x.shape[1] % 2 == 0:
@@ -106,14 +106,14 @@ def _pixel_mean(x: Array) -> Array:
 
 
 def _group_mean(per_channel: Array, group: int) -> Array:
-    """[n, 1, 1, C] -> the same shape, every channel with the mean of its group of `group` channels."""
+    """[n, 1, 1, C] -> [n, 1, 1, C]: every channel gets the mean of its group of `group` channels."""
     groups = per_channel.reshape(len(per_channel), 1, 1, -1, group)
     means = jnp.mean(groups, axis=-1, keepdims=True)
     return jax.lax.optimization_barrier(jnp.broadcast_to(means, groups.shape).reshape(per_channel.shape))
 
 
 def batch_norm(x: Array, scale: Array, bias: Array, *, epsilon: float = 1e-5) -> Array:
-    """Batch normalisation of `x` [..., n, D] by mean and (biased) variance of its n rows, at all times."""
+    """Batch normalisation of `x` [..., n, D] by mean and biased variance of its n rows, in evaluation too."""
     centred = x - jnp.mean(x, axis=-2, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-2, keepdims=True)
     shape = (1,) * (x.ndim - 1) + (-1,)
@@ -122,16 +122,16 @@ def batch_norm(x: Array, scale: Array, bias: Array, *, epsilon: float = 1e-5) ->
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the layers on one side of the cut have in common."""
+    """Settings that all layers on one side of the cut share."""
 
-    conv: Convolution  # how convolutions are computed
+    conv: Convolution  # the form of convolutions
     weight_standardisation: bool
     norm: str  # one of NORMS
     residual: bool  # whether blocks have shortcuts
-    dtype: DTypeLike | None = None  # of activations and products; None: that of the parameters and images
+    dtype: DTypeLike | None = None  # of activations and products; None keeps that of the images
 
     def standardised(self, yes: bool = True) -> "Options":
-        """The same with weight standardisation, or without."""
+        """These options with, or without, weight standardisation."""
         return dataclasses.replace(self, weight_standardisation=yes)
 
     def cast(self, x: Array) -> Array:
@@ -140,16 +140,17 @@ class Options:
 
 
 class Layer(NamedTuple):
-    """One of the layers between which a network can be cut."""
+    """A layer of a network; a network can be cut after any layer."""
 
-    module: Callable[..., nn.Module]  # waits for `options`
-    channels: int  # that leave it
+    module: Callable[..., nn.Module]  # called with `options`
+    channels: int  # of the output
 
 
 class Conv(nn.Module):
-    """Convolution zero-padded by kernel_size // 2, weight-standardised if the options say so.
+    """Convolution with zero padding of kernel_size // 2, weight-standardised if the options say so.
 
-    The kernel is kept and standardised in its own dtype, and rounded to the options' only for the product.
+    The kernel is stored and standardised in its own dtype. It is rounded to the dtype of the options for the
+    product only.
     """
 
     features: int
@@ -199,12 +200,12 @@ class TransposedConv(nn.Module):
 
 def _add_bias(module: nn.Module, x: Array) -> Array:
     bias = module.param("bias", nn.initializers.zeros, (x.shape[-1],))
-    # Only the sum is rounded, so that the gradient of the bias, a sum over all pixels, is not.
+    # Rounding the sum only keeps the gradient of the bias, a sum over all pixels, in full precision.
     return (x + bias.reshape(1, 1, 1, -1)).astype(x.dtype)
 
 
 class Norm(nn.Module):
-    """Group, layer (one group of all channels) or instance norm (a group a channel); scale and bias [C]."""
+    """Group, layer (one group of all channels) or instance norm (one group per channel)."""
 
     options: Options
 
@@ -218,7 +219,7 @@ class Norm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """`batch_norm` with its scale and bias, both [D]."""
+    """`batch_norm` with parameters scale [D] and bias [D]."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -230,8 +231,8 @@ class BatchNorm(nn.Module):
 class ProjectionHead(nn.Module):
     """MoCo's projection head: linear D -> key_dim (V1), or an MLP with one hidden layer (V2).
 
-    With `batch_norm` the hidden layer is normalised by the batch at hand, also where images are only
-    encoded: their projections then depend on the company they are in (pooled features do not).
+    With `batch_norm` the hidden layer is normalised by the current batch, also when images are only encoded.
+    The projection of an image then depends on the other images of its batch. Pooled features do not.
     """
 
     key_dim: int
@@ -244,7 +245,7 @@ class ProjectionHead(nn.Module):
             return nn.Dense(
                 features,
                 kernel_init=nn.initializers.xavier_uniform(),
-                precision=jax.lax.Precision.HIGHEST,  # as PyTorch has it; only convolutions may round
+                precision=jax.lax.Precision.HIGHEST,  # as in PyTorch, where only convolutions may round
                 name=name,
             )
 

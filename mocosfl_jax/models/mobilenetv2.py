@@ -1,7 +1,7 @@
-"""MobileNetV2 for small images as a list of layers that can be cut anywhere.
+"""MobileNetV2 for small images, as a list of layers between which it can be cut.
 
-Sandler et al. 2018 with the norm, strides, shortcuts and cut positions of the official MocoSFL code; in
-shortcuts we use the same norm as elsewhere.
+Sandler et al. 2018, with the norm, strides, shortcuts and cut positions of the official MocoSFL code.
+Shortcuts have the same norm as the other layers; in the official code they have batch norm.
 """
 
 import functools
@@ -13,7 +13,7 @@ from mocosfl_jax.models.layers import Conv, DepthwiseConv, Layer, Norm, Options
 
 NAME = "mobilenetv2"
 WIDTH = 32
-# Expansion, channels, blocks and stride of the first block, for each group of blocks.
+# For each group of blocks: expansion, channels, number of blocks, stride of the first block.
 GROUPS = (
     (1, 16, 1, 1),
     (6, 24, 2, 1),
@@ -27,7 +27,7 @@ LAST_CHANNELS = 1280
 
 
 class LinearConv(nn.Module):
-    """Convolution and norm without activation: the stem and the last layer."""
+    """Convolution and norm without activation, for the stem and the last layer."""
 
     features: int
     kernel_size: int
@@ -41,7 +41,7 @@ class LinearConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Inverted residual: 1x1, depthwise 3x3 and 1x1 convolutions; a shortcut only where the stride is 1."""
+    """Inverted residual: 1x1, depthwise 3x3 and 1x1 convolutions, with a shortcut if the stride is 1."""
 
     expansion: int
     features: int
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 def _shortcut(x: Array, features: int, options: Options) -> Array:
-    """The identity, or a plain 1x1 convolution and norm where the width changes."""
+    """The identity, or a plain 1x1 convolution and norm if the width changes."""
     if x.shape[-1] == features:
         return x
     x = Conv(features, 1, 1, options.standardised(False), name="shortcut_conv")(x)
@@ -70,7 +70,7 @@ def _shortcut(x: Array, features: int, options: Options) -> Array:
 
 
 class Group(nn.Module):
-    """Blocks of one width, the first of which may shrink the image."""
+    """Blocks of one width. The first one may have a stride."""
 
     expansion: int
     features: int
@@ -90,8 +90,9 @@ def mobilenetv2_layers(*, width: int, stem_stride: int) -> list[Layer]:
     """The layers between images and global average pool: stem, seven groups of blocks, last convolution.
 
     Args:
-      width: channels of the stem; all others grow with it, the last ones too. `WIDTH` in the paper.
-      stem_stride: stride of the stem.
+      width: Channels of the stem; `WIDTH` in the paper. All other channels scale with it, including the last
+        ones.
+      stem_stride: Stride of the stem.
     """
 
     def scaled(channels: int) -> int:

@@ -1,4 +1,4 @@
-"""ResNet for small images as a list of layers that can be cut anywhere.
+"""ResNet for small images, as a list of layers between which it can be cut.
 
 He et al. 2016, with the norm, strides and cut positions of the official MocoSFL code.
 """
@@ -38,7 +38,7 @@ class Stem(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Two 3x3 convolutions and a shortcut."""
 
     features: int
     stride: int
@@ -56,9 +56,9 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut; four times as many channels leave as lie within.
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the output has four times the inner channels.
 
-    A shortcut's convolution is always weight-standardised, as in the official code.
+    The convolution of the shortcut is always weight-standardised, as in the official code.
     """
 
     features: int
@@ -79,7 +79,7 @@ class BottleneckBlock(nn.Module):
 
 
 def _shortcut(x: Array, features: int, stride: int, options: Options) -> Array:
-    """The identity, or a 1x1 convolution and norm where the shape changes."""
+    """The identity, or a 1x1 convolution and norm if the shape changes."""
     if stride == 1 and x.shape[-1] == features:
         return x
     x = Conv(features, 1, stride, options, name="shortcut_conv")(x)
@@ -87,13 +87,13 @@ def _shortcut(x: Array, features: int, stride: int, options: Options) -> Array:
 
 
 def resnet_layers(name: str, *, width: int, image_size: int, stem_stride: int) -> list[Layer]:
-    """The layers between images and global average pool, in order: stem, block 1, block 2, ...
+    """The layers between the images and the global average pool: stem, block 1, block 2, ...
 
     Args:
-      name: a key of `DEPTHS`.
-      width: channels of the stem; `WIDTH` in the paper.
-      image_size: pixels a side; the stem is 7x7 from 224 px on.
-      stem_stride: stride of the stem.
+      name: A key of `DEPTHS`.
+      width: Channels of the stem; `WIDTH` in the paper.
+      image_size: Pixels a side; from 224 on the stem is 7x7, else 3x3.
+      stem_stride: Stride of the stem.
     """
     stages, is_bottleneck = DEPTHS[name]
     block = BottleneckBlock if is_bottleneck else BasicBlock

@@ -19,24 +19,26 @@ Params = Any  # a tree of arrays
 
 
 class Features(NamedTuple):
-    """What the whole network says of n images."""
+    """Outputs of the whole network for n images, in float32 or wider."""
 
-    backbone: Array  # [..., n, D], globally average-pooled; float32 at least
-    projection: Array  # [..., n, key_dim], output of the head, not normalised; float32 at least
+    backbone: Array  # [..., n, D], after global average pooling
+    projection: Array  # [..., n, key_dim], output of the projection head, not normalised
 
 
 class SplitModel(NamedTuple):
-    """Pure functions of one client-side and one server-side model.
+    """A network as pure functions of one client-side and one server-side model.
 
-    Any network fits: `mocosfl` uses nothing but these five. Client and backbone treat each image by itself,
-    so that the images of a batch can be on different devices; in the head they may meet (batch norm).
+    `mocosfl` uses nothing but these five fields, so any network can be given in this form. `client` and
+    `backbone` must treat each image by itself, since the images of a batch may be on different devices. The
+    head sees the whole batch and may mix it, as batch norm does.
     """
 
-    init: Callable[[Array], tuple[Params, Params]]  # rng -> client params, server params
+    init: Callable[[Array], tuple[Params, Params]]  # rng -> params of the client, params of the server
     client: Callable[[Params, Array], Array]  # params, images [n, H, W, 3] -> smashed data [n, h, w, c]
     # The server's layers: params, smashed data [..., n, h, w, c] -> pooled features [..., n, D]
     backbone: Callable[[Params, Array], Array]
-    # Of the server too: params, pooled features -> [..., n, key_dim]; leading axes are batches of their own
+    # The server's head: params, pooled features [..., n, D] -> [..., n, key_dim]; each leading index is a
+    # batch
     head: Callable[[Params, Array], Array]
     key_dim: int  # width of the projection
 
@@ -46,14 +48,14 @@ class SplitModel(NamedTuple):
         return Features(backbone, self.head(params, backbone))
 
     def whole_backbone(self, params: tuple[Params, Params], images: Array) -> Array:
-        """Client, then backbone: images [..., n, H, W, 3] -> pooled features [..., n, D]."""
+        """Client-side model and backbone: images [..., n, H, W, 3] -> pooled features [..., n, D]."""
         client, server = params
         smashed = self.client(client, images.reshape(-1, *images.shape[-3:]))
         return self.backbone(server, smashed.reshape(*images.shape[:-3], *smashed.shape[1:]))
 
 
 class _Client(nn.Module):
-    """The layers before the cut; without any, the identity (in the dtype of the activations)."""
+    """The layers before the cut. Without layers it only casts to the dtype of the activations."""
 
     layers: Sequence[Callable[..., nn.Module]]
     options: Options
@@ -67,7 +69,7 @@ class _Client(nn.Module):
 
 
 class _Server(nn.Module):
-    """The layers after the cut, global average pool and projection head."""
+    """The layers after the cut, the global average pool and the projection head."""
 
     layers: Sequence[Callable[..., nn.Module]]
     options: Options
@@ -81,12 +83,12 @@ class _Server(nn.Module):
         x = smashed.reshape(-1, *smashed.shape[-3:])
         for layer in self.layers:
             x = layer(options=self.options)(x)
-        # Pooled features and projections are not rounded: the loss and the evaluation are made of them.
+        # Pooled features and projections are not rounded, since loss and evaluation are computed from them.
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return jnp.mean(x, axis=(1, 2)).reshape(*smashed.shape[:-3], -1)
 
 
-# What config.model.compute_dtype stands for, as Options.dtype.
+# Values of config.model.compute_dtype -> Options.dtype.
 COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 
 NAMES = (*resnet.DEPTHS, *vgg.ENTRIES, mobilenetv2.NAME)
@@ -99,7 +101,7 @@ def _paper_width(name: str) -> int:
 
 
 def _layers(name: str, *, width: int, image_size: int, stem_stride: int | None) -> list[Layer]:
-    """All layers between images and global average pool."""
+    """All layers between the images and the global average pool."""
     stride = stem_stride or (2 if image_size == 64 or image_size >= 224 else 1)
     if name in resnet.DEPTHS:
         return resnet.resnet_layers(name, width=width, image_size=image_size, stem_stride=stride)
@@ -120,9 +122,10 @@ def check_model(
     norm: str = "group",
     compute_dtype: str = "float32",
 ) -> None:
-    """Raise UserError, which says what is allowed, if there is no such network or no such cut.
+    """Check the arguments of `split_model`. An `image_size` of None is not known yet, and not checked.
 
-    An `image_size` of None is one that is not known yet.
+    Raises:
+      UserError: If there is no such network or no such cut. The message says what is allowed.
     """
     if name not in NAMES:
         raise UserError(f"config.model.name: found {name!r}, allowed: {', '.join(NAMES)}")
@@ -191,35 +194,50 @@ def split_model(
 ) -> SplitModel:
     """A network cut after its first `cut_layer` layers.
 
-    What a layer is: of a ResNet the stem and each block; of a VGG each convolution (with norm and ReLU)
-    and each max-pool; of MobileNetV2 the stem, each of the seven groups of blocks and the last convolution.
+    The layers of a ResNet are the stem and each block; those of a VGG are each convolution (with norm and
+    ReLU) and each max-pool; those of MobileNetV2 are the stem, each of the seven groups of blocks and the
+    last convolution.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from mocosfl_jax import split_model
+      >>> model = split_model("resnet18", cut_layer=1, width=4, image_size=8, key_dim=8)
+      >>> client, server = model.init(jax.random.key(0))
+      >>> smashed = model.client(client, jnp.zeros((2, 8, 8, 3)))
+      >>> features = model.server(server, smashed)
+      >>> smashed.shape, features.backbone.shape, features.projection.shape
+      ((2, 8, 8, 4), (2, 32), (2, 8))
 
     Args:
       name: resnet18, 34, 50, 101 or 152, vgg11, 13, 16 or 19, or mobilenetv2.
-      cut_layer: how many layers are the client's. With 0 a client has no parameters and its smashed data
-        are the images: MoCo on the server. At least one layer stays with the server.
-      width: channels of the first convolution, and all others in proportion; a multiple of 4, for
-        mobilenetv2 of 16. None takes the paper's: 64, for mobilenetv2 32.
-      image_size: pixels a side; at least 32 for a VGG.
-      stem_stride: None takes 2 for images of 64 px and from 224 px on, else 1. A VGG has no stem and refuses
-        a value.
-      key_dim: width of query and key embeddings.
-      head: "linear" (MoCo V1), "mlp" with a hidden layer of key_dim, from ResNet-50 on of four times
-        key_dim (V2), or "mlp_bn" with a batch-normalised hidden layer of twice key_dim (large V2).
-      bottleneck: layers at the cut that shrink the smashed data, such as "C4S2"; see `read_bottleneck`.
-      client_residual: whether the client's blocks have their shortcuts.
-      weight_standardisation: of the kernels of all convolutions but those of the bottleneck layers and of
-        MobileNetV2's shortcuts. A ResNet's stem and the shortcuts of its bottleneck blocks have it anyway.
-      norm: "group" of four channels, "layer" (all channels together) or "instance" (each by itself).
-      compute_dtype: "float32", or "bfloat16": mixed precision, for accelerators. Convolutions, activations
-        and the smashed data are then bfloat16; parameters, the statistics of norms, pooled features and the
-        projection head stay float32. (Where JAX's float64 is on, "float32" computes in that.) A CPU gains
-        nothing: its bfloat16 convolutions can be slower.
-      stacked_server: the server too is to be vmapped over stacked parameters, as clients are.
-      forms: of the platform on which the model will run, see `forms.forms`; the numbers are the same in all.
+      cut_layer: Number of layers on the client. With 0 a client has no parameters and its smashed data are
+        the images, which is MoCo on the server. The server keeps at least one layer.
+      width: Channels of the first convolution; all others scale with it. A multiple of 4, or of 16 for
+        mobilenetv2. None takes the paper's width: 64, or 32 for mobilenetv2.
+      image_size: Pixels a side; at least 32 for a VGG.
+      stem_stride: Stride of the first convolution. None takes 2 for images of 64 pixels and of 224 or more,
+        and 1 otherwise. A VGG has no stem and accepts None only.
+      key_dim: Width of query and key embeddings.
+      head: "linear" (MoCo V1); "mlp" with one hidden layer of width key_dim, or four times key_dim from
+        ResNet-50 on (V2); or "mlp_bn" with a batch-normalised hidden layer of width twice key_dim (large V2).
+      bottleneck: Layers at the cut that shrink the smashed data, such as "C4S2"; see `read_bottleneck`.
+      client_residual: Whether the client's blocks have shortcuts.
+      weight_standardisation: Whether kernels of convolutions are standardised. Those of the bottleneck layers
+        and of MobileNetV2's shortcuts never are; those of a ResNet's stem and of the shortcuts of its
+        bottleneck blocks always are.
+      norm: "group" (groups of four channels), "layer" (one group of all channels) or "instance" (one group
+        per channel).
+      compute_dtype: "float32", or "bfloat16" for mixed precision on accelerators: convolutions, activations
+        and smashed data are bfloat16, while parameters, statistics of norms, pooled features and the
+        projection head stay float32. If JAX's float64 is enabled, "float32" computes in float64. On a CPU
+        bfloat16 can be slower.
+      stacked_server: Whether the server will be vmapped over stacked parameters too, as clients are.
+      forms: Forms of the platform on which the model will run, from `models.forms.forms`. They differ in
+        speed, not in the numbers.
 
     Raises:
-      UserError: if a value is not possible; the message says what is.
+      UserError: If a value is not allowed. The message says what is.
     """
     check_model(
         name,

@@ -1,7 +1,7 @@
-"""VGG for small images as a list of layers that can be cut anywhere.
+"""VGG for small images, as a list of layers between which it can be cut.
 
-Simonyan and Zisserman 2015 with a norm after every convolution, and a global average pool and projection
-head in place of the three fully connected layers, as in the official MocoSFL code.
+Simonyan and Zisserman 2015, with a norm after every convolution. As in the official MocoSFL code, a global
+average pool and a projection head replace the three fully connected layers.
 """
 
 import functools
@@ -44,11 +44,11 @@ class MaxPool(nn.Module):
 
 
 def vgg_layers(name: str, *, width: int) -> list[Layer]:
-    """The layers between images and global average pool, in order: convolutions and max-pools.
+    """The layers between the images and the global average pool: convolutions and max-pools.
 
     Args:
-      name: a key of `ENTRIES`.
-      width: channels of the first convolution; `WIDTH` in the paper.
+      name: A key of `ENTRIES`.
+      width: Channels of the first convolution; `WIDTH` in the paper.
     """
     layers: list[Layer] = []
     channels = 3

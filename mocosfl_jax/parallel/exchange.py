@@ -1,6 +1,7 @@
-"""What the devices of a mesh exchange in a step: members of the cohort, rows of the batch, parameters and keys.
+"""What devices exchange in a step: members of the cohort, rows of the batch, server parameters and keys.
 
-The program is that of one device and XLA partitions it; only the models are run by each device on its own shard.
+The program is the one of a single device, partitioned by XLA. Only the models are run by each device on its
+own shard.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from mocosfl_jax.parallel.state import tensor
 
 
 def make_placement(mesh: Mesh, forms: Forms) -> Placement:
-    """The functions by which the algorithm is placed on a mesh, with the clients in the form of its platform."""
+    """The functions that place an algorithm on a mesh, with the clients in the given form."""
     if mesh.size == 1:
         return one_device(forms)
     return Placement(
@@ -38,11 +39,11 @@ def make_placement(mesh: Mesh, forms: Forms) -> Placement:
     )
 
 
-# --- cohort out of the pool and back
+# --- from the pool to the cohort and back
 #
-# Nobody knows beforehand on which device a member is. So blocks of the cohort, as large as what a device has
-# of it in the end, travel around the devices in a ring, and each adds to them or takes from them what is
-# its own: no device ever holds more than its share and one block.
+# The device of each member is known only at run time. So blocks of the cohort, one per device, travel around
+# the devices in a ring, and each device adds its own members to a block, or takes them out. No device ever
+# holds more than its shard of the pool and one block.
 
 
 def _select(mesh: Mesh, pool: Any, cohort: Array | None) -> Any:
@@ -54,7 +55,7 @@ def _select(mesh: Mesh, pool: Any, cohort: Array | None) -> Any:
         me = jax.lax.axis_index(EVERY)
 
         def mine(block: Array) -> Any:
-            """This device's members among those in the block, zeros for the others."""
+            """The members of the block that are on this device, and zeros for the others."""
             here, rows = _here(pool, blocks[block], me)
             return jax.tree.map(
                 lambda leaf: jnp.where(here.reshape(-1, *[1] * (leaf.ndim - 1)), leaf[rows], 0), pool
@@ -79,7 +80,7 @@ def _put_back(mesh: Mesh, pool: Any, members: Any, cohort: Array | None) -> Any:
 
         def take(pool: Any, members: Any, block: Array) -> Any:
             here, rows = _here(pool, blocks[block], me)
-            rows = jnp.where(here, rows, len(jax.tree.leaves(pool)[0]))  # beyond the end: dropped
+            rows = jnp.where(here, rows, len(jax.tree.leaves(pool)[0]))  # rows beyond the end are dropped
             return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new, mode="drop"), pool, members)
 
         def travel(moves: int, carry: Any) -> Any:
@@ -95,7 +96,7 @@ def _put_back(mesh: Mesh, pool: Any, members: Any, cohort: Array | None) -> Any:
 
 
 def _here(pool: Any, members: Array, me: Array) -> tuple[Array, Array]:
-    """Which of the `members` this device has, and in which of its rows (any row for the others)."""
+    """Whether each of the `members` is on this device, and in which row of its shard (row 0 if it is not)."""
     count = len(jax.tree.leaves(pool)[0])
     rows = members - me * count
     here = (rows >= 0) & (rows < count)
@@ -103,26 +104,26 @@ def _here(pool: Any, members: Array, me: Array) -> tuple[Array, Array]:
 
 
 def _blocks(cohort: Array, size: int) -> Array:
-    """The cohort [M] as [size, m], padded with a client that nobody has."""
+    """The cohort [M] as [size, m], padded with -1, which is on no device."""
     missing = share(len(cohort), size) * size - len(cohort)
     return jnp.pad(jnp.asarray(cohort), (0, missing), constant_values=-1).reshape(size, -1)
 
 
 def _pass_on(mesh: Mesh, tree: Any, by: int = 1) -> Any:
-    """Every device's `tree` to the device `by` further on in the ring."""
+    """Send every device's `tree` to the device `by` places further in the ring."""
     ring = [(i, (i + by) % mesh.size) for i in range(mesh.size)]
     return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, EVERY, ring), tree)
 
 
 def _per_device(mesh: Mesh, function: Callable[..., Any], *whole: Array) -> Callable[..., Any]:
-    """`function` of each device's piece of some trees, and of `whole`; its results are pieces again."""
-    return lambda *pieces: jax.shard_map(
+    """`function` of each device's shard of some trees and of replicated arrays `whole`; returns shards."""
+    return lambda *shards: jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=(*[CLIENTS] * len(pieces), *[P()] * len(whole)),
+        in_specs=(*[CLIENTS] * len(shards), *[P()] * len(whole)),
         out_specs=CLIENTS,
         check_vma=False,
-    )(*pieces, *whole)
+    )(*shards, *whole)
 
 
 # --- concatenation
@@ -149,22 +150,24 @@ def _split(mesh: Mesh, x: Array, shape: tuple[int, int], real: np.ndarray | None
 
 
 def _in_place(mesh: Mesh, shape: tuple[int, ...], real: np.ndarray | None) -> bool:
-    """Whether a device's share of the rows are those of its share of the clients."""
+    """Whether each device already has its share of the rows, because they are those of its clients."""
     return (real is None or bool(real.all())) and (shape[0] % mesh.size == 0 or shape[1] == 1)
 
 
 class Leg(NamedTuple):
-    """The rows that go to the device that is `by` further on, as the devices D count their own rows."""
+    """The rows that every device sends to the device `by` places further. D is the number of devices."""
 
     by: int
-    leave: np.ndarray  # [D, c], where they are; beyond the end: there is none
-    arrive: np.ndarray  # [D, c], where they go
+    leave: (
+        np.ndarray
+    )  # [D, c], row numbers on the sending device; numbers beyond the end are filled with zeros
+    arrive: np.ndarray  # [D, c], row numbers on the receiving device; numbers beyond the end are dropped
 
 
 def _legs(real: np.ndarray, size: int) -> list[Leg]:
-    """How real rows get from the clients' places, padded [M, B], to an equal share for each device.
+    """How real rows move from the padded rows of the clients [M, B] to equal shares, one for each device.
 
-    In the order of `concatenation.merge`, which the queue takes them in.
+    The rows keep the order of `concatenation.merge`, in which they are enqueued.
     """
     before = share(len(real), size) * real.shape[1]
     after = share(int(real.sum()), size)
@@ -172,18 +175,18 @@ def _legs(real: np.ndarray, size: int) -> list[Leg]:
     target, arrive = np.divmod(np.arange(len(source)), after)
     legs = []
     for by in np.unique((target - source) % size):
-        gone = [((target - source) % size == by) & (source == device) for device in range(size)]
-        width = max(int(g.sum()) for g in gone)
+        sent = [((target - source) % size == by) & (source == device) for device in range(size)]
+        width = max(int(rows.sum()) for rows in sent)
         leaves, arrives = np.full((size, width), before), np.full((size, width), after)
-        for device, g in enumerate(gone):
-            leaves[device, : g.sum()] = leave[g]
-            arrives[(device + by) % size, : g.sum()] = arrive[g]
+        for device, rows in enumerate(sent):
+            leaves[device, : rows.sum()] = leave[rows]
+            arrives[(device + by) % size, : rows.sum()] = arrive[rows]
         legs.append(Leg(int(by), leaves, arrives))
     return legs
 
 
 def _carry(mesh: Mesh, rows: Array, legs: list[Leg], count: int) -> Array:
-    """Every device's `count` rows after the `legs`, zeros where none has arrived."""
+    """Move rows along the `legs`: `count` rows on every device, zeros where no row arrives."""
 
     def of_device(rows: Array) -> Array:
         me = jax.lax.axis_index(EVERY)
@@ -197,13 +200,13 @@ def _carry(mesh: Mesh, rows: Array, legs: list[Leg], count: int) -> Array:
     return _per_device(mesh, of_device)(rows)
 
 
-# --- models: each device runs them on what it has, as one device alone would
+# --- models: each device runs them on its own shard
 
 
 def _over_clients(mesh: Mesh, forms: Forms, function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*stacked: Any) -> Any:
         count = len(jax.tree.leaves(stacked)[0])
-        if count == 1:  # whose images are shared out
+        if count == 1:  # its images are sharded instead
             return at_once(function)(*stacked)
         results = _per_device(mesh, forms.over_clients(function))(*(pad_tree(x, mesh.size) for x in stacked))
         return jax.tree.map(lambda leaf: at(mesh, leaf[:count], CLIENTS), results)
@@ -226,7 +229,7 @@ def _over_rows(mesh: Mesh, model: RowsModel) -> RowsModel:
 
 
 def _gather(mesh: Mesh, params: Any) -> Any:
-    """The whole of `params` on every device; their gradient is summed to where they rest."""
+    """Replicate `params` on every device. Their gradient is summed and sharded as the parameters rest."""
 
     @jax.custom_vjp
     def gather(leaf: Array) -> Array:
@@ -234,18 +237,18 @@ def _gather(mesh: Mesh, params: Any) -> Any:
 
     gather.defvjp(
         lambda leaf: (gather(leaf), None),
-        # Replicated before it is cut: XLA would take the cut as a wish to cut all that it is computed from.
+        # Replicated before it is sharded: XLA would otherwise shard everything that the gradient depends on.
         lambda _, grad: (at(mesh, at(mesh, grad, P()), tensor(mesh, grad.shape)),),
     )
     return jax.tree.map(gather, params)
 
 
 def _similarities(mesh: Mesh, queue: MoCoQueue, query: Array) -> Array:
-    """Queries go to all rows of the queue, and stay cut over `data`."""
+    """Queries meet all rows of the queue, and stay sharded over `data`."""
     return at(mesh, moco.similarities(queue, at(mesh, query, P(DATA))), P(DATA, MODEL))
 
 
 def _enqueue(mesh: Mesh, queue: MoCoQueue, keys: Array) -> MoCoQueue:
-    """Keys go everywhere; each device keeps those of its rows of the queue."""
+    """Keys go to every device, which keeps those that fall into its rows of the queue."""
     queue = moco.enqueue(queue, at(mesh, keys, P()))
     return MoCoQueue(at(mesh, queue.keys, P(MODEL)), queue.cursor)

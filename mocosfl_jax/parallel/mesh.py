@@ -1,12 +1,12 @@
-"""The mesh: the devices of a run, how many share what, and where arrays go on them.
+"""The mesh of devices, and how images and stacks of clients are sharded over it.
 
-The mesh has two axes, `data` and `model`. Stacks of clients (pool, cohort, their images, views and smashed data,
-queues per client) and the concatenated batch have one shard per device, over both axes together: along `data`
-alone, the devices along `model` would hold and compute the same clients. With `model` = 1, the default, it is `data`
-alone. A run on one device has a mesh of 1 x 1.
+The mesh has two axes, `data` and `model`. Stacks of clients (pool, cohort, their images, views and smashed
+data, queues per client) and the concatenated batch are sharded over both axes together, with one shard per
+device. Sharded over `data` alone, the devices along `model` would hold and compute the same clients. A run on
+one device has a mesh of 1 x 1.
 
-Numbers of clients that do not divide by the devices are padded: with zeros at rest and where models are run, and
-elsewhere by XLA, which masks the padding wherever it sums over it.
+A number of clients that the number of devices does not divide is padded: with zeros at rest and where models
+are run, and elsewhere by XLA, which masks the padding in its sums.
 """
 
 import math
@@ -25,23 +25,23 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.runtime import hosts
 
 DATA, MODEL = "data", "model"
-EVERY = (DATA, MODEL)  # both axes as one: a shard for every device
-CLIENTS = P(EVERY)  # leading axis of clients, or of the rows of the concatenated batch
-VIEWS = P(None, EVERY)  # views of the concatenated batch [views, n, ...]
+EVERY = (DATA, MODEL)  # both axes as one: one shard per device
+CLIENTS = P(EVERY)  # shards the leading axis: clients, or rows of the concatenated batch
+VIEWS = P(None, EVERY)  # shards the rows of views of the concatenated batch [views, n, ...]
 
 
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device]) -> Mesh:
     """The mesh of a configuration.
 
-    A size of None takes what the other leaves of the devices; without any, all are on `data`. Where both are
-    given, they may leave devices out.
+    A size of None takes the devices that the other size leaves. If both are None, all devices are on `data`.
+    If both are given, they may leave devices unused.
 
     Args:
-      sizes: of both axes.
-      devices: that may be used, as `jax.devices()` lists them.
+      sizes: Of both axes.
+      devices: The devices to use, as listed by `jax.devices()`.
 
     Raises:
-      UserError: if there are not as many devices, or if they cannot be divided evenly.
+      UserError: If there are too few devices, or they cannot be divided evenly.
     """
     count = len(devices)
     if sizes.data is not None and sizes.model is not None:
@@ -64,9 +64,9 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device]) -> Mesh:
     if hosts.several() and data * model < count:
         raise UserError(
             f"config.mesh: found data {data} and model {model}, allowed: a product of {count}, the number of "
-            "devices, where these belong to several processes"
+            "devices, when they belong to several processes"
         )
-    # Of axis type Auto: XLA partitions the algorithm, from what is said here.
+    # Axis type Auto lets XLA partition the algorithm.
     return jax.make_mesh(
         (data, model), EVERY, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * model]
     )
@@ -83,13 +83,13 @@ def platform(mesh: Mesh) -> str:
 
 
 def first_device(mesh: Mesh) -> jax.Device:
-    """One of the devices, the same on all processes."""
+    """The first device of the mesh. With several processes it is the same one on all of them."""
     device: jax.Device = mesh.devices.flat[0]
     return device
 
 
 def check_queue(mesh: Mesh, queue_size: int) -> None:
-    """Raise UserError if the rows of the shared queue cannot be divided over `model`."""
+    """Raise UserError if `model` does not divide the rows of the shared queue."""
     model = mesh.shape[MODEL]
     if queue_size % model:
         raise UserError(
@@ -98,7 +98,7 @@ def check_queue(mesh: Mesh, queue_size: int) -> None:
 
 
 def describe(mesh: Mesh) -> str:
-    """The mesh in words, nothing for one device: the part of a sentence."""
+    """The mesh as the end of a sentence; empty for one device."""
     return "" if mesh.size == 1 else f", mesh of data {mesh.shape[DATA]} x model {mesh.shape[MODEL]}"
 
 
@@ -107,30 +107,30 @@ def _sharding(mesh: Mesh, spec: P) -> Sharding:
 
 
 def replicate(mesh: Mesh, array: np.ndarray) -> Array:
-    """`array` on every device of the mesh."""
+    """Put a copy of `array` on every device of the mesh."""
     return jax.device_put(array, _sharding(mesh, P()))
 
 
 def of_clients(mesh: Mesh, count: int) -> Sharding:
-    """Where a stack of `count` clients goes: one shard per device, where they divide."""
+    """The sharding of a stack of `count` clients: one shard per device, if the devices divide `count`."""
     return _sharding(mesh, CLIENTS if count % mesh.size == 0 else P())
 
 
 def of_images(mesh: Mesh, places: int) -> Sharding:
-    """Where images of steps [s, M, B, H, W, 3], `padded`, go: to the devices of their clients."""
+    """The sharding of `padded` images [s, M, B, H, W, 3]: each client's images are on the client's device."""
     return _sharding(mesh, P(None, *of_views(places)))
 
 
 def padded(mesh: Mesh, places: int, batch: int) -> tuple[int, int]:
-    """M and B of images that `of_images` divides, with places that only fill up the devices."""
+    """M and B of the images that a step receives: enlarged so that `of_images` gives equal shards."""
     size = mesh.size
     return (places, share(batch, size) * size) if places == 1 else (share(places, size) * size, batch)
 
 
 def make_spread(mesh: Mesh, places: int, batch: int) -> Callable[[Array], Array]:
-    """How a step spreads its images, for `rounds`: to the devices of their clients.
+    """A function that removes the padding of images, inside a step, and shards them by client.
 
-    Takes them as `padded` says, and gives [places, batch, H, W, 3].
+    It maps `padded` images [M, B, H, W, 3] to [places, batch, H, W, 3].
     """
     if mesh.size == 1:
         return lambda images: images
@@ -143,24 +143,26 @@ def make_spread(mesh: Mesh, places: int, batch: int) -> Callable[[Array], Array]
 
 
 def at(mesh: Mesh, x: Array, spec: P) -> Array:
+    """`x`, constrained to this sharding inside a program."""
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def share(count: int, size: int) -> int:
-    """How many of `count` each of `size` devices has, the last ones fewer."""
+    """How many of `count` rows each of `size` devices holds; the last devices may hold fewer."""
     return math.ceil(count / size)
 
 
 def of_views(places: int) -> P:
-    """Of images [M, B, ...]. One client alone, as in centralised MoCo, has its images shared out instead."""
+    """Shards images [M, B, ...] by client, or by image if there is one client, as in centralised MoCo."""
     return CLIENTS if places > 1 else VIEWS
 
 
 def pad(x: Array, size: int) -> Array:
-    """[n, ...] with rows of zeros behind, so that `size` divides it."""
+    """`x` [n, ...] with rows of zeros appended until `size` divides their number."""
     missing = share(len(x), size) * size - len(x)
     return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
 
 
 def pad_tree(tree: Any, size: int) -> Any:
+    """`pad` every leaf."""
     return jax.tree.map(lambda leaf: pad(leaf, size), tree)

@@ -1,8 +1,8 @@
-"""A training state at rest on the mesh, between the programs, and the algorithm on such states.
+"""The training state between programs, sharded over the mesh, and algorithms on such states.
 
-The server's parameters, their momentum copy and the SGD buffer are sharded over `model`, each tensor along its largest
-dimension that divides, and gathered where they are used, as ZeRO and FSDP do (Rajbhandari et al. 2020). So are the
-rows of the queue that all clients share, but these are never gathered: queries come to them.
+The server's parameters, momentum model and SGD buffer are sharded over `model`, each tensor along its largest
+divisible dimension. They are gathered where they are used, as in ZeRO and FSDP (Rajbhandari et al. 2020). The
+rows of the shared queue are sharded over `model` too, but never gathered: queries are sent to them.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from mocosfl_jax.parallel.mesh import CLIENTS, MODEL, at, of_views, pad
 
 
 def tensor(mesh: Mesh, shape: tuple[int, ...]) -> P:
-    """Of a tensor of the server: its largest dimension that divides is cut over `model`."""
+    """The sharding of a tensor of the server: over `model`, along its largest divisible dimension."""
     size = mesh.shape[MODEL]
     fitting = [(n, -i) for i, n in enumerate(shape) if n % size == 0]
     if size == 1 or not fitting:
@@ -30,16 +30,16 @@ def tensor(mesh: Mesh, shape: tuple[int, ...]) -> P:
 
 
 def distribute(algorithm: Algorithm, mesh: Mesh, num_clients: int) -> Algorithm:
-    """The same algorithm on states that are at rest on the mesh.
+    """The same algorithm on states that rest on the mesh between programs.
 
     Args:
-      algorithm: made with the `make_placement` of this mesh.
-      mesh: one of a single device gives the algorithm back.
+      algorithm: Made with `exchange.make_placement` for this mesh.
+      mesh: For a single device the algorithm is returned as it is.
       num_clients: N.
 
     Returns:
-      Functions of a TrainState as `rest` leaves it. What a step and `sync` tell is small and on every
-      device, but for smashed data, of which each device has its rows where they divide.
+      The algorithm, on a TrainState as returned by `rest`. Outputs of `step` and `sync` are replicated,
+      except for smashed data, which has one shard of rows per device if the devices divide the rows.
     """
     if mesh.size == 1:
         return algorithm
@@ -90,7 +90,7 @@ def specs(mesh: Mesh, state: TrainState) -> Any:
         if names == ["step"]:
             return P()
         if names[0] == "clients" or not isinstance(state.server, ServerState):
-            return CLIENTS  # FL-MoCo has nothing on its server but the clients' queues
+            return CLIENTS  # the server of FL-MoCo holds only the queues of the clients
         if "queue" not in names:
             return tensor(mesh, leaf.shape)
         if state.server.queue.keys.ndim > 2:
@@ -101,7 +101,7 @@ def specs(mesh: Mesh, state: TrainState) -> Any:
 
 
 def enter(mesh: Mesh, num_clients: int, state: TrainState) -> TrainState:
-    """The state within a program, without the clients that pad it at rest."""
+    """The state inside a program, without the padding that it has at rest."""
 
     def place(leaf: Array, spec: P) -> Array:
         return at(mesh, leaf[:num_clients] if spec == CLIENTS else leaf, spec)
@@ -110,9 +110,9 @@ def enter(mesh: Mesh, num_clients: int, state: TrainState) -> TrainState:
 
 
 def rest(mesh: Mesh, state: TrainState) -> TrainState:
-    """The state as it is between programs, which want as many clients on each device: zeros are the rest.
+    """The state between programs, padded with zeros to the same number of clients on each device.
 
-    Zeros, so that a checkpoint's fingerprint does not depend on how many there are.
+    With zeros, the fingerprint of a checkpoint does not depend on the amount of padding.
     """
 
     def place(leaf: Array, spec: P) -> Array:
