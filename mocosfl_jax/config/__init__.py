@@ -1,4 +1,9 @@
-"""What an experiment is, the paper's defaults, and the checks. Nothing here reads files or imports JAX."""
+"""Configurations: what an experiment is, the paper's defaults, and the checks.
+
+    resolved = resolve(Config(clients=Clients(num=20)))
+
+Nothing here reads files or imports JAX.
+"""
 
 from mocosfl_jax.config.fields import (
     Checkpoint,

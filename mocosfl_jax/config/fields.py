@@ -1,8 +1,10 @@
-"""What an experiment is: plain typed dataclasses with the paper's defaults.
+"""What an experiment is: plain typed dataclasses, whose defaults are the paper's (Li et al., ICLR 2023).
 
-A file in `configs/` returns a `Config` from `get_config()`; the command line overrides single fields
-(`--config.clients.num=100`). A field that is None is filled in by `resolution.resolve`, unless its comment says
-what None means.
+A file in `configs/` returns a `Config` from `get_config()`. The command line overrides single fields, for
+example `--config.clients.num=100`. A field that is None is filled in by `resolution.resolve`, unless its
+comment gives None another meaning.
+
+Symbols: N clients in the pool, M clients in the cohort, B images per client and step, K keys in the queue.
 """
 
 import dataclasses
@@ -10,165 +12,205 @@ import dataclasses
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Data:
+    """The data set, and how it is read."""
+
     # fashion_mnist_sample, cifar10, cifar100, svhn, stl10, tiny_imagenet, imagenet12, npz, npy, image_folder,
-    # or a name of tensorflow-datasets.
+    # or the name of a data set of tensorflow-datasets.
     name: str = "cifar10"
-    # Folder of the archives, images, npy files or prepared sets; for npz, the file.
+    # Folder with the archives, images, npy files or prepared data sets. For npz: the file, or its folder.
     dir: str = "data"
-    # Pixels a side to which images are resized; None: as they are stored.
+    # Height and width in pixels to which images are resized. None: the size in which they are stored.
     image_size: int | None = None
-    # Training images on the device, whole; else they are streamed from the host, with the same results. None:
-    # as they fit (see batches.py).
+    # True: keep all training images on the device. False: stream them from the host. The results are the
+    # same. None: keep them on the device if they are small enough (see feed/batches.py).
     resident: bool | None = None
-    # Share of a split's images that may be broken: they are black, counted and named. More stop the run.
+    # Fraction of a split's images that may fail to decode. Such images become black, are counted and are
+    # named in a warning. The run stops if there are more of them.
     max_broken: float = 0.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Clients:
-    # N, the client pool.
+    """The client pool, the cohort, and how the images are distributed over the clients."""
+
+    # N, the number of clients in the pool.
     num: int = 100
-    # M, the clients drawn for an epoch; None: the paper's for N, which is the whole pool below 200.
+    # M, the number of clients that are drawn for each epoch. None: the paper's value for N, which is the
+    # whole pool below 200 clients and about 100 clients from there on.
     cohort: int | None = None
-    # B, images a client and step; None: the paper's for N, 100 // N up to 50 clients and 1 beyond.
+    # B, the number of images per client and step. None: the paper's value for N, which is 100 // N up to 50
+    # clients and 1 above.
     batch_size: int | None = None
-    # Classes a client holds / classes of the data set. 1.0: IID.
+    # Number of classes a client holds / number of classes in the data set. 1.0: IID clients.
     noniid_ratio: float = 0.2
-    # Set: class shares of a client are drawn from Dirichlet(alpha), and noniid_ratio is not used.
+    # If set, the images of each class are split over the clients in proportions drawn from Dirichlet(alpha),
+    # and noniid_ratio is ignored.
     dirichlet_alpha: float | None = None
-    # The first share of the pool is rich: it holds rich_data of the images, in batches rich_batch times as
-    # large. The paper has 0.2, 0.8 and 16. 0: all clients are alike.
+    # Fraction of the clients that are rich: together they hold the fraction rich_data of the images, and
+    # their batches are rich_batch times as large. The paper uses 0.2, 0.8 and 16. 0: all clients are alike.
     rich: float = 0.0
     rich_data: float = 0.8
     rich_batch: int = 16
-    # FL-MoCo: passes over a client's images in an epoch.
+    # FL-MoCo only: passes over a client's images per epoch.
     local_epochs: int = 1
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Synchronization:
-    # Synchronizations (FedAvg) an epoch; None: the paper's for N, 1000 // (B N).
+    """How the client-side models are averaged (FedAvg)."""
+
+    # Synchronizations per epoch. None: the paper's value for N, 1000 // (B N), at least 1.
     frequency: int | None = None
-    # Average in proportion to the clients' numbers of images.
+    # Weight the clients in the average by the number of their images.
     weighted: bool = False
-    # MonAcoSFL: average the momentum models too.
+    # Average the momentum models too (MonAcoSFL).
     momentum_models: bool = False
-    # SGD buffers of the clients: keep, reset or average.
+    # What happens to the momentum buffers of the clients' SGD at a synchronization: keep, reset or average.
     buffers: str = "keep"
-    # Divergence-aware averaging with this first lambda; None: without.
+    # Use divergence-aware averaging (Zhuang et al. 2022) with this first lambda. None: plain averaging.
     divergence_lambda: float | None = None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Saving:
-    # Loss by which an epoch has to get better; else the next one sends no gradients back, and the one after
-    # that nothing at all: the server replays smashed data. 0: clients always take part.
+    """Less communication while the loss hardly changes (the official code's loss_threshold)."""
+
+    # If an epoch lowers the loss by less than this, the next epoch sends no gradients to the clients. If that
+    # epoch does not lower it enough either, the one after sends nothing: the server replays the smashed data
+    # that it has kept. 0: clients take part in every epoch.
     loss_threshold: float = 0.0
-    # Epochs in which clients always take part.
+    # Number of first epochs in which clients always take part.
     warmup_epochs: int = 10
-    # GiB on disk, in the workdir, that the smashed data of one epoch may take.
+    # Limit, in GiB, of the smashed data of one epoch that is kept on disk, in the workdir.
     replay_gib: float = 20.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Model:
-    # resnet18, 34, 50, 101 or 152, vgg11, 13, 16 or 19, mobilenetv2.
+    """The network, and where it is cut."""
+
+    # resnet18, resnet34, resnet50, resnet101, resnet152, vgg11, vgg13, vgg16, vgg19 or mobilenetv2.
     name: str = "resnet18"
-    # Channels of the first convolution; all others scale with it. None: the paper's (64; MobileNetV2 32).
+    # Channels of the first convolution; all others scale with it. None: the paper's value, 64 (MobileNetV2:
+    # 32).
     width: int | None = None
-    # Stride of the first convolution; None: the paper's for the image size.
+    # Stride of the first convolution. None: the paper's value for the image size.
     stem_stride: int | None = None
-    # How many layers are the client's: of a ResNet [stem, block 1, ...], of a VGG convolutions and pools, of
-    # MobileNetV2 [stem, group 1, ...]. "MocoSFL-1" is 1, "MocoSFL-3" is 2. 0: none, the images are sent.
+    # Number of layers on the clients. The layers of a ResNet are [stem, block 1, ...], of a VGG its
+    # convolutions and pools, of MobileNetV2 [stem, group 1, ...]. The paper calls 1 MocoSFL-1 and 2
+    # MocoSFL-3. 0: the clients have no layers and send their images.
     cut_layer: int = 1
-    # Convolutions that make the smashed data smaller, as C4S2 or K1C8S1noReLU; None: without.
+    # Convolutions at the cut that make the smashed data smaller, for example C4S2 or K1C8S1noReLU. None: no
+    # bottleneck.
     bottleneck: str | None = None
-    # Shortcuts in the client's residual blocks.
+    # Whether the residual blocks of the clients have shortcuts.
     client_residual: bool = True
     weight_standardisation: bool = True
-    # group, layer or instance.
+    # Normalization layers: group, layer or instance.
     norm: str = "group"
-    # float32, or bfloat16: mixed precision, for accelerators. Convolutions, activations and smashed data are
-    # then bfloat16; parameters, momentum models, queue, statistics of norms, head and losses stay float32.
+    # float32, or bfloat16 for mixed precision on accelerators: convolutions, activations and smashed data are
+    # bfloat16, whereas parameters, momentum models, queue, statistics of the normalization layers, head and
+    # losses stay float32.
     compute_dtype: str = "float32"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Moco:
-    # v1, small_v2, v2 or large_v2. Fills in every field below that is None.
+    """Momentum contrast: head, views, queue and loss."""
+
+    # v1, small_v2, v2 or large_v2. The preset fills in every field of this section that is None.
     preset: str = "v2"
+    # Dimension of queries and keys.
     key_dim: int | None = None
-    # Projection head: linear, mlp (one hidden layer) or mlp_bn (and BatchNorm).
+    # Projection head: linear, mlp (one hidden layer) or mlp_bn (one hidden layer and BatchNorm).
     head: str | None = None
+    # Symmetric loss: each of the two views is once the query and once the key.
     symmetric: bool | None = None
-    # Views: v1 (no blur) or v2.
+    # Augmentation of the views: v1 (without blur) or v2.
     augmentation: str | None = None
-    # MonAcoSFL: clients run both models on both views, and get gradients for both.
+    # Clients run both of their models on both views and receive gradients for both (MonAcoSFL).
     full_symmetric: bool = False
-    # One queue for all clients; else one of K // N keys for each.
+    # True: one queue for all clients. False: one queue of K // N keys for each client.
     feature_sharing: bool = True
-    # K, keys in the queue.
+    # K, the number of keys in the queue.
     queue_size: int = 6000
-    # T of InfoNCE.
+    # Temperature of InfoNCE.
     temperature: float = 0.1
-    # tau of both momentum models.
+    # Momentum of the momentum models of clients and server.
     momentum: float = 0.99
-    # Smallest share of the image that RandomResizedCrop keeps.
+    # Smallest fraction of the image's area that RandomResizedCrop keeps.
     min_crop_scale: float = 0.08
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Optim:
+    """SGD with momentum, and its learning rates."""
+
     server_lr: float = 0.06
-    # None: the server's. 0 freezes the clients: no gradients are sent to them.
+    # None: the server's learning rate. 0: the clients are frozen and receive no gradients.
     client_lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    # cosine, multistep or constant; None: the MoCo preset's (v1 multistep, else cosine).
+    # cosine, multistep or constant. None: that of the MoCo preset, which is multistep for v1 and cosine
+    # otherwise.
     schedule: str | None = None
-    # The clients': one of these or official_per_step, which takes a step of the schedule every batch instead
-    # of every epoch, as for the paper's numbers. None: the server's.
+    # Schedule of the clients: one of the above, or official_per_step, which advances the schedule with every
+    # batch instead of every epoch, as the official code did for the paper's numbers. None: the server's
+    # schedule.
     client_schedule: str | None = None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Eval:
-    # Epochs between kNN evaluations; 0: only the untrained and the trained network.
+    """kNN evaluation during training, and the linear probe after it."""
+
+    # Epochs between kNN evaluations. 0: evaluate only the untrained and the trained network.
     every: int = 1
+    # Number of neighbours that vote.
     knn_k: int = 200
+    # Temperature of the votes' weights.
     knn_temperature: float = 0.1
-    # Epochs of the linear probe after training; 0: no probe.
+    # Epochs of the linear probe. 0: no probe.
     probe_epochs: int = 100
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Checkpoint:
-    # Epochs between checkpoints. The end of the run and a signal save too.
+    """When training saves its state."""
+
+    # Epochs between checkpoints. Training also saves at its end and when a signal stops it.
     every: int = 1
-    # Newest checkpoints kept.
+    # Number of newest checkpoints to keep.
     keep: int = 3
-    # stop, or continue: train on without saving until there is room again.
+    # When the disk is full: stop, or continue, which trains on without saving until there is space again.
     on_full_disk: str = "stop"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Mesh:
-    """How many devices share the work, and how. Results do not depend on it."""
+    """Number of devices that share the work, along two axes. Results do not depend on it."""
 
-    # Devices along which clients and their data are cut; None: what `model` leaves, which is all by default.
+    # Devices over which clients and their data are sharded. None: what `model` leaves; by default all
+    # devices.
     data: int | None = None
-    # Devices along which the server's parameters and queue are cut too; None: what `data` leaves, or 1.
+    # Devices over which the server's parameters and queue are sharded too. None: what `data` leaves, or 1.
     model: int | None = None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Config:
-    """One experiment. Fields take their values from a config file, then from the command line."""
+    """One experiment. Its fields are set by a config file, then by the command line.
+
+    Example:
+      >>> config = Config(clients=Clients(num=20), model=Model(cut_layer=2))
+      >>> config.epochs, config.clients.noniid_ratio, config.clients.batch_size
+      (200, 0.2, None)
+    """
 
     # mocosfl, or flmoco: the baseline that trains the whole network on each client.
     algorithm: str = "mocosfl"
     seed: int = 1234
-    # Passes over the data at full participation; smaller cohorts take N // M times as many.
+    # Passes over the data if the whole pool takes part. Smaller cohorts train N // M times as many epochs.
     epochs: int = 200
     data: Data = dataclasses.field(default_factory=Data)
     clients: Clients = dataclasses.field(default_factory=Clients)
@@ -183,9 +225,9 @@ class Config:
 
 
 def quickstart() -> Config:
-    """What the command runs by default: minutes on two CPU cores, no download.
+    """The default experiment of `python -m mocosfl_jax.train`: minutes on two CPU cores, no download.
 
-    Small gray pictures and a short run want milder views and a smaller learning rate than the paper's.
+    Small gray images and a short run need milder views and a smaller learning rate than the paper's.
     """
     return Config(
         epochs=14,

@@ -1,4 +1,4 @@
-"""A configuration in config.json: read back, and compared with the one of a run that goes on."""
+"""The configuration in config.json: reading it back, and comparing it with that of a run that resumes."""
 
 import dataclasses
 from typing import Any
@@ -9,10 +9,18 @@ from mocosfl_jax.errors import UserError
 
 
 def from_dict(values: Any) -> Resolved:
-    """The resolved configuration of which `Resolved.as_dict` made these values.
+    """Rebuilds a resolved configuration from the values of `Resolved.as_dict`.
+
+    Example:
+      >>> values = resolve(Config(epochs=3)).as_dict()
+      >>> from_dict(values).epochs
+      3
+
+    Args:
+      values: Nested dictionaries, as read from config.json.
 
     Raises:
-      UserError: naming the first field that is missing, unknown or impossible.
+      UserError: If a field is missing, unknown or has an impossible value. The message names the first one.
     """
     return resolve(_from_dict(Config, values, "config"))
 
@@ -36,21 +44,31 @@ def _from_dict(kind: Any, values: Any, path: str) -> Any:
     )
 
 
-# Fields that say how a run is done and not what comes out: a run may go on with other values.
+# Fields that change how a run is carried out but not its results. A run may resume with other values.
 INDIFFERENT = frozenset(
     {"config.data.resident", "config.data.max_broken", "config.checkpoint", "config.mesh"}
 )
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any], path: str = "config") -> list[str]:
-    """The fields in which two configurations differ, as `path: found, now wanted`, but for `INDIFFERENT`."""
+    """Lists the fields in which two configurations differ, except those in `INDIFFERENT`.
+
+    Example:
+      >>> differences({"epochs": 200, "seed": 1}, {"epochs": 3, "seed": 1})
+      ['config.epochs: 200 there, 3 now']
+
+    Args:
+      found: The configuration of the earlier run, as `Resolved.as_dict` gives it.
+      wanted: The configuration of the present run.
+      path: Prefix of the fields' names.
+    """
     lines = []
     for name in dict.fromkeys([*wanted, *found]):
         if f"{path}.{name}" in INDIFFERENT:
             continue
-        there, now = found.get(name), wanted.get(name)
-        if isinstance(there, dict) and isinstance(now, dict):
-            lines += differences(there, now, f"{path}.{name}")
-        elif there != now:
-            lines.append(f"{path}.{name}: {there!r} there, {now!r} now")
+        before, now = found.get(name), wanted.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            lines += differences(before, now, f"{path}.{name}")
+        elif before != now:
+            lines.append(f"{path}.{name}: {before!r} there, {now!r} now")
     return lines

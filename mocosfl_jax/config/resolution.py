@@ -1,6 +1,6 @@
-"""From a configuration as it is written to one in which every setting has a value, checked.
+"""Resolves a configuration: every setting gets a value, and all values are checked.
 
-`resolve` fills in what is left to the paper's defaults for N clients and to a MoCo preset.
+Settings that a configuration leaves open come from the paper's defaults for N clients and from a MoCo preset.
 """
 
 import copy
@@ -15,7 +15,7 @@ from mocosfl_jax.errors import UserError
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class ResolvedClients:
-    """`fields.Clients`, filled in."""
+    """`fields.Clients` with every default filled in."""
 
     num: int
     cohort: int
@@ -30,7 +30,7 @@ class ResolvedClients:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class ResolvedSynchronization:
-    """`fields.Synchronization`, filled in."""
+    """`fields.Synchronization` with every default filled in."""
 
     frequency: int
     weighted: bool
@@ -41,7 +41,7 @@ class ResolvedSynchronization:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class ResolvedMoco:
-    """`fields.Moco`, filled in."""
+    """`fields.Moco` with every default filled in."""
 
     preset: str
     key_dim: int
@@ -58,7 +58,7 @@ class ResolvedMoco:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class ResolvedOptim:
-    """`fields.Optim`, filled in."""
+    """`fields.Optim` with every default filled in."""
 
     server_lr: float
     client_lr: float
@@ -70,7 +70,7 @@ class ResolvedOptim:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Resolved:
-    """A `fields.Config` in which nothing is left to a preset or to the number of clients."""
+    """A `fields.Config` in which no value depends on a preset or on the number of clients any more."""
 
     algorithm: str
     seed: int
@@ -87,20 +87,27 @@ class Resolved:
     mesh: Mesh
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested plain values, as config.json holds them."""
+        """Nested dictionaries of plain values, as stored in config.json."""
         return dataclasses.asdict(self)
 
     @property
     def total_epochs(self) -> int:
-        """Epochs that are run: smaller cohorts take N // M times as many."""
+        """The number of epochs in the run: `epochs` times N // M, as each sees only the data of a cohort."""
         return self.epochs * (self.clients.num // self.clients.cohort)
 
 
 def resolve(config: Config) -> Resolved:
-    """Fill in every field that is left to a preset or to N, and check all of them.
+    """Fills in every field that depends on a preset or on N, and checks all fields.
+
+    `config` itself is not changed.
+
+    Example:
+      >>> resolved = resolve(Config())  # 100 clients, preset v2
+      >>> resolved.clients.batch_size, resolved.sync.frequency, resolved.moco.key_dim
+      (1, 10, 1024)
 
     Raises:
-      UserError: names the first field with a wrong type or an impossible value.
+      UserError: If a field has a wrong type or an impossible value. The message names the first one.
     """
     _check_types(config, "config")
     config = copy.deepcopy(config)
@@ -131,15 +138,20 @@ def _as_resolved(config: Config) -> Resolved:
 
 
 class PaperSettings(NamedTuple):
-    """What the paper's experiments set by the number of clients alone."""
+    """The settings of the paper's experiments that depend on the number of clients alone."""
 
-    batch_size: int  # B
-    cohort: int  # M
-    sync_frequency: int  # synchronizations an epoch
+    batch_size: int  # B, images per client and step
+    cohort: int  # M, clients per epoch
+    sync_frequency: int  # synchronizations per epoch
 
 
 def paper_settings(num_clients: int) -> PaperSettings:
-    """The automatic settings of the paper's tables for N clients (the official code's auto_adjust)."""
+    """The settings of the paper's tables for N clients, as the official code's auto_adjust computes them.
+
+    Example:
+      >>> paper_settings(1000)
+      PaperSettings(batch_size=1, cohort=100, sync_frequency=1)
+    """
     batch_size = 100 // num_clients if num_clients <= 50 else 1
     cohort = num_clients if num_clients < 200 else num_clients // (num_clients // 100)
     return PaperSettings(batch_size, cohort, max(1, 1000 // (batch_size * num_clients)))
@@ -156,14 +168,14 @@ _PRESET_SCHEDULE = {"v1": "multistep", "small_v2": "cosine", "v2": "cosine", "la
 
 
 def _fill(node: Any, values: dict[str, Any]) -> None:
-    """Give the fields that are None their values."""
+    """Sets the fields that are None to these values."""
     for field, value in values.items():
         if getattr(node, field) is None:
             setattr(node, field, value)
 
 
 def _check_types(node: Any, path: str) -> None:
-    """Config files are Python, so any value can be in any field."""
+    """Checks the type of every field. Config files are Python, so a field can hold anything."""
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         assert not isinstance(field.type, str)
@@ -177,12 +189,12 @@ def _check_types(node: Any, path: str) -> None:
         if not fits and type(value) not in allowed:
             names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
             raise UserError(f"{path}.{field.name}: found {value!r}, allowed: {names}")
-        if isinstance(value, int) and abs(value) >= 2**63:  # beyond, arithmetic with floats overflows
+        if isinstance(value, int) and abs(value) >= 2**63:  # larger ones overflow in arithmetic with floats
             raise UserError(f"{path}.{field.name}: found {value}, allowed: a number of 64 bits")
 
 
 def _check_values(config: Resolved) -> None:
-    """Everything that can be known before data is read and a network is built."""
+    """Checks everything that is known before data is read and a network is built."""
     clients, sync, moco, optim = config.clients, config.sync, config.moco, config.optim
     evaluation, saving = config.eval, config.saving
     _allow("algorithm", config.algorithm, ("mocosfl", "flmoco"))
@@ -223,7 +235,7 @@ def _check_values(config: Resolved) -> None:
     elif not moco.feature_sharing:
         keys = clients.num * largest * views
         _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step in N queues")
-    elif not clients.rich:  # else `experiment.prepare` sees how many of the cohort are
+    elif not clients.rich:  # `experiment.prepare` knows how many of a cohort are rich
         keys = clients.cohort * largest * views
         _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step")
     _in_range("moco.temperature", moco.temperature, 0.0, open_low=True)
@@ -249,7 +261,7 @@ def _check_values(config: Resolved) -> None:
 
 
 def _only_mocosfl(config: Resolved) -> None:
-    """Refuse what FL-MoCo, which has no server to train, does not have."""
+    """Refuses options that FL-MoCo does not have, since it trains no server."""
     for field, value, allowed in (
         ("clients.rich", config.clients.rich, 0.0),
         ("moco.feature_sharing", config.moco.feature_sharing, True),
@@ -269,7 +281,7 @@ def _allow(field: str, value: Any, allowed: tuple[str, ...]) -> None:
 def _in_range(
     field: str, value: float, low: float, high: float = math.inf, why: str = "", *, open_low: bool = False
 ) -> None:
-    """`low` itself is allowed unless `open_low`; `why` says where the bound comes from."""
+    """Refuses values outside [low, high], and `low` itself if `open_low`; `why` explains the bound."""
     if math.isfinite(value) and low <= value <= high and not (open_low and value == low):
         return
     bounds = f"more than {low:g}" if open_low else f"{low} or more"

@@ -1,1 +1,1 @@
-"""From the data set to a step: which client holds which images, the images of each step, and their views."""
+"""From the data set to a training step: the images of each client, the images of each step, their views."""

@@ -1,12 +1,14 @@
-"""Views: one image and one PRNG key -> one view, vmapped over views, clients and batch in `two_views`.
+"""Augmentation: draws a query and a key view of every image.
 
-"v1" are the views of MoCo (He et al., CVPR 2020), "v2" those with Gaussian blur of MoCo v2 (Chen et al. 2020,
-"Improved baselines with momentum contrastive learning"). Each operation follows torchvision and PIL, on RGB
-images of float32 in [0, 1] and shape [H, W, 3].
+The functions here take one image and one PRNG key. `two_views` vmaps them over views, clients and batch.
 
-Nothing branches: under `vmap` a `cond` computes both sides anyway, so an operation that is not drawn gets the
-parameter that makes it the identity, or loses a `where`. Crop, resize and blur are linear along each axis, so
-they are products with small matrices.
+"v1" are the views of MoCo (He et al., CVPR 2020). "v2" are those of MoCo v2 with Gaussian blur (Chen et al.
+2020, "Improved baselines with momentum contrastive learning"). Each operation follows torchvision and PIL, on
+RGB images of float32 in [0, 1] and shape [H, W, 3].
+
+There are no branches, since under `vmap` a `cond` computes both of its sides anyway. An operation that is not
+drawn gets the parameter that makes it the identity, or its result is discarded by a `where`. Crop, resize and
+blur are linear along each axis, so they are products with small matrices.
 """
 
 import math
@@ -26,7 +28,7 @@ VERSIONS = ("v1", "v2")
 # RandomResizedCrop
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
-# ColorJitter: factors in 1 -+ these, hue shift in -+ HUE.
+# ColorJitter: factors within 1 -+ these values, hue shift within -+ HUE.
 JITTER_PROBABILITY = 0.8
 BRIGHTNESS = 0.4
 CONTRAST = 0.4
@@ -35,14 +37,14 @@ HUE = 0.1
 GRAYSCALE_PROBABILITY = 0.2
 BLUR_PROBABILITY = 0.5
 BLUR_SIGMA = (0.1, 2.0)
-NO_BLUR = 0.01
+NO_BLUR = 0.01  # a standard deviation so small that the blur is the identity
 FLIP_PROBABILITY = 0.5
 # PIL's "L" conversion, ITU-R 601-2.
 LUMA = (0.299, 0.587, 0.114)
 
 
 class Box(NamedTuple):
-    """Part of an image, in pixels."""
+    """A part of an image, in pixels."""
 
     top: ArrayLike  # [], int32
     left: ArrayLike  # [], int32
@@ -60,21 +62,32 @@ def two_views(
     version: str = "v2",
     min_crop_scale: float = 0.08,
 ) -> Views:
-    """Draws a query and a key view of every image, each independent of all others.
+    """Draws a query view and a key view of every image, all of them independent.
+
+    The views are those of MoCo (He et al., CVPR 2020) or of MoCo v2 (Chen et al. 2020).
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp
+      >>> images = jnp.zeros((4, 2, 32, 32, 3), jnp.uint8)  # 2 images of each of 4 clients
+      >>> draw = jax.jit(functools.partial(two_views, size=32, mean=(0.5,) * 3, std=(0.25,) * 3))
+      >>> views = jax.eval_shape(draw, jax.random.key(0), images)  # draw(...) draws them
+      >>> views.query.shape, views.key.dtype
+      ((4, 2, 32, 32, 3), dtype('float32'))
 
     Args:
       rng: PRNG key.
       images: [M, B, H, W, 3], uint8 (or floats in [0, 1]): B images of each of M clients.
-      size: height and width of the views.
-      version: "v1" or "v2".
-      min_crop_scale: smallest share of the image that the crop keeps, in (0, 1].
-      mean, std: of the three channels, for images in [0, 1].
+      size: Height and width of the views.
+      mean: Mean of each of the three channels, for images in [0, 1].
+      std: Standard deviation of each of the three channels, for images in [0, 1].
+      version: "v1" (without blur) or "v2".
+      min_crop_scale: Smallest fraction of the image's area that the crop keeps, in (0, 1].
 
     Returns:
-      Views of [M, B, size, size, 3], float32, normalised.
+      Query and key views, each [M, B, size, size, 3] float32, normalised.
 
     Raises:
-      UserError: unknown version, or min_crop_scale out of range.
+      UserError: If the version is unknown or `min_crop_scale` is out of range.
     """
 
     def view(rng_view: Array, image: Array) -> Array:
@@ -89,10 +102,12 @@ def two_views(
 
 
 def augment(rng: Array, image: Array, *, size: int, version: str, min_crop_scale: float) -> Array:
-    """Draws one view: [H, W, 3] float32 in [0, 1] -> [size, size, 3] float32 in [0, 1]; the rest is static.
+    """Draws one view: [H, W, 3] float32 in [0, 1] -> [size, size, 3] float32 in [0, 1].
+
+    The keyword arguments are those of `two_views`. They are static under `jit`.
 
     Raises:
-      UserError: unknown version, or min_crop_scale out of range.
+      UserError: If the version is unknown or `min_crop_scale` is out of range.
     """
     if version not in VERSIONS:
         raise UserError(f"config.moco.augmentation: found {version!r}, allowed: {', '.join(VERSIONS)}")
@@ -104,7 +119,8 @@ def augment(rng: Array, image: Array, *, size: int, version: str, min_crop_scale
 
     box = sample_crop_box(rng_crop, *image.shape[:2], min_scale=min_crop_scale)
     view = resized_crop(image, box, size)
-    # torchvision's v2 flips last. Everything below treats left and right alike, so the views are the same.
+    # torchvision flips last in v2. All later operations treat left and right alike, so the views are the
+    # same.
     view = jnp.where(_uniform(rng_flip, 1)[0] < FLIP_PROBABILITY, horizontal_flip(view), view)
     view = _random_color_jitter(rng_jitter, view)
     view = jnp.where(_uniform(rng_gray, 1)[0] < GRAYSCALE_PROBABILITY, grayscale(view), view)
@@ -114,7 +130,20 @@ def augment(rng: Array, image: Array, *, size: int, version: str, min_crop_scale
 
 
 def normalise(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """(images - mean) / std by channel: [..., 3], uint8 or floats in [0, 1] -> float32 of the same shape."""
+    """(images - mean) / std for each channel.
+
+    Example:
+      >>> normalise([[0.5, 0.5, 1.0]], mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)).tolist()
+      [[0.0, 0.0, 2.0]]
+
+    Args:
+      images: [..., 3], uint8 or floats in [0, 1].
+      mean: Mean of each of the three channels, for images in [0, 1].
+      std: Standard deviation of each of the three channels, for images in [0, 1].
+
+    Returns:
+      [..., 3] float32.
+    """
     images = to_float(jnp.asarray(images))
     channels = (1,) * (images.ndim - 1) + (3,)
     shift = jnp.asarray(mean, jnp.float32).reshape(channels)
@@ -123,7 +152,7 @@ def normalise(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def to_float(images: Array) -> Array:
-    """uint8 in 0..255 -> float32 in [0, 1]; floats are taken to be in [0, 1] already."""
+    """uint8 in 0..255 -> float32 in [0, 1]. Floats are assumed to be in [0, 1] already."""
     if images.dtype == jnp.uint8:
         return images.astype(jnp.float32) / 255
     return images.astype(jnp.float32)
@@ -133,11 +162,11 @@ def to_float(images: Array) -> Array:
 
 
 def sample_crop_box(rng: Array, height: int, width: int, *, min_scale: float) -> Box:
-    """Draws the box of torchvision's RandomResizedCrop on an image of height x width.
+    """Draws the box of torchvision's RandomResizedCrop for an image of height x width pixels.
 
-    Area uniform in [min_scale, 1] of the image's, width / height log-uniform in [3/4, 4/3], both sides
-    rounded to pixels, position uniform. Ten tries; if none fits, the largest centred box whose width / height
-    is in that range.
+    Its area is uniform in [min_scale, 1] times that of the image, its width / height is log-uniform in
+    [3/4, 4/3], both sides are rounded to pixels, and its position is uniform. If none of ten tries fits into
+    the image, the box is the largest centred one whose width / height is in that range.
     """
     drawn = _uniform(rng, 2 * CROP_TRIES + 2)
     area = _between(drawn[:CROP_TRIES], min_scale * height * width, height * width)
@@ -149,7 +178,7 @@ def sample_crop_box(rng: Array, height: int, width: int, *, min_scale: float) ->
     first = jnp.argmax(fits)
     found = fits[first]
 
-    # The widest and the highest box of an allowed ratio.
+    # The largest box of an allowed ratio, for the case that no try fits.
     centre_width = min(width, round(height * CROP_RATIO[1]))
     centre_height = min(height, round(width / CROP_RATIO[0]))
     box_width = jnp.where(found, widths[first], centre_width)
@@ -165,17 +194,18 @@ def sample_crop_box(rng: Array, height: int, width: int, *, min_scale: float) ->
 
 
 def resized_crop(image: Array, box: Box, size: int) -> Array:
-    """Cuts the box out of image [H, W, 3] and resizes it to [size, size, 3], bilinear with antialiasing."""
+    """Crops the box from an image [H, W, 3] and resizes it to [size, size, 3], bilinear with antialiasing."""
     rows = _resize_matrix(box.top, box.height, image.shape[0], size)
     columns = _resize_matrix(box.left, box.width, image.shape[1], size)
     return _along_axes(rows, columns, image)
 
 
 def _resize_matrix(start: ArrayLike, length: ArrayLike, pixels: int, size: int) -> Array:
-    """[size, pixels]: row i weighs the pixels [start, start + length) of an axis into output pixel i.
+    """[size, pixels]: row i has the weights of an axis's pixels in output pixel i.
 
-    PIL's bilinear filter: a triangle that reaches one output pixel (one input pixel when enlarging) to either
-    side. PIL crops first, so pixels outside the box weigh nothing.
+    This is PIL's bilinear filter on the pixels [start, start + length): a triangle that reaches one output
+    pixel (when enlarging, one input pixel) to either side. PIL crops first, so pixels outside the box have
+    weight zero.
     """
     scale = jnp.asarray(length, jnp.float32) / size
     position = jnp.arange(pixels, dtype=jnp.float32)[None, :] - start + 0.5
@@ -186,7 +216,7 @@ def _resize_matrix(start: ArrayLike, length: ArrayLike, pixels: int, size: int) 
 
 
 def horizontal_flip(image: Array) -> Array:
-    """[H, W, 3] with left and right swapped."""
+    """Swaps left and right of an image [H, W, 3]."""
     return image[:, ::-1]
 
 
@@ -194,26 +224,26 @@ def horizontal_flip(image: Array) -> Array:
 
 
 def adjust_brightness(image: Array, factor: ArrayLike) -> Array:
-    """[H, W, 3] scaled by factor and clipped: 0 is black, 1 the image."""
+    """Scales an image [H, W, 3] and clips it to [0, 1]: factor 0 gives black, 1 the image."""
     return _blend(image, jnp.zeros_like(image), factor)
 
 
 def adjust_contrast(image: Array, factor: ArrayLike) -> Array:
-    """[H, W, 3] moved away from its mean gray: 0 is that gray everywhere, 1 the image."""
+    """Blends an image [H, W, 3] with its mean gray: factor 0 gives that gray everywhere, 1 the image."""
     return _blend(image, jnp.full_like(image, jnp.mean(_luma(image))), factor)
 
 
 def adjust_saturation(image: Array, factor: ArrayLike) -> Array:
-    """[H, W, 3] moved away from its grayscale: 0 is grayscale, 1 the image."""
+    """Blends an image [H, W, 3] with its grayscale: factor 0 gives the grayscale, 1 the image."""
     return _blend(image, grayscale(image), factor)
 
 
 def adjust_hue(image: Array, shift: ArrayLike) -> Array:
-    """[H, W, 3] with the hue of HSV turned by shift, in turns of the colour circle (-0.5 to 0.5)."""
+    """Rotates the HSV hue of an image [H, W, 3] by `shift` turns of the colour circle (-0.5 to 0.5)."""
     red, green, blue = image[..., 0], image[..., 1], image[..., 2]
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
-    # Grays have no hue: any divisor will do, as the result is multiplied by a chroma of 0.
+    # Grays have no hue. Any divisor works, as the result is multiplied by a chroma of 0.
     divisor = jnp.where(chroma > 0, chroma, 1)
     # In sixths of a turn; red is 0, green 2, blue 4.
     hue = jnp.where(
@@ -224,7 +254,8 @@ def adjust_hue(image: Array, shift: ArrayLike) -> Array:
     hue = hue + 6 * shift
 
     def channel(peak: int) -> Array:
-        # A channel is `value` up to a sixth from its own hue and value - chroma from two sixths on.
+        # A channel is `value` up to one sixth of a turn from its own hue, and value - chroma beyond two
+        # sixths.
         distance = jnp.abs(jnp.mod(hue - peak + 3, 6) - 3)
         return value - chroma * jnp.clip(distance - 1, 0, 1)
 
@@ -232,7 +263,7 @@ def adjust_hue(image: Array, shift: ArrayLike) -> Array:
 
 
 def grayscale(image: Array) -> Array:
-    """[H, W, 3] with all channels equal to the luma."""
+    """Sets all channels of an image [H, W, 3] to its luma (ITU-R 601-2)."""
     return jnp.broadcast_to(_luma(image)[..., None], image.shape)
 
 
@@ -248,27 +279,27 @@ def _blend(image: Array, degenerate: Array, factor: ArrayLike) -> Array:
 def color_jitter(
     image: Array, factors: ArrayLike, hue_shift: ArrayLike, order: ArrayLike, hue_slot: ArrayLike
 ) -> Array:
-    """Brightness, contrast, saturation and hue adjustments of [H, W, 3], one after another in any order.
+    """Adjusts brightness, contrast, saturation and hue of an image, in the given order.
 
     Args:
       image: [H, W, 3].
-      factors: [3], of brightness, contrast and saturation.
+      factors: [3], the factors of brightness, contrast and saturation.
       hue_shift: [], in turns of the colour circle.
-      order: [3], int32, a permutation: 0 is brightness, 1 contrast, 2 saturation.
-      hue_slot: [], int32 in 0..3: how many of these three come before the hue.
+      order: [3] int32, a permutation of brightness (0), contrast (1) and saturation (2).
+      hue_slot: [] int32 in 0..3, how many of these three are adjusted before the hue.
     """
     factors, order = jnp.asarray(factors), jnp.asarray(order)
 
     def blend(place: int, image: Array, active: Array) -> Array:
-        # The three differ only in what they blend with: black, the mean gray or the grayscale. Factor 1
-        # changes nothing.
+        # The three adjustments blend with black, the mean gray or the grayscale. Factor 1 changes nothing.
         op = order[place]
         gray = _luma(image)
         degenerate = jnp.where(op == 2, gray, jnp.where(op == 1, jnp.mean(gray), 0))
         return _blend(image, degenerate[..., None], jnp.where(active, factors[op], 1))
 
-    # Under vmap every image pays for every stage, and hue is the dear one: so it stands once, between two
-    # runs of the blends. In loops: XLA computes unrolled blends again inside each other, at twice the time.
+    # Under vmap every image pays for every stage, and hue is the most expensive, so it is computed once,
+    # between two runs of the blends. The blends are in loops, because XLA recomputes unrolled blends inside
+    # each other, which takes twice the time.
     image = jax.lax.fori_loop(0, 3, lambda place, image: blend(place, image, place < hue_slot), image)
     image = adjust_hue(image, hue_shift)
     return jax.lax.fori_loop(0, 3, lambda place, image: blend(place, image, place >= hue_slot), image)
@@ -276,8 +307,8 @@ def color_jitter(
 
 def _random_color_jitter(rng: Array, image: Array) -> Array:
     drawn = _uniform(rng, 9)
-    # A uniform order of all four: a uniform order of the three blends (3! = 6) and a uniform slot for the hue
-    # before, between or after them (4) make each of the 4! = 24 orders once.
+    # A uniform order of all four: the 3! = 6 orders of the blends and the 4 slots for the hue (before,
+    # between or after them) give each of the 4! = 24 orders exactly once.
     order = jnp.argsort(drawn[1:4])
     hue_slot = _below(drawn[4], 4)
     factors = 1 + jnp.array([BRIGHTNESS, CONTRAST, SATURATION], jnp.float32) * _between(drawn[5:8], -1, 1)
@@ -290,9 +321,10 @@ def _random_color_jitter(rng: Array, image: Array) -> Array:
 
 
 def gaussian_blur(image: Array, sigma: ArrayLike) -> Array:
-    """Gaussian blur of [H, W, 3] with standard deviation sigma in pixels; edge pixels extend, as in PIL.
+    """Gaussian blur of an image [H, W, 3] with standard deviation `sigma`, in pixels.
 
-    The Gaussian is cut at four times the largest sigma drawn, 2 (PIL's own is three box filters in a row).
+    Edge pixels extend beyond the edge, as in PIL. The Gaussian is truncated at four times the largest sigma
+    that is drawn, 2 (PIL itself applies three box filters in a row).
     """
     height, width = image.shape[:2]
     rows = _blur_matrix(sigma, height)
@@ -303,13 +335,13 @@ def gaussian_blur(image: Array, sigma: ArrayLike) -> Array:
 def _random_blur(rng: Array, image: Array) -> Array:
     drawn = _uniform(rng, 2)
     sigma = _between(drawn[1], *BLUR_SIGMA)
-    # A Gaussian too narrow to reach the next pixel is the identity. A `where` on the images would have XLA
-    # compute all that comes before the blur a second time.
+    # A Gaussian that is too narrow to reach the next pixel is the identity. With a `where` on the images
+    # instead, XLA would compute everything before the blur twice.
     return gaussian_blur(image, jnp.where(drawn[0] < BLUR_PROBABILITY, sigma, NO_BLUR))
 
 
 def _blur_matrix(sigma: ArrayLike, pixels: int) -> Array:
-    """[pixels, pixels]: row i weighs the pixels of an axis into output pixel i."""
+    """[pixels, pixels]: row i has the weights of an axis's pixels in output pixel i."""
     radius = math.ceil(4 * BLUR_SIGMA[1])
 
     def gaussian(distance: Array) -> Array:
@@ -318,7 +350,8 @@ def _blur_matrix(sigma: ArrayLike, pixels: int) -> Array:
 
     position = jnp.arange(pixels, dtype=jnp.int32)
     weights = gaussian(jnp.abs(position[:, None] - position[None, :]))
-    # Taps beyond the edge read the edge pixel: the part of row i's Gaussian left of pixel 0, and its mirror.
+    # Taps beyond an edge read the edge pixel: add the part of row i's Gaussian left of pixel 0, and its
+    # mirror.
     tap = jnp.arange(1, radius + 1, dtype=jnp.int32)[None, :]
     left = jnp.sum(jnp.where(tap > position[:, None], gaussian(tap), 0), axis=1)
     weights = weights.at[:, 0].add(left).at[:, -1].add(left[::-1])
@@ -327,7 +360,7 @@ def _blur_matrix(sigma: ArrayLike, pixels: int) -> Array:
 
 def _along_axes(rows: Array, columns: Array, image: Array) -> Array:
     """rows [h, H], columns [w, W], image [H, W, 3] -> [h, w, 3]."""
-    # HIGHEST: accelerators by default multiply in bfloat16 or TF32, which is coarser than uint8 images.
+    # By default, accelerators multiply in bfloat16 or TF32, which is coarser than uint8 images.
     shrunk = jnp.einsum("hH,HWc->hWc", rows, image, precision=jax.lax.Precision.HIGHEST)
     return jnp.einsum("wW,hWc->hwc", columns, shrunk, precision=jax.lax.Precision.HIGHEST)
 
@@ -336,7 +369,7 @@ def _along_axes(rows: Array, columns: Array, image: Array) -> Array:
 
 
 def _uniform(rng: Array, count: int) -> Array:
-    """[count] float32 in [0, 1). An operation draws all it needs at once: each draw costs compile time."""
+    """[count] float32 in [0, 1). Each operation draws all its numbers at once to save compile time."""
     return jax.random.uniform(rng, (count,), jnp.float32)
 
 
@@ -345,5 +378,5 @@ def _between(uniform: Array, low: float, high: float) -> Array:
 
 
 def _below(uniform: Array, count: ArrayLike) -> Array:
-    """An integer in 0..count - 1: uniform, a multiple of 2^-23 below 1, keeps the product below count."""
+    """An integer in 0..count - 1, as `uniform` is a multiple of 2^-23 below 1: the product is below count."""
     return jnp.floor(uniform * count).astype(jnp.int32)

@@ -1,6 +1,7 @@
-"""The images of each step on the device: gathered there from the whole set, or streamed from the host.
+"""Feeds the images of each step to the devices: gathered from a resident data set, or streamed from the host.
 
-Both give the same images in the same order to the same compiled step, so results do not depend on the choice.
+Both feeds give the same images in the same order to the same compiled step, so results do not depend on the
+choice.
 """
 
 import math
@@ -18,39 +19,46 @@ from mocosfl_jax.data import Images
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.runtime import hosts
 
-# A set up to this share of the device's memory stays there: state and activations need most of it.
+# Data sets up to this fraction of the device's memory are resident: state and activations need most of it.
 RESIDENT_SHARE = 0.25
-# On a CPU, where JAX does not tell a limit and the device's memory is the machine's.
+# The same limit on a CPU, for which JAX reports no memory size: the device's memory is the machine's.
 RESIDENT_BYTES_ON_CPU = 2 * 2**30
-# Images that one call of a scanned program gets at most; several calls wait on the device.
+# Limit of the images in one call of a scanned program. Several calls may be queued on the device.
 PIECE_BYTES = 64 * 2**20
-# Loaded ahead on the host.
+# Limit of the images that the host loads ahead.
 _AHEAD_BYTES = 512 * 2**20
-_THREADS = 4  # that load a piece each; where images are decoded, each has a pool of its own
+# Each thread loads one piece at a time. Where images are decoded, each also has its own pool of threads.
+_THREADS = 4
 
-# Epoch (from 0) and steps of it -> their images, piece by piece: [s, M, B, H, W, 3] uint8 on the device.
+# (epoch, counted from 0; steps of it) -> the images of these steps in pieces [s, M, B, H, W, 3], uint8, on
+# the device.
 Feed = Callable[[int, range], Iterator[Array]]
 Indices = Callable[[int], np.ndarray]  # epoch -> int32 [S, M, B] into the images
 
 
 class Residence(NamedTuple):
-    """Where the training images are, and in words why."""
+    """Where the training images are kept."""
 
-    resident: bool  # on the device, whole
-    why: str
+    resident: bool  # True: all of them on the device; False: streamed from the host
+    why: str  # the reason, in words
 
 
 def residence(resident: bool | None, size: int, device: jax.Device) -> Residence:
-    """Where a training set of `size` bytes is to be on `device`; `resident` says so unless it is None.
+    """Decides where the training images are kept.
+
+    Args:
+      resident: The wanted answer, or None to decide by size.
+      size: Bytes of all training images.
+      device: The device that would hold them.
 
     Raises:
-      UserError: if several processes are to have it whole.
+      UserError: If `resident` is True and the run has several processes.
     """
     if hosts.several():
         if resident:
             raise UserError(
-                "config.data.resident: found True, allowed: False or None with several processes, of which "
-                "each loads the images of its own clients"
+                "config.data.resident: found True, allowed: False or None with several processes, since each "
+                "loads only the images of its own clients"
             )
         return Residence(False, "each process loads those of its own clients")
     if resident is not None:
@@ -60,18 +68,36 @@ def residence(resident: bool | None, size: int, device: jax.Device) -> Residence
         most = RESIDENT_SHARE * limit
         bound = f"{RESIDENT_SHARE:.0%} of the device's memory"
     else:
-        most, bound = RESIDENT_BYTES_ON_CPU, "the limit of a device that does not tell its memory"
+        most, bound = RESIDENT_BYTES_ON_CPU, "the limit for a device that does not report its memory"
     relation = "at most" if size <= most else "more than"
     return Residence(size <= most, f"{relation} {most / 2**30:.3g} GiB, {bound}")
 
 
 def steps_per_piece(batch_size: int, steps_per_round: int) -> int:
-    """Steps that one program scans: a round's, or fewer where their images, `batch_size` bytes, are many."""
+    """The number of steps that one program scans, at least 1.
+
+    These are the steps of a round, or fewer if their images would exceed `PIECE_BYTES`.
+
+    Example:
+      >>> steps_per_piece(batch_size=16 * 2**20, steps_per_round=60)
+      4
+
+    Args:
+      batch_size: Bytes of the images of one step.
+      steps_per_round: Steps from one synchronization to the next.
+    """
     return max(1, min(steps_per_round, PIECE_BYTES // batch_size))
 
 
 def pieces(steps: range, size: int) -> Iterator[range]:
-    """`steps` in pieces of `size`, and what is left one by one: two lengths, so two compiled programs."""
+    """Splits `steps` into pieces of `size` steps, and the rest into pieces of one step.
+
+    So pieces have only two lengths, and only two programs are compiled.
+
+    Example:
+      >>> [list(piece) for piece in pieces(range(8), 3)]
+      [[0, 1, 2], [3, 4, 5], [6], [7]]
+    """
     first = steps.start
     while first < steps.stop:
         length = size if first + size <= steps.stop else 1
@@ -80,9 +106,13 @@ def pieces(steps: range, size: int) -> Iterator[range]:
 
 
 def resident(images: Array, indices: Indices, piece_steps: int, place: Sharding) -> Feed:
-    """A feed from the whole set [n, H, W, 3] uint8 on the device.
+    """A feed that gathers its images on the device.
 
-    `place` is where the pieces go.
+    Args:
+      images: [n, H, W, 3] uint8, all training images, on the device.
+      indices: Epoch -> [S, M, B] int32, the images of each step.
+      piece_steps: Steps of a piece, as in `pieces`.
+      place: The sharding of the pieces [s, M, B, H, W, 3].
     """
     gather = jax.jit(lambda images, indices: images[indices], out_shardings=place)
     indices = lru_cache(1)(indices)
@@ -94,8 +124,8 @@ def resident(images: Array, indices: Indices, piece_steps: int, place: Sharding)
     return feed
 
 
-def _here(shape: tuple[int, ...], place: Sharding) -> dict[Any, Any]:
-    """Which part of an array [s, M, B] each device of this process gets."""
+def _local_parts(shape: tuple[int, ...], place: Sharding) -> dict[Any, Any]:
+    """The part of an array [s, M, B] on each device of this process."""
     return dict(place.addressable_devices_indices_map(shape))
 
 
@@ -109,36 +139,38 @@ def streamed(
     steps_per_epoch: int,
     steps_per_round: int,
 ) -> Feed:
-    """A feed from the host, which loads the pieces to come while the device works.
+    """A feed from the host, which loads the next pieces while the device works.
 
-    Loading runs on over the ends of epochs, so that there is no wait after an evaluation. A call for other
-    steps than those that follow the last call's (the start, or after epochs without images) begins anew.
+    Loading continues across the ends of epochs, so there is no wait after an evaluation. It restarts when a
+    call asks for steps that do not follow those of the last call: at the start, and after epochs that need no
+    images.
 
     Args:
       images: [n, H, W, 3] uint8, in memory or on disk.
-      indices: of the images of an epoch.
-      piece_steps: steps of a piece, as in `pieces`.
-      place: where the pieces go.
-      epochs: of the run, with those that are behind it.
+      indices: Epoch -> [S, M, B] int32, the images of each step.
+      piece_steps: Steps of a piece, as in `pieces`.
+      place: The sharding of the pieces [s, M, B, H, W, 3].
+      epochs: Length of the run, including the epochs before a resumption.
       steps_per_epoch: S.
-      steps_per_round: rounds are cut into pieces one by one; the last of an epoch may be shorter.
+      steps_per_round: Steps from one synchronization to the next. Each round is split into pieces on its own;
+        the last round of an epoch may be shorter.
     """
     indices = lru_cache(2)(indices)
     rounds = (
         range(first, min(first + steps_per_round, steps_per_epoch))
         for first in range(0, steps_per_epoch, steps_per_round)
     )
-    plan = [piece for steps in rounds for piece in pieces(steps, piece_steps)]  # of each epoch
+    plan = [piece for steps in rounds for piece in pieces(steps, piece_steps)]  # of every epoch
 
     def load(count: int) -> list[np.ndarray]:
-        """What the devices of this process get of a piece."""
+        """The parts of a piece for the devices of this process."""
         epoch, number = divmod(count, len(plan))
         rows = indices(epoch)[plan[number].start : plan[number].stop]
-        return [images[rows[part]] for part in _here(rows.shape, place).values()]
+        return [images[rows[part]] for part in _local_parts(rows.shape, place).values()]
 
     def put(parts: list[np.ndarray], steps: int) -> Array:
         shape = (steps, *indices(0).shape[1:], *images.shape[1:])
-        devices = _here(shape[:3], place)
+        devices = _local_parts(shape[:3], place)
         pieces = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(shape, place, pieces)
 

@@ -1,7 +1,7 @@
-"""Which images each client holds, and which of them it trains on at each step. NumPy, on the host.
+"""Which images each client holds, and which of them it trains on in each step. NumPy, on the host.
 
-Every function is pure: its random numbers follow from its seed, the epoch and the client alone. So a run that
-resumes needs no saved generator, and a client draws the same batches whoever else is in the cohort.
+Every function is pure: its random numbers depend only on the seed, the epoch and the client. So a run can
+resume without a saved generator, and a client's batches do not depend on the other clients in the cohort.
 """
 
 import math
@@ -12,19 +12,19 @@ import numpy as np
 
 from mocosfl_jax.errors import UserError
 
-# First word of a generator's spawn key: streams of one seed that share no numbers.
+# First word of a generator's spawn key, so that the purposes draw from independent streams of one seed.
 _PARTITION, _COHORT, _BATCHES = range(3)
 
 
 class Rich(NamedTuple):
-    """A pool of unequal clients: a few hold much data and train on large batches, the others are poor.
+    """Unequal clients: a few rich ones hold much data and train on large batches, the others are poor.
 
-    The paper's "0.2_0.8|16|0.8_0.2" is, for 100 clients, `Rich(20, data_fraction=0.8, batch_factor=16)`.
+    For 100 clients, the paper's "0.2_0.8|16|0.8_0.2" is `Rich(20, data_fraction=0.8, batch_factor=16)`.
     """
 
-    clients: int  # the first so many of the pool are rich; fewer than N
-    data_fraction: float  # of the images of every class, what the rich hold together; above 0, below 1
-    batch_factor: int  # a rich client's batch is batch_factor * batch_size
+    clients: int  # number of rich clients, the first of the pool; less than N
+    data_fraction: float  # fraction of every class's images that the rich hold together; above 0, below 1
+    batch_factor: int  # a rich client's batch has batch_factor * batch_size images
 
 
 def partition(
@@ -37,41 +37,53 @@ def partition(
     seed: int,
     rich: Rich | None = None,
 ) -> list[np.ndarray]:
-    """Splits a data set over the client pool.
+    """Splits the images of a data set over the client pool.
 
-    - `noniid_ratio` 1.0, IID: contiguous ranges of a random permutation, of sizes that differ by one at most.
-    - `noniid_ratio` r < 1, shards: the images sorted by label are cut into s N shards, s = int(r * classes),
-      and each client is dealt s of them at random (McMahan et al. 2017; Li et al. 2023). Every class is cut
-      into a whole number of shards, so a client holds at most s classes. The shards are equal where the
-      classes are balanced and their number divides s N, and else as equal as the classes permit. With fewer
-      shards than classes no such cut exists: the shards are then equal and span several classes each.
-    - `dirichlet_alpha` set (`noniid_ratio` is not used): the images of each class are split over the clients
-      in shares drawn from Dirichlet(alpha) (Hsu et al. 2019, as in Li et al. 2022). Small alpha is far from
-      IID. Clients with less than a batch are then filled up to one with random images of the largest client.
+    There are three schemes:
 
-    With `rich`, the images of every class are first split at random between the rich and the poor, and the
-    scheme then deals to each of the two groups what is theirs. So shards span classes where the shards of one
-    group alone are fewer than the classes.
+    - `noniid_ratio` 1.0 (IID): contiguous ranges of a random permutation, whose sizes differ by one at most.
+    - `noniid_ratio` r < 1 (label shards): the images are sorted by label and divided into s N label shards,
+      s = int(r * classes), of which each client receives s at random (McMahan et al. 2017; Li et al. 2023).
+      Every class is divided into a whole number of label shards, so a client holds at most s classes. The
+      label shards are equal if the classes are balanced and the number of classes divides s N; otherwise they
+      are as equal as the classes permit. With fewer label shards than classes this is impossible: they are
+      then equal, and each spans several classes.
+    - `dirichlet_alpha` is set (`noniid_ratio` is ignored): the images of each class are split over the
+      clients in proportions drawn from Dirichlet(alpha) (Hsu et al. 2019, as in Li et al. 2022). The smaller
+      alpha, the farther from IID. Clients with less than one batch are then filled up to one batch with
+      random images of the largest client.
+
+    With `rich`, the images of every class are first split at random between the rich and the poor clients,
+    and the scheme is then applied to each of the two groups. So label shards span several classes if one
+    group alone has fewer label shards than there are classes.
+
+    Example:
+      >>> labels = np.arange(600) % 10  # 60 images of each of 10 classes
+      >>> parts = partition(
+      ...     labels, num_clients=20, batch_size=5, noniid_ratio=0.2, dirichlet_alpha=None, seed=0
+      ... )
+      >>> {len(part) for part in parts}, max(len(set(labels[part].tolist())) for part in parts)
+      ({30}, 2)
 
     Args:
       labels: [images], integers.
       num_clients: N.
-      batch_size: B; every client gets at least one batch.
-      noniid_ratio: classes of a client / classes, in (0, 1].
-      dirichlet_alpha: above 0, or None.
-      seed: not negative.
-      rich: unequal clients; none: all are alike.
+      batch_size: B. Every client gets at least one batch.
+      noniid_ratio: Classes of a client / classes of the data set, in (0, 1].
+      dirichlet_alpha: From 1e-6 to 1e9, or None.
+      seed: Not negative.
+      rich: Unequal clients. None: all clients are alike.
 
     Returns:
-      N arrays of int32 indices into `labels`. No image is in two of them, none is left out.
+      N arrays of int32 indices into `labels`. Every image belongs to exactly one of them.
 
     Raises:
-      UserError: a value out of range, or a client that would hold less than one of its batches.
+      UserError: If a value is out of range, or a client would hold less than one of its batches.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f"labels: found {labels.dtype} of shape {labels.shape}, allowed: one integer an image"
+            f"labels: found {labels.dtype} of shape {labels.shape}, allowed: one integer per image"
         )
     _check_count("config.clients.num", num_clients)
     _check_count("config.clients.batch_size", batch_size)
@@ -107,10 +119,14 @@ def partition(
 
 
 def batch_sizes(num_clients: int, batch_size: int, rich: Rich | None = None) -> np.ndarray:
-    """The batch of each client of the pool: int32 [N].
+    """The batch size of each client of the pool: [N] int32.
+
+    Example:
+      >>> batch_sizes(5, 2, Rich(clients=1, data_fraction=0.8, batch_factor=16)).tolist()
+      [32, 2, 2, 2, 2]
 
     Raises:
-      UserError: a value of `rich` out of range.
+      UserError: If a value of `rich` is out of range.
     """
     sizes = np.full(num_clients, batch_size, np.int32)
     if rich is not None:
@@ -120,10 +136,10 @@ def batch_sizes(num_clients: int, batch_size: int, rich: Rich | None = None) -> 
 
 
 def rich_in_cohort(num_clients: int, cohort: int, rich: Rich | None) -> int:
-    """How many of the M clients of every cohort are rich: their share of the pool, rounded.
+    """The number of rich clients in every cohort: their share of the pool times M, rounded.
 
-    At least one is, so that a step always has batches of the same sizes, and where M is more than one, one at
-    least is poor.
+    At least one client is rich and, if M is more than one, at least one is poor. So the batch sizes are the
+    same in every step.
     """
     if rich is None:
         return 0
@@ -136,12 +152,17 @@ def rich_in_cohort(num_clients: int, cohort: int, rich: Rich | None) -> int:
 def sample_cohort(
     num_clients: int, cohort: int, *, seed: int, epoch: int, rich: Rich | None = None
 ) -> np.ndarray:
-    """Draws the cohort of an epoch from the pool, without replacement: sorted int32 [M].
+    """Draws the cohort of an epoch from the pool, without replacement: [M] int32, sorted.
 
-    The first `rich_in_cohort` of them are rich, in every epoch; rich and poor are drawn separately.
+    Rich and poor clients are drawn separately: the first `rich_in_cohort` clients of every cohort are rich.
+
+    Example:
+      >>> cohort = sample_cohort(100, 10, seed=0, epoch=3)
+      >>> cohort.shape, len(set(cohort.tolist()))
+      ((10,), 10)
 
     Raises:
-      UserError: cohort not in 1..num_clients.
+      UserError: If the cohort is not in 1..num_clients, or the seed is negative.
     """
     _check_count("config.clients.num", num_clients)
     _check_count("config.clients.cohort", cohort)
@@ -161,9 +182,9 @@ def sample_cohort(
 
 
 def steps_per_epoch(parts: Sequence[np.ndarray], batch_sizes: np.ndarray) -> int:
-    """Steps of an epoch, S: the whole pool would pass as many images as it holds.
+    """The number of steps in an epoch, S: enough for the whole pool to process as many images as it holds.
 
-    ceil(images / sum of the batch sizes [N]); ceil(images / (N B)) where all are alike.
+    S = ceil(images / sum of the batch sizes [N]), which is ceil(images / (N B)) if all clients are alike.
     """
     return math.ceil(sum(map(len, parts)) / int(batch_sizes.sum()))
 
@@ -177,21 +198,22 @@ def epoch_indices(
     seed: int,
     epoch: int,
 ) -> np.ndarray:
-    """The images of an epoch: int32 [S, M, B], indices into the data set; B is the largest batch of the pool.
+    """The images of an epoch: [S, M, B] int32 indices into the data set, where B is the largest batch size.
 
-    Each client shuffles its images and takes them batch by batch; an incomplete last batch is skipped, and
-    the images are shuffled again. So clients with less images than S batches repeat some, others leave some
-    out. The places beyond a client's own batch repeat the first image of that batch.
+    Each client shuffles its images and takes them batch by batch. It skips an incomplete last batch and
+    shuffles its images again. So clients with fewer images than S batches repeat some images, and others
+    leave some out. The places beyond a client's own batch size repeat the first image of its batch.
 
     Args:
-      parts: indices of each client of the pool, from `partition`.
+      parts: The image indices of each client of the pool, from `partition`.
       cohort: [M], the clients that take part.
-      batch_sizes: [N], the batch of each client of the pool, from `batch_sizes`.
+      batch_sizes: [N], the batch size of each client of the pool, from `batch_sizes`.
       steps: S.
-      seed, epoch: not negative.
+      seed: Not negative.
+      epoch: Not negative.
 
     Raises:
-      UserError: a client of the cohort holds less than one of its batches.
+      UserError: If a client of the cohort holds less than one of its batches, or the seed is negative.
     """
     _check_seed(seed)
     for batch_size in np.unique(batch_sizes[cohort]):
@@ -210,9 +232,9 @@ def epoch_indices(
 
 
 def _rich_and_poor(rng: np.random.Generator, labels: np.ndarray, fraction: float) -> list[np.ndarray]:
-    """The images of the rich and those of the poor, which have `fraction` and the rest of every class."""
+    """The images of the rich, `fraction` of every class, and those of the poor, the rest."""
     classes, counts = np.unique(labels, return_counts=True)
-    # Rounded so that the total is right too: the classes that rounding down costs most get one image more.
+    # The total must be right too: classes that lose most by rounding down get one more image.
     exact = fraction * counts
     taken = np.floor(exact).astype(np.int64)
     missing = round(fraction * len(labels)) - int(taken.sum())
@@ -243,21 +265,21 @@ def _deal(
 
 def _shards(rng: np.random.Generator, labels: np.ndarray, num_clients: int, ratio: float) -> list[np.ndarray]:
     classes, counts = np.unique(labels, return_counts=True)
-    # 0.29 * 100 is 28.999...
+    # Without the small number, 0.29 * 100 would give 28.
     shards_per_client = int(ratio * len(classes) + 1e-9)
     if shards_per_client < 1:
         raise UserError(
             f"config.clients.noniid_ratio: found {ratio}, allowed: {1 / len(classes):.4g} or more (one of "
-            f"{len(classes)} classes a client)"
+            f"{len(classes)} classes per client)"
         )
     num_shards = num_clients * shards_per_client
-    # A stable sort of a permutation, so that which images of a class share a shard is random.
+    # A stable sort of a permutation assigns the images of a class to its shards at random.
     shuffled = rng.permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
     if num_shards < len(classes):
         shards = np.array_split(by_label, num_shards)
     else:
-        # Each next shard goes to the class whose shards are the largest.
+        # Give each further shard to the class whose shards are the largest.
         shards_per_class = np.ones(len(classes), np.int64)
         for _ in range(num_shards - len(classes)):
             shards_per_class[np.argmax(counts / shards_per_class)] += 1
@@ -274,7 +296,7 @@ def _shards(rng: np.random.Generator, labels: np.ndarray, num_clients: int, rati
 def _dirichlet(
     rng: np.random.Generator, labels: np.ndarray, num_clients: int, batch_size: int, alpha: float
 ) -> list[np.ndarray]:
-    # Beyond these bounds shares underflow to 0 / 0, or are equal to the last image anyway.
+    # Below these bounds proportions underflow to 0 / 0. Above them they are equal to within one image anyway.
     if not 1e-6 <= alpha <= 1e9:
         raise UserError(f"config.clients.dirichlet_alpha: found {alpha}, allowed: 1e-6 to 1e9")
     pieces: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
@@ -286,8 +308,9 @@ def _dirichlet(
             pieces[client].append(piece)
     parts = [rng.permutation(np.concatenate(piece)) for piece in pieces]
 
-    # To draw again until every client has a batch, as is usual, may never end. This does: there are at least
-    # N B images, so while a client lacks some the largest can spare some; a transfer settles one of the two.
+    # The usual way, drawing again until every client has a batch, may never end. This loop ends: there are at
+    # least N B images, so while one client lacks images the largest client has images to spare, and each
+    # transfer brings one of the two to exactly one batch.
     sizes = np.array([len(part) for part in parts])
     while sizes.min() < batch_size:
         poor, rich = sizes.argmin(), sizes.argmax()
@@ -329,5 +352,5 @@ def _check_batch(parts: Sequence[np.ndarray], batch_size: int) -> None:
     if smallest < batch_size:
         raise UserError(
             f"config.clients.batch_size: found {batch_size}, allowed: 1 to {smallest} (the smallest of "
-            f"{len(parts)} clients has so many images; with a smaller config.clients.num they have more)"
+            f"{len(parts)} clients holds no more images; a smaller config.clients.num gives them more)"
         )

@@ -84,7 +84,7 @@ def test_a_set_is_resident_as_long_as_it_is_small() -> None:
     limit, cpu, accelerator = batches.RESIDENT_BYTES_ON_CPU, cast(Any, Device(None)), cast(Any, Device(2**34))
     assert batches.residence(None, limit, cpu) == (
         True,
-        "at most 2 GiB, the limit of a device that does not tell its memory",
+        "at most 2 GiB, the limit for a device that does not report its memory",
     )
     assert not batches.residence(None, limit + 1, cpu).resident
     assert batches.residence(True, limit + 1, cpu) == (True, "config.data.resident is True")
