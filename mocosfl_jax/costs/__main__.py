@@ -1,10 +1,11 @@
-"""What a configuration costs each client and the server: computation, memory and traffic. Nothing is trained.
+"""Print what a configuration costs each client and the server: computation, memory and traffic.
 
     python -m mocosfl_jax.costs [--config=FILE[:PARAMETER]] [--config.FIELD=VALUE ...]
                                 [--images=NUMBER] [--image_size=PIXELS] [--json]
 
-No data is read: --images (training images of the data set) and --image_size are for data sets whose size is
-not known here (imagenet12's is known approximately). --json prints the same numbers, in bytes and FLOPs.
+Nothing is trained and no data is read. --images (the number of training images) and --image_size are needed
+for data sets of unknown size; the size of imagenet12 is approximate. --json prints the same numbers as JSON,
+in bytes and FLOPs.
 """
 
 import json
@@ -23,9 +24,9 @@ USAGE = "--config=FILE, --config.FIELD=VALUE, --images=NUMBER, --image_size=PIXE
 
 
 def table(result: Costs) -> str:
-    """The costs for a person: a client on the left, the server on the right, the paper's accounting below."""
+    """Format costs as a table: client left, server right, the paper's accounting below."""
     plan, client, server, paper = result.plan, result.client, result.server, result.paper
-    in_epoch = "all" if plan.cohort == plan.num_clients else f"{plan.cohort:,}"
+    cohort = "all" if plan.cohort == plan.num_clients else f"{plan.cohort:,}"
 
     def spans(name: str, amount: Callable[[int], str], one: Span, other: Span) -> str:
         left, right = ("".join(f"{amount(count):>12}" for count in side) for side in (one, other))
@@ -35,19 +36,19 @@ def table(result: Costs) -> str:
         return f"{name:<16}{amount(one):>12}{amount(other):>12}"
 
     lines = [
-        f"{plan.images:,} images of {plan.image_size} px; {plan.num_clients:,} clients, {in_epoch} in an "
+        f"{plan.images:,} images of {plan.image_size} px; {plan.num_clients:,} clients, {cohort} in each "
         f"epoch, batch {plan.batch_size}; a client-side model has {result.parameters:,} parameters",
-        f"{plan.epochs:,} epochs of {plan.steps:,} steps; synchronizations an epoch: {plan.syncs:,}; "
-        f"epochs of a client: {plan.epochs * plan.cohort / plan.num_clients:,.4g}",
+        f"{plan.epochs:,} epochs of {plan.steps:,} steps; synchronizations per epoch: {plan.syncs:,}; "
+        f"epochs per client: {plan.epochs * plan.cohort / plan.num_clients:,.4g}",
         "",
-        f"{'':<16}{'a client':>12}{'':<27}{'the server':>12}",
+        f"{'':<16}{'client':>12}{'':<27}{'server':>12}",
         f"{'':<16}" + "   ".join(2 * ["".join(f"{name:>12}" for name in Span._fields)]),
         spans("FLOPs", _flops, client.flops, server.flops),
         spans("sent up", _binary, client.up, server.up),
         spans("sent down", _binary, client.down, server.down),
         "",
-        f"{'':<16}{'a client':>12}{'the server':>12}",
-        both("FLOPs an image", _flops, sum(client.flops_per_image), sum(server.flops_per_image)),
+        f"{'':<16}{'client':>12}{'server':>12}",
+        both("FLOPs per image", _flops, sum(client.flops_per_image), sum(server.flops_per_image)),
         *(
             both(f"  {name}", _flops, getattr(client.flops_per_image, name), value)
             for name, value in server.flops_per_image._asdict().items()
@@ -58,8 +59,8 @@ def table(result: Costs) -> str:
             for name, value in server.memory._asdict().items()
         ),
         "",
-        "a client's run as Li et al. 2023, table 1, account for it (a FLOP is a multiply-add, MB are 2^20 B)",
-        f"FLOPs an image  {_flops(paper.flops_per_image):>12}",
+        "one client's run, counted as in Li et al. 2023, table 1 (a FLOP is a multiply-add, a MB is 2^20 B)",
+        f"FLOPs per image {_flops(paper.flops_per_image):>12}",
         f"FLOPs           {_flops(paper.flops):>12}",
         f"weights         {paper.weights / 2**20:>12,.2f} MB",
         f"smashed data    {paper.smashed / 2**20:>12,.2f} MB",
@@ -84,27 +85,27 @@ def _amount(count: float, base: int, units: Sequence[str]) -> str:
 
 
 def as_dict(result: Any) -> Any:
-    """A result as nested plain values: what --json prints."""
+    """Convert costs to nested plain values, as --json prints them."""
     if hasattr(result, "_asdict"):
         return {name: as_dict(value) for name, value in result._asdict().items()}
     return result
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit status, as `commandline.answer` has it."""
+    """Run the command and return its exit status, see `commandline.answer`."""
     return commandline.answer(argv, commandline.help_text(__doc__), print_costs)
 
 
 def print_costs(argv: Sequence[str]) -> None:
-    """Print what the command line asks for.
+    """Print the costs requested on the command line.
 
     Raises:
-      UserError: for a mistake in it, as `from_config` has them.
+      UserError: if an argument is wrong, or as for `from_config`.
     """
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_integer("images", None, "Training images.", lower_bound=1, flag_values=values)
-        flags.DEFINE_integer("image_size", None, "Pixels a side.", lower_bound=1, flag_values=values)
+        flags.DEFINE_integer("image_size", None, "Image size in pixels.", lower_bound=1, flag_values=values)
         flags.DEFINE_bool("json", False, "Print JSON.", flag_values=values)
 
     config, _, values = commandline.parse(argv, USAGE, define)

@@ -1,4 +1,4 @@
-"""What a configuration costs each client and the server: computation, memory and traffic, from shapes alone."""
+"""Computation, memory and traffic of a configuration, for each client and the server, from shapes alone."""
 
 import math
 from collections.abc import Callable
@@ -21,27 +21,27 @@ from mocosfl_jax.training.build import build_model
 
 
 class Plan(NamedTuple):
-    """The numbers of a run, beside its network, that set what it costs."""
+    """The numbers of a run that determine its costs, besides the network."""
 
-    image_size: int  # pixels a side
-    images: int  # of the training set, dealt evenly to the clients
+    image_size: int  # in pixels
+    images: int  # training images, divided evenly among the clients
     num_clients: int  # N
-    cohort: int  # M, clients in an epoch
-    batch_size: int  # B, images a client and step
-    epochs: int  # of the run; a client takes part in epochs * M / N of them
-    steps: int  # an epoch
-    syncs: int  # synchronizations an epoch
+    cohort: int  # M, clients per epoch
+    batch_size: int  # B, images per client and step
+    epochs: int  # of the run; each client takes part in epochs * M / N of them
+    steps: int  # per epoch
+    syncs: int  # synchronizations per epoch
     queue_size: int  # K
-    symmetric: bool = True  # the server contrasts both views
+    symmetric: bool = True  # the server contrasts both views (symmetric loss)
     frozen: bool = False  # the client-side models are not trained
     momentum_models: bool = False  # synchronizations average the momentum models too (MonAcoSFL)
-    buffers: bool = False  # they average the SGD buffers too
-    full_symmetric: bool = False  # the clients run both models on both views
-    feature_sharing: bool = True  # one queue for all clients; else each has K // N keys
+    buffers: bool = False  # synchronizations average the SGD buffers too
+    full_symmetric: bool = False  # the clients run both of their models on both views
+    feature_sharing: bool = True  # one queue for all clients; otherwise K // N keys per client
 
     @property
     def keys(self) -> int:
-        """In the queue that a query meets."""
+        """Keys in the queue that a query is compared with."""
         return self.queue_size if self.feature_sharing else self.queue_size // self.num_clients
 
     @property
@@ -56,42 +56,43 @@ class Plan(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs of training on one image: two for a multiply-add of a convolution or a matrix product.
+    """FLOPs of training on one image. A multiply-add of a convolution or a matrix product counts as two.
 
     Element-wise work, reductions and augmentation are not counted.
     """
 
     online: int  # forward passes of the online model
     momentum: int  # forward passes of the momentum model
-    backward: int  # gradients of the parameters, and the server's of the smashed data
-    contrast: int  # queries times queue and the gradient of that; the server's only
+    backward: int  # gradients of the parameters, and on the server of the smashed data
+    contrast: int  # queries times queue, and its gradient; on the server only
 
 
 class Memory(NamedTuple):
-    """Bytes that one side holds in a training step.
+    """Bytes that one side holds during a training step.
 
-    Not counted: what a pass needs for a moment, momentum forward passes, program and images as stored.
+    Temporary buffers within a pass, the momentum model's forward passes, the program and the stored images
+    are not counted.
     """
 
     parameters: int
     momentum_model: int
     gradient: int
     sgd_buffer: int
-    activations: int  # all arrays that jax.vjp keeps for the backward pass; compilers may keep fewer
-    queue: int  # the server's only
+    activations: int  # all arrays that jax.vjp keeps for the backward pass; a compiler may keep fewer
+    queue: int  # on the server only
 
 
 class ClientBytes(NamedTuple):
-    """Bytes between one client and the server."""
+    """Bytes sent between one client and the server."""
 
-    smashed_up: int  # a step, of a client in the cohort: smashed data of query and key views
-    smashed_down: int  # a step, of a client in the cohort: gradients of smashed data
-    weights_up: int  # a synchronization, of a client in the cohort
-    weights_down: int  # a synchronization, of every client
+    smashed_up: int  # per step, for a client in the cohort: smashed data of query and key views
+    smashed_down: int  # per step, for a client in the cohort: gradients of smashed data
+    weights_up: int  # per synchronization, for a client in the cohort
+    weights_down: int  # per synchronization, for every client
 
 
 class Span(NamedTuple):
-    """The same amount in three spans of time."""
+    """An amount per step, per epoch and for the whole run."""
 
     step: int
     epoch: int
@@ -99,9 +100,9 @@ class Span(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One client, or the server with all its clients.
+    """The costs of one client, or of the server with all its clients.
 
-    A client's step and epoch are those of a client in the cohort, its run is the mean client's.
+    A client's step and epoch are those of a client in the cohort; its run is that of the average client.
     """
 
     flops_per_image: Flops
@@ -112,16 +113,16 @@ class Side(NamedTuple):
 
 
 class Paper(NamedTuple):
-    """One client's run in the accounting of Li et al. 2023, table 1: see `paper_costs`."""
+    """One client's run in the accounting of Li et al. 2023, table 1, see `paper_costs`."""
 
-    flops_per_image: int  # one for a multiply-add
+    flops_per_image: int  # a multiply-add counts as one
     flops: int
     weights: int  # bytes
     smashed: int  # bytes
 
 
 class Costs(NamedTuple):
-    """What a run costs, on either side of the cut."""
+    """What a run costs on both sides of the cut."""
 
     plan: Plan
     parameters: int  # of one client-side model
@@ -131,7 +132,7 @@ class Costs(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """Of both sides of a model for n images; jax.ShapeDtypeStruct everywhere."""
+    """Shapes of both sides of a model for n images, as trees of jax.ShapeDtypeStruct."""
 
     client_params: Any
     server_params: Any
@@ -140,14 +141,14 @@ class Shapes(NamedTuple):
 
 
 def shapes_of(model: SplitModel, image_size: int, n: int) -> Shapes:
-    """The shapes with which a model works on n images."""
+    """Return the shapes of a model's parameters, images and smashed data, for n images."""
     client_params, server_params = jax.eval_shape(model.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((n, image_size, image_size, 3), "float32")
     return Shapes(client_params, server_params, images, jax.eval_shape(model.client, client_params, images))
 
 
 def client_flops(model: SplitModel, plan: Plan) -> Flops:
-    """Of one client for one of its images. A frozen client has no backward pass."""
+    """FLOPs of one client for one of its images. A frozen client has no backward pass."""
     params, _, image, _ = shapes_of(model, plan.image_size, 1)
     forward = plan.client_views * forward_flops(model.client, params, image)
     backward = plan.client_views * backward_flops(model.client, params, image, of_input=False)
@@ -155,17 +156,17 @@ def client_flops(model: SplitModel, plan: Plan) -> Flops:
 
 
 def server_flops(model: SplitModel, plan: Plan) -> Flops:
-    """Of the server for one image of a client. Frozen clients need no gradient of their smashed data."""
+    """FLOPs of the server for one image. Frozen clients need no gradients of their smashed data."""
     _, params, _, smashed = shapes_of(model, plan.image_size, 1)
     project = _projection(model)
     forward = plan.server_views * forward_flops(project, params, smashed)
     backward = plan.server_views * backward_flops(project, params, smashed, of_input=not plan.frozen)
-    products = plan.server_views * 2 * model.key_dim * plan.keys  # of queries with the queue
+    products = plan.server_views * 2 * model.key_dim * plan.keys  # products of queries and keys
     return Flops(online=forward, momentum=forward, backward=backward, contrast=2 * products)
 
 
 def client_memory(model: SplitModel, plan: Plan) -> Memory:
-    """Of one client. A frozen one holds a single model, which is its momentum model too."""
+    """Bytes of one client. A frozen client holds a single model, which is also its momentum model."""
     params, _, batch, _ = shapes_of(model, plan.image_size, plan.client_views * plan.batch_size)
     weights = size_in_bytes(params)
     if plan.frozen:
@@ -175,7 +176,7 @@ def client_memory(model: SplitModel, plan: Plan) -> Memory:
 
 
 def server_memory(model: SplitModel, plan: Plan) -> Memory:
-    """Of the server, for the concatenated smashed data of the cohort."""
+    """Bytes of the server, for the concatenated smashed data of the cohort."""
     images = plan.server_views * plan.cohort * plan.batch_size
     _, params, _, merged = shapes_of(model, plan.image_size, images)
     weights = size_in_bytes(params)
@@ -189,10 +190,10 @@ def _projection(model: SplitModel) -> Callable[[Any, Any], Any]:
 
 
 def client_traffic(model: SplitModel, plan: Plan) -> ClientBytes:
-    """What really passes between one client and the server; the first download of the model is not in it.
+    """Bytes sent between one client and the server, without the first download of the model.
 
-    Up go the smashed data of queries and of keys, down come the gradients of the queries' only. Frozen
-    clients get no gradients, and have nothing to synchronize.
+    The client sends the smashed data of queries and keys and receives the gradients of the queries only. A
+    frozen client receives no gradients and does not synchronize.
     """
     params, _, _, smashed = shapes_of(model, plan.image_size, plan.client_views * plan.batch_size)
     if plan.frozen:
@@ -204,19 +205,25 @@ def client_traffic(model: SplitModel, plan: Plan) -> ClientBytes:
 def paper_costs(
     model: SplitModel, image_size: int, *, images: int, epochs: int, syncs: int, frozen: bool = False
 ) -> Paper:
-    """One client's run as Li et al. 2023 account for it (table 1; MB are 2^20 bytes there).
+    """The costs of one client's run in the accounting of Li et al. 2023 (table 1, where a MB is 2^20 bytes).
 
-    A FLOP is a multiply-add, a backward pass is two forward passes, and the momentum model, its smashed
-    data and the download of the weights are left out. A frozen client has only the forward pass and sends
-    only smashed data.
+    A FLOP is a multiply-add and a backward pass counts as two forward passes. The momentum model, its smashed
+    data and the download of the weights are left out. A frozen client only has the forward pass and only
+    sends smashed data.
 
     Args:
-      model: the network, cut in two.
-      image_size: pixels a side.
-      images: of the client.
-      epochs: in which the client takes part.
+      model: the network, split at the cut layer.
+      image_size: in pixels.
+      images: number of the client's images.
+      epochs: number of epochs in which the client takes part.
       syncs: synchronizations in these epochs; the official calculator has epochs // sync period.
       frozen: the client-side models are not trained.
+
+    Example:
+      >>> from mocosfl_jax import split_model
+      >>> paper = paper_costs(split_model("resnet18", cut_layer=1), 32, images=50, epochs=200, syncs=200)
+      >>> round(paper.weights / 2**20, 2), round(paper.smashed / 2**20)
+      (1.42, 5000)
     """
     params, _, image, smashed = shapes_of(model, image_size, 1)
     passes, directions = (1, 1) if frozen else (3, 2)
@@ -230,14 +237,14 @@ def paper_costs(
 
 
 def costs(model: SplitModel, plan: Plan) -> Costs:
-    """What a run costs, also in the paper's accounting."""
+    """Return what a run costs, with the paper's accounting for comparison."""
     clients, cohort = plan.num_clients, plan.cohort
     traffic = client_traffic(model, plan)
     smashed_up, smashed_down = plan.steps * traffic.smashed_up, plan.steps * traffic.smashed_down
     weights_up, weights_down = plan.syncs * traffic.weights_up, plan.syncs * traffic.weights_down
 
     def taking_part(epoch: int) -> int:
-        """A run of the mean client, from one of its epochs in the cohort."""
+        """The run of the average client, given one of its epochs in the cohort."""
         return plan.epochs * cohort * epoch // clients
 
     flops = client_flops(model, plan)
@@ -250,7 +257,7 @@ def costs(model: SplitModel, plan: Plan) -> Costs:
         down=Span(
             traffic.smashed_down,
             smashed_down + weights_down,
-            taking_part(smashed_down) + plan.epochs * weights_down,  # in the cohort or not
+            taking_part(smashed_down) + plan.epochs * weights_down,  # also outside the cohort
         ),
     )
 
@@ -281,24 +288,34 @@ def costs(model: SplitModel, plan: Plan) -> Costs:
 
 
 def from_config(config: Resolved, images: int | None = None, image_size: int | None = None) -> Costs:
-    """What the run of a configuration costs.
+    """Return what the run of a configuration costs.
 
     Args:
-      config: of the run.
-      images: of the training set; None: as known for config.data.name.
-      image_size: pixels a side; None: as known. config.data.image_size goes before both.
+      config: the resolved configuration.
+      images: number of training images; None: the known number for config.data.name.
+      image_size: in pixels; None: the known size for config.data.name. config.data.image_size overrides
+        both.
 
     Raises:
-      UserError: if the size of the data is not known, or the clients or the model do not fit it.
+      UserError: if the size of the data set is unknown, or the clients or the model do not fit it.
+
+    Example:
+      >>> from mocosfl_jax.config import quickstart, resolve
+      >>> costs = from_config(resolve(quickstart()))
+      >>> costs.parameters, costs.plan.steps, costs.client.memory.parameters  # 4 bytes per parameter
+      (464, 60, 1856)
     """
     clients, moco = config.clients, config.moco
     for field, value, allowed in (
         ("algorithm", config.algorithm, "mocosfl"),
         ("clients.rich", clients.rich, 0),
-        ("saving.loss_threshold", config.saving.loss_threshold, 0),  # whose costs depend on the loss
+        # With a threshold, the traffic of a run depends on its loss.
+        ("saving.loss_threshold", config.saving.loss_threshold, 0),
     ):
         if value != allowed:
-            raise UserError(f"config.{field}: found {value}, allowed: {allowed}, whose costs are known here")
+            raise UserError(
+                f"config.{field}: found {value}, allowed: {allowed} (other costs are not modelled)"
+            )
     known_images, known_size = data.SIZES.get(config.data.name, (None, None))
     images = images or known_images
     image_size = config.data.image_size or image_size or known_size
@@ -307,14 +324,15 @@ def from_config(config: Resolved, images: int | None = None, image_size: int | N
             f"--images: found None for {config.data.name}, allowed: its number of training images"
         )
     if image_size is None:
-        raise UserError(f"--image_size: found None for {config.data.name}, allowed: pixels a side")
+        raise UserError(f"--image_size: found None for {config.data.name}, allowed: its image size in pixels")
     most = images // clients.batch_size
     if clients.num > most:
         raise UserError(
             f"config.clients.num: found {clients.num}, allowed: 1 to {most} "
-            f"(a batch of {clients.batch_size} each of {images} images)"
+            f"({images} images in batches of {clients.batch_size} per client)"
         )
-    model = build_model(config, image_size)  # in the plain forms, whatever a platform saves
+    # Plain convolutions: a platform's faster forms would change the count.
+    model = build_model(config, image_size)
     steps = math.ceil(images / (clients.num * clients.batch_size))
     plan = Plan(
         image_size=image_size,

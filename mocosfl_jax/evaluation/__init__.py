@@ -1,1 +1,1 @@
-"""How good features are: kNN and classifiers on frozen features."""
+"""Quality of features: kNN and classifiers on frozen features."""

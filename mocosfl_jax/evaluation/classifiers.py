@@ -17,10 +17,10 @@ HIDDEN = 512  # units of the semi-supervised classifier
 
 
 class Probe(NamedTuple):
-    """Test accuracy of a classifier trained on frozen features, as fractions."""
+    """Test accuracy of a classifier trained on frozen features, as a fraction."""
 
-    last_epoch: float  # the result
-    best_on_test: float  # best of all epochs by the test set itself, which is what the official code reports
+    last_epoch: float  # the result to report
+    best_on_test: float  # of the epoch that is best on the test set, as the official code reports
 
 
 def linear_probe(
@@ -35,18 +35,27 @@ def linear_probe(
     batch_size: int = 128,
     learning_rate: float = 1e-3,
 ) -> Probe:
-    """A linear classifier on frozen features: Adam, cosine over epochs (Li et al. 2023, section 4).
+    """Train a linear classifier on frozen features, by Adam and a cosine schedule (Li et al. 2023, sec. 4).
 
     Args:
-      rng: order of the batches.
+      rng: key for the order of the batches.
       train: [n, D] pooled features of the training images.
       train_labels: [n] integers.
-      test: [m, D].
-      test_labels: [m].
+      test: [m, D] pooled features of the test images.
+      test_labels: [m] integers.
       num_classes: labels are 0..num_classes - 1.
-      epochs: passes over the training features; an incomplete last batch is left out.
-      batch_size: features a step; all of them where there are fewer.
-      learning_rate: of the first epoch.
+      epochs: passes over the training features; an incomplete last batch is dropped.
+      batch_size: features per step; all of them if there are fewer.
+      learning_rate: in the first epoch.
+
+    Returns:
+      The test accuracy of the last epoch and of the best one.
+
+    Example:
+      >>> features, labels = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
+      >>> key = jax.random.key(0)
+      >>> linear_probe(key, features, labels, features, labels, num_classes=2, epochs=5)
+      Probe(last_epoch=1.0, best_on_test=1.0)
     """
     zeros = {"kernel": jnp.zeros((train.shape[1], num_classes)), "bias": jnp.zeros(num_classes)}
     return _probe(
@@ -77,22 +86,25 @@ def semi_supervised(
     batch_size: int = 128,
     learning_rate: float = 1e-3,
 ) -> Probe:
-    """A small network on frozen features, from the labels of a few images (Li et al. 2023, section 4).
+    """Train a small network on frozen features, with the labels of a few images (Li et al. 2023, section 4).
 
-    D -> 512 -> BatchNorm -> ReLU -> classes, by Adam; the learning rate falls to a tenth at 60 % and again
-    at 80 % of the epochs.
+    The network is D -> 512 -> BatchNorm -> ReLU -> classes. It is trained by Adam; the learning rate drops to
+    a tenth at 60 % and again at 80 % of the epochs.
 
     Args:
-      rng: choice of the labelled images, initialization and order of the batches.
+      rng: key for the choice of labelled images, the initialization and the order of the batches.
       train: [n, D] pooled features of the training images.
       train_labels: [n] integers.
-      test: [m, D].
-      test_labels: [m].
+      test: [m, D] pooled features of the test images.
+      test_labels: [m] integers.
       num_classes: labels are 0..num_classes - 1.
       fraction: of each class's images whose labels are used, see `stratified`.
-      epochs: passes over the labelled features; an incomplete last batch is left out.
-      batch_size: features a step; all labelled ones where there are fewer.
-      learning_rate: of the first epoch.
+      epochs: passes over the labelled features; an incomplete last batch is dropped.
+      batch_size: features per step; all labelled ones if there are fewer.
+      learning_rate: in the first epoch.
+
+    Returns:
+      The test accuracy of the last epoch and of the best one.
     """
     rng_labelled, rng_model, rng_order = jax.random.split(rng, 3)
     labelled = stratified(rng_labelled, train_labels, fraction)
@@ -112,15 +124,20 @@ def semi_supervised(
 
 
 def stratified(rng: Array, labels: Rows, fraction: float) -> np.ndarray:
-    """Draw `fraction` of the images of each class: round(fraction * count) of them, but at least one.
+    """Draw `fraction` of the images of each class: round(fraction * count), but at least one.
 
     Args:
-      rng: of the draw.
+      rng: key for the draw.
       labels: [n] integers.
       fraction: more than 0, at most 1.
 
     Returns:
-      [k] their indices, rising.
+      [k] integers: the indices of the images drawn, in ascending order.
+
+    Example:
+      >>> labels = np.array([0, 0, 0, 0, 1, 1])
+      >>> labels[stratified(jax.random.key(0), labels, 0.5)]
+      array([0, 0, 1])
     """
     labels = np.asarray(labels)
     order = np.asarray(jax.random.permutation(rng, len(labels)))
@@ -131,7 +148,7 @@ def stratified(rng: Array, labels: Rows, fraction: float) -> np.ndarray:
     return np.sort(np.concatenate(drawn))
 
 
-# params, statistics of the batches so far, features [b, D], training -> logits [b, classes], statistics
+# params, running statistics, features [b, D], training -> logits [b, classes], statistics
 Classifier = Callable[[Any, Any, Array, bool], tuple[Array, Any]]
 
 
@@ -144,14 +161,14 @@ def _affine(params: dict[str, Array], x: Array) -> Array:
 
 
 class BatchStats(NamedTuple):
-    """What BatchNorm has seen so far: exponential means over the batches."""
+    """Running statistics of BatchNorm: exponential means over the batches."""
 
     mean: Array  # [units]
     var: Array  # [units], unbiased
 
 
 def _init_mlp(rng: Array, width: int, num_classes: int) -> tuple[dict[str, Any], BatchStats]:
-    """Parameters and BatchNorm's statistics, as PyTorch initializes them."""
+    """Return parameters and BatchNorm statistics, initialized as in PyTorch."""
 
     def affine(rng: Array, fan_in: int, fan_out: int) -> dict[str, Array]:
         rng_kernel, rng_bias = jax.random.split(rng)
@@ -178,13 +195,13 @@ def _mlp(params: dict[str, Any], stats: BatchStats, x: Array, training: bool) ->
 def _batch_norm(
     params: dict[str, Array], stats: BatchStats, x: Array, training: bool
 ) -> tuple[Array, BatchStats]:
-    """PyTorch's: momentum 0.1, biased variance of the batch, unbiased variance in the statistics.
+    """BatchNorm as in PyTorch: momentum 0.1, batch variance biased, variance in the statistics unbiased.
 
     Args:
       params: scale and bias, [units] each.
-      stats: of the batches so far.
+      stats: running statistics.
       x: [b, units].
-      training: normalise by this batch and count it, instead of by the batches so far.
+      training: normalise by this batch and update the statistics, instead of normalising by the statistics.
 
     Returns:
       [b, units] and the statistics.
@@ -209,7 +226,7 @@ def _probe(
     batch_size: int,
     **static: Any,
 ) -> Probe:
-    """Train the classifier with these first params and statistics."""
+    """Train a classifier from the given parameters and statistics."""
     arrays = map(jnp.asarray, (train, train_labels, test, test_labels))
     accuracies = np.asarray(
         _test_accuracies(rng, model, *arrays, batch_size=min(batch_size, len(train)), **static)
@@ -232,7 +249,7 @@ def _test_accuracies(
     batch_size: int,
     learning_rate: float,
 ) -> Array:
-    """Test accuracy after each epoch, [epochs]."""
+    """Return the test accuracy after each epoch, [epochs]."""
     params, stats = model
     steps = len(x) // batch_size
     optimizer = optax.adam(optim.schedule(schedule, learning_rate, epochs=epochs, steps_per_epoch=steps))

@@ -17,19 +17,28 @@ Encode = Callable[[TrainState, np.ndarray], Features]  # state, images [n, H, W,
 
 
 def make_encode(algorithm: Algorithm, mean: Sequence[float], std: Sequence[float]) -> Encode:
-    """The compiled encoder of images without augmentation."""
+    """Return the compiled encoder of images without augmentation.
+
+    Args:
+      algorithm: its `encode` is compiled.
+      mean: per channel, for pixels on [0, 1].
+      std: per channel.
+
+    Returns:
+      A function (state, images [n, H, W, 3] uint8) -> Features.
+    """
     return jax.jit(lambda state, images: algorithm.encode(state, augment.normalise(images, mean, std)))
 
 
 def extract(encode: Callable[[np.ndarray], Features], images: Images, batch_size: int = 250) -> Features:
-    """Features of all `images`, computed once, in batches of one shape.
+    """Compute the features of all `images`, in batches of one shape.
 
-    While the device works on a batch the next one is read.
+    The next batch is read while the device encodes the current one.
 
     Args:
-      encode: images [batch_size, H, W, 3] -> Features; jitted by the caller.
-      images: [n, H, W, 3] uint8, in memory or on disk.
-      batch_size: images at a time; the last batch is padded with images that are then dropped.
+      encode: images [batch_size, H, W, 3] uint8 -> Features; jitted by the caller.
+      images: [n, H, W, 3] uint8, in memory or on disk; n must be at least 1.
+      batch_size: images at a time. The last batch is padded, and the features of the padding are dropped.
 
     Returns:
       Features of all n images.

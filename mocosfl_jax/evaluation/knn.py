@@ -9,7 +9,7 @@ from jax import Array
 
 from mocosfl_jax.evaluation.features import Rows
 
-BLOCK_BYTES = 256 * 2**20  # similarities held at a time
+BLOCK_BYTES = 256 * 2**20  # of similarities held at a time
 
 
 def knn_accuracy(
@@ -22,33 +22,39 @@ def knn_accuracy(
     k: int = 200,
     temperature: float = 0.1,
 ) -> float:
-    """Share of test images that a weighted kNN classifies rightly (Wu et al. 2018, section 3.4).
+    """Return the accuracy of a weighted kNN classifier (Wu et al. 2018, section 3.4).
 
-    The k nearest by cosine similarity vote with weight exp(similarity / temperature). Similarities are
-    computed for a block of test images at a time and stay below `BLOCK_BYTES`.
+    The k nearest neighbours by cosine similarity vote with weight exp(similarity / temperature). Similarities
+    are computed for one block of test images at a time and take at most `BLOCK_BYTES`.
 
     Args:
       train: [n, D] features of the labelled images.
       train_labels: [n] integers.
-      test: [m, D].
-      test_labels: [m].
+      test: [m, D] features of the test images.
+      test_labels: [m] integers.
       num_classes: labels are 0..num_classes - 1.
-      k: neighbours; all n where there are fewer.
+      k: number of neighbours; if n is smaller, all n vote.
       temperature: of the weights.
 
     Returns:
-      A fraction.
+      The share of test images that are classified correctly.
+
+    Example:
+      >>> train, labels = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), np.array([0, 0, 1])
+      >>> test, test_labels = np.array([[2.0, 0.1], [0.1, 3.0]]), np.array([0, 1])
+      >>> knn_accuracy(train, labels, test, test_labels, num_classes=2, k=1)
+      1.0
     """
     k = min(k, len(train))
     block = min(len(test), max(1, BLOCK_BYTES // (4 * len(train))))
     train_rows, labels = _unit_rows(jnp.asarray(train)), jnp.asarray(train_labels)
-    right = 0
+    correct = 0
     for start in range(0, len(test), block):
         rows = test[start : start + block]
         padded = np.concatenate([rows, np.zeros((block - len(rows), rows.shape[1]), rows.dtype)])
         predicted = _knn_predict(train_rows, labels, padded, num_classes, k, temperature)
-        right += int(np.sum(np.asarray(predicted)[: len(rows)] == test_labels[start : start + block]))
-    return right / len(test)
+        correct += int(np.sum(np.asarray(predicted)[: len(rows)] == test_labels[start : start + block]))
+    return correct / len(test)
 
 
 def _unit_rows(x: Array) -> Array:
@@ -61,8 +67,8 @@ def _knn_predict(
 ) -> Array:
     similarities = jnp.matmul(_unit_rows(test), train_rows.T, precision=jax.lax.Precision.HIGHEST)
     similarity, neighbours = jax.lax.top_k(similarities, k)
-    # Less the largest similarity: the same vote, and exp cannot overflow at a small temperature. It is
-    # not taken as similarity[:, :1], since XLA would then sort whole rows instead of finding the top k.
+    # Subtracting the largest similarity keeps the vote, and exp cannot overflow at a small temperature.
+    # jnp.max, since with similarity[:, :1] XLA sorts whole rows instead of finding the top k.
     weights = jnp.exp((similarity - jnp.max(similarity, axis=1, keepdims=True)) / temperature)
     votes = jax.vmap(partial(jax.ops.segment_sum, num_segments=num_classes))(
         weights, train_labels[neighbours]

@@ -1,4 +1,4 @@
-"""The accuracies that a run reports: kNN and probes of the features of its data set."""
+"""The accuracies that a run reports: kNN and probes on the features of its data set."""
 
 import math
 from functools import partial
@@ -15,17 +15,17 @@ from mocosfl_jax.feed import augment
 from mocosfl_jax.models import Features
 
 Evaluated = tuple[Features, Features]  # of the training and of the test images
-RAW_PIXELS_LIMIT = 2**30  # bytes of float images up to which raw pixels are evaluated
+RAW_PIXELS_LIMIT = 2**30  # bytes of float images; above it, raw pixels are not evaluated
 
 
 def features(dataset: Dataset, state: TrainState, encode: Encode) -> Evaluated:
-    """Features of the training and of the test images."""
+    """Compute the features of the training and of the test images."""
     encode_batch = partial(encode, state)
     return extract(encode_batch, dataset.x_train), extract(encode_batch, dataset.x_test)
 
 
 def knn(dataset: Dataset, settings: Eval, evaluated: Evaluated) -> dict[str, float]:
-    """kNN accuracies on projection and backbone features, as fields of metrics.jsonl."""
+    """Return kNN accuracies on projection and backbone features, as fields of metrics.jsonl."""
     train, test = evaluated
     return {
         "knn_projection": _knn_accuracy(dataset, settings, train.projection, test.projection),
@@ -34,7 +34,7 @@ def knn(dataset: Dataset, settings: Eval, evaluated: Evaluated) -> dict[str, flo
 
 
 def knn_raw_pixels(dataset: Dataset, settings: Eval) -> dict[str, float]:
-    """kNN accuracy of the normalised pixels themselves; nothing where they would fill the memory."""
+    """Return the kNN accuracy on normalised pixels, or nothing if they would take too much memory."""
     if 4 * sum(math.prod(x.shape) for x in (dataset.x_train, dataset.x_test)) > RAW_PIXELS_LIMIT:
         return {}
     train, test = (
@@ -57,7 +57,7 @@ def _knn_accuracy(dataset: Dataset, settings: Eval, train: Rows, test: Rows) -> 
 
 
 def linear_probe(dataset: Dataset, settings: Eval, evaluated: Evaluated, rng: Array) -> dict[str, float]:
-    """Accuracies of a linear probe on backbone features, as fields of metrics.jsonl."""
+    """Return the accuracies of a linear probe on backbone features, as fields of metrics.jsonl."""
     train, test = evaluated
     probe = classifiers.linear_probe(
         rng,
@@ -72,7 +72,7 @@ def linear_probe(dataset: Dataset, settings: Eval, evaluated: Evaluated, rng: Ar
 
 
 def semi_supervised(dataset: Dataset, settings: Eval, evaluated: Evaluated, rng: Array) -> dict[str, float]:
-    """Accuracies of a small network on backbone features, from 10 % and from 1 % of the labels."""
+    """Return the accuracies of a small network on backbone features, from 10 % and from 1 % of the labels."""
     train, test = evaluated
     numbers = {}
     for percent in (10, 1):

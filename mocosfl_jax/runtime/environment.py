@@ -1,4 +1,4 @@
-"""What a run's bits depend on beside its configuration: versions, commit, kind of device."""
+"""Everything besides the configuration that affects a run's bits: versions, commit, kind of device."""
 
 import importlib.metadata
 import json
@@ -11,13 +11,13 @@ import jax
 
 _DISTRIBUTION = "mocosfl-jax"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-_GIT_SECONDS = 10  # a folder on a slow disk is not worth more
+_GIT_SECONDS = 10  # then give up, as on a slow disk
 
-Environment = Mapping[str, str | None]  # name -> version; None: not known
+Environment = Mapping[str, str | None]  # name -> version; None: unknown
 
 
 def environment(device: jax.Device) -> dict[str, str | None]:
-    """Versions of Python and of the packages that compute, our own commit, and the kind of `device`."""
+    """Return the versions of Python and the numerical packages, our own commit, and the kind of `device`."""
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
@@ -28,22 +28,27 @@ def environment(device: jax.Device) -> dict[str, str | None]:
 
 
 def differences(found: Environment, now: Environment) -> list[str]:
-    """What differs, as `name: found, now`."""
+    """List the entries that differ, each with its value at the start of the run and its value now.
+
+    Example:
+      >>> differences({"jax": "0.10.1", "commit": None}, {"jax": "0.10.2", "commit": None})
+      ['jax 0.10.1 at the start, 0.10.2 now']
+    """
     return [
-        f"{name} {found.get(name) or 'unknown'} there, {now.get(name) or 'unknown'} now"
+        f"{name} {found.get(name) or 'unknown'} at the start, {now.get(name) or 'unknown'} now"
         for name in dict.fromkeys([*now, *found])
         if found.get(name) != now.get(name)
     ]
 
 
 def commit(package: Path) -> str | None:
-    """The commit of the code in `package`: of its git checkout, or the one that pip has installed from git.
+    """Return the commit of the code in `package`, from its git checkout or pip's record of the installation.
 
-    "+changes" follows where a file of the checkout that git knows, or a new one in the package, is not as
-    committed. None where neither tells.
+    "+changes" is appended if a tracked file of the checkout has changed, or the package has a new file. The
+    commit is None if neither source has one.
     """
     root = package.parent
-    # A package may lie in a repository of something else, such as a virtual environment in a project.
+    # The package may lie inside another project's repository, for example in a virtual environment.
     if (root / ".git").exists() and _git(root, "ls-files", "--", package.name):
         head = _git(root, "rev-parse", "HEAD")
         if head is not None:
@@ -54,7 +59,7 @@ def commit(package: Path) -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What a git command says; None where it fails, or there is no git."""
+    """Return the output of a git command; None if it fails or git is missing."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=_GIT_SECONDS
@@ -65,10 +70,10 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _installed_commit(package: Path) -> str | None:
-    """From the record that pip keeps of where it got a distribution (PEP 610)."""
+    """Read the commit from pip's record of where a distribution came from (PEP 610)."""
     try:
         distribution = importlib.metadata.distribution(_DISTRIBUTION)
-        # Another copy of the package may be installed than the one that runs.
+        # The installed copy of the package may not be the one that runs.
         if Path(str(distribution.locate_file(package.name))).resolve() != package.resolve():
             return None
         record = json.loads(distribution.read_text("direct_url.json") or "{}")
@@ -80,5 +85,5 @@ def _installed_commit(package: Path) -> str | None:
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # used from a folder
+    except importlib.metadata.PackageNotFoundError:  # not installed
         return None

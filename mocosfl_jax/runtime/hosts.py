@@ -1,6 +1,6 @@
-"""A run of several processes, one on each host or device: how they meet, agree, stop and part.
+"""The processes of one run, one per host or device: how they connect, agree, stop and end.
 
-JAX's distributed runtime does the work. With one process there is none of it.
+JAX's distributed runtime does the work. A run of a single process does not start it.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from jax.experimental import multihost_utils
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.runtime.stderr_filter import filter_stderr
 
-# Seconds. A process that has not been heard of for so long is taken for dead, and the others end.
+# Seconds without a heartbeat after which a process counts as dead and the others end.
 HEARTBEAT = 60
-# For all processes to come to the coordinator, at the start.
+# Seconds that all processes have to connect to the coordinator at the start.
 MEETING = 300
-# For all processes to end, after the first has.
+# Seconds that all processes have to end after the first one has ended.
 PARTING = 60
 
 LOST = "another process of the run has ended or cannot be reached"
-AGAIN = "start all of them again with the same command, which goes on from the newest checkpoint"
+AGAIN = "start all processes again with the same command to resume from the newest checkpoint"
 
 
 class Address(NamedTuple):
-    """Where a process meets the others, by the command line."""
+    """The address at which the processes of a run connect, as given on the command line."""
 
     coordinator: str  # HOST:PORT, of process 0
     num_processes: int
@@ -39,16 +39,20 @@ class Address(NamedTuple):
 
 
 class ElsewhereError(Exception):
-    """Another process has an error of the user's to tell; this one ends with it."""
+    """Another process reports a UserError; this process ends silently."""
 
 
 def address(coordinator: str | None, num_processes: int | None, process_id: int | None) -> Address | None:
-    """What --coordinator, --num_processes and --process_id say; None where none of them is given.
+    """Parse --coordinator, --num_processes and --process_id. The result is None if none of them is given.
 
-    --num_processes=1 needs no other.
+    --num_processes=1 may be given alone.
 
     Raises:
-      UserError: if some are missing or cannot be.
+      UserError: if an argument is missing or invalid.
+
+    Example:
+      >>> address("10.0.0.1:1234", 2, 0)
+      Address(coordinator='10.0.0.1:1234', num_processes=2, process_id=0)
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -72,14 +76,16 @@ def address(coordinator: str | None, num_processes: int | None, process_id: int 
 
 
 def join(where: Address | None) -> None:
-    """Meet the other processes of the run. Call before JAX's first operation.
+    """Connect to the other processes of the run. Call this before JAX's first operation.
+
+    The process ends with status 2 if the others do not connect within `MEETING` seconds.
 
     Args:
-      where: by the command line; None: as JAX detects it (SLURM, Open MPI, TPU pods, Kubernetes), if that
-        says that there are several processes. With one process, nothing happens.
+      where: the address from the command line. With None, JAX detects the cluster (SLURM, Open MPI, TPU
+        pods, Kubernetes) and connects if it has started several processes. A single process does not connect.
 
     Raises:
-      UserError: if they do not meet within `MEETING` seconds, or what is detected cannot be.
+      UserError: if a cluster is detected but not its number of processes.
     """
     if where is None:
         if _detected_processes() == 1:
@@ -105,23 +111,23 @@ def join(where: Address | None) -> None:
                 shutdown_timeout_seconds=PARTING,
             )
     except (RuntimeError, ValueError, OSError) as error:
-        _leave(2, f"the processes of the run do not meet: {error}")
+        _leave(2, f"the processes of the run cannot connect: {error}")
     if not first():
         name = f"process {jax.process_index()} of {jax.process_count()}"
-        print(f"{name}: process 0 tells how the run goes", file=sys.stderr, flush=True)
+        print(f"{name}: process 0 reports the progress", file=sys.stderr, flush=True)
 
 
 def _messages() -> tuple[str, str]:
-    """What `filter_stderr` writes in place of what XLA writes of a lost process, and of one that did not come."""
+    """Return the replacements for XLA's output about a lost process, and about one that did not connect."""
     return (
         f"error: {LOST}; {AGAIN}\n",
-        f"error: the processes of the run did not meet within {MEETING} s\n",
+        f"error: the processes of the run did not connect within {MEETING} s\n",
     )
 
 
 @contextlib.contextmanager
 def _ended_by_ctrl_c() -> Iterator[None]:
-    """Within, SIGINT ends the process: Python would hear of it only when C++ has waited to the end."""
+    """Let SIGINT end the process: Python would see it only after the wait in C++ is over."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -130,35 +136,35 @@ def _ended_by_ctrl_c() -> Iterator[None]:
 
 
 def _detected_processes() -> int:
-    """How many processes the surroundings have started, as JAX detects it; 1 where it detects nothing."""
+    """Return how many processes the cluster has started, as JAX detects it; 1 without a cluster."""
     try:
-        from jax._src.clusters import ClusterEnv  # what initialize() itself asks; there is no public way
-    except ImportError:  # of a JAX to come: the command line can still say it
+        from jax._src.clusters import ClusterEnv  # used by initialize() itself; there is no public API
+    except ImportError:  # in later versions of JAX: use the command line instead
         return 1
     try:
         for cluster in ClusterEnv._cluster_types:
             if not cluster.opt_in_only_method and cluster.is_env_present():
                 return cluster.get_process_count()
-    except Exception as error:  # of any kind, from a cluster's own library
+    except Exception as error:  # a cluster's own library may raise anything
         raise UserError(
-            f"found a cluster and not how many processes it has started ({error}), allowed: --coordinator, "
-            "--num_processes and --process_id; --num_processes=1 is a run of this process alone"
+            f"found a cluster but not its number of processes ({error}), allowed: --coordinator, "
+            "--num_processes and --process_id; or --num_processes=1 to run this process alone"
         ) from error
     return 1
 
 
 def several() -> bool:
-    """Whether the run has several processes."""
+    """Return whether the run has several processes."""
     return jax.process_count() > 1
 
 
 def first() -> bool:
-    """Whether this is the process that writes files and tells how the run goes."""
+    """Return whether this process writes the files of the run and reports its progress."""
     return jax.process_index() == 0
 
 
 def of_first(values: Sequence[int]) -> list[int]:
-    """What process 0 calls this with (int32), on all processes. All have to call it."""
+    """Return process 0's `values` (int32) on all processes. All processes must call this."""
     if not several():
         return list(values)
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(values))))
@@ -167,17 +173,18 @@ def of_first(values: Sequence[int]) -> list[int]:
 
 
 def everywhere(holds: bool) -> bool:
-    """Whether it holds on every process. All have to call it."""
+    """Return whether `holds` is true on every process. All processes must call this."""
     return bool(np.all(multihost_utils.process_allgather(np.int32(holds)))) if several() else holds
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What is within succeeds on all processes or on none. All have to enter.
+    """Make the block succeed on all processes or on none. All processes must enter it.
 
     Raises:
-      UserError: that of this process.
-      ElsewhereError: another one has a UserError, and this one none, or it would only repeat process 0's.
+      UserError: the one that this process raised.
+      ElsewhereError: if another process raised a UserError and this one did not. Also if process 0 raised
+        one, so that the same error is not reported twice.
     """
     mine: UserError | None = None
     try:
@@ -193,13 +200,14 @@ def together() -> Iterator[None]:
 
 
 def stop_together(here: threading.Event) -> Callable[[], bool]:
-    """Whether the run is to stop now, with the same answer on all processes.
+    """Return a function that says whether the run should stop now, with the same answer on all processes.
 
     Args:
-      here: set when this process is to stop; with several, JAX's preemption service hears SIGTERM instead.
+      here: set when this process should stop. With several processes it is ignored: JAX's preemption service
+        handles SIGTERM.
 
     Returns:
-      A function that all processes have to call at the same points of the program.
+      A function that all processes must call at the same points of the program.
     """
     if not several():
         return here.is_set
@@ -208,7 +216,7 @@ def stop_together(here: threading.Event) -> Callable[[], bool]:
 
     def stop() -> bool:
         nonlocal stopped
-        # The point at which all stop is a number of this call that none has passed.
+        # Calls are numbered: all processes stop at the first number that none of them has reached.
         stopped = stopped or multihost_utils.reached_preemption_sync_point(next(calls))
         return stopped
 
@@ -216,8 +224,8 @@ def stop_together(here: threading.Event) -> Callable[[], bool]:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error is that of a collective, or of Orbax, whose other side is gone."""
-    if isinstance(error, OSError) and error.filename is not None:  # the names below may be in a path
+    """Return whether an error of a collective or of Orbax means that another process is gone."""
+    if isinstance(error, OSError) and error.filename is not None:  # a path may contain the names below
         return False
     words = str(error).lower()
     return several() and any(
@@ -226,13 +234,13 @@ def is_lost(error: BaseException) -> bool:
 
 
 def lost(error: BaseException) -> str:
-    """What is told of an error that `is_lost`; its first line may say that it was a network, say."""
+    """Describe an error for which `is_lost` is true, by its first line."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{LOST} ({reason[:300]}); {AGAIN}"
 
 
 def leave(status: int, message: str | None = None) -> None:
-    """With several processes, end this one at once: it would wait for the others, which wait for it."""
+    """With several processes, end this one at once. Otherwise they would wait for each other."""
     if several():
         _leave(status, message)
 

@@ -87,6 +87,6 @@ def test_differences_name_both_sides() -> None:
     there: dict[str, str | None] = {"jax": "1", "commit": None, "python": "3.11.7"}
     assert differences(there, there) == []
     assert differences(there, {"jax": "2", "commit": "abc", "python": "3.11.7"}) == [
-        "jax 1 there, 2 now",
-        "commit unknown there, abc now",
+        "jax 1 at the start, 2 now",
+        "commit unknown at the start, abc now",
     ]

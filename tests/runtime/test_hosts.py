@@ -94,7 +94,7 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
     told, silent = ends(processes)
     assert told.status == silent.status == 128 + signal.SIGTERM, (told, silent)
     (saved,) = re.findall(r"saved at step (\d+) of", told.out)
-    assert newest(folder) == int(saved) and "stopped by SIGTERM; to go on: " in told.out
+    assert newest(folder) == int(saved) and "stopped by SIGTERM; to resume: " in told.out
 
     # What two have saved one restores, and the reverse.
     train_here(argv, stop_after=len(comparable(folder)))
@@ -105,7 +105,7 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
     wait_for_epoch(folder, len(comparable(folder)))
     processes[1].running.kill()
     survivor, _ = ends(processes)
-    assert f"going on from step {saved_by_one}" in survivor.out
+    assert f"resuming from step {saved_by_one}" in survivor.out
     assert survivor.status and len(errors(survivor)) == 1, survivor
     assert re.fullmatch(rf"error: {hosts.LOST}( \(.*\))?; {hosts.AGAIN}", errors(survivor)[0]), survivor
     assert "Traceback" not in survivor.err and "stack trace" not in survivor.err
@@ -128,7 +128,7 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
     assert f"checkpoint {damaged} is damaged and skipped" in told.err
     assert (folder / f"damaged_checkpoint_{damaged}").is_dir()
     assert not [line for line in silent.out.splitlines() if not line.startswith("[Gloo]")]
-    assert silent.err.startswith("process 1 of 2: process 0 tells how the run goes\n")
+    assert silent.err.startswith("process 1 of 2: process 0 reports the progress\n")
     assert "damaged" not in silent.err
 
     # Each has loaded images of its own clients, a half of the cohort, and no others.
@@ -169,7 +169,7 @@ def test_a_disk_that_one_finds_full_while_it_writes_is_full_for_both(
         assert [end.status for end in ends(start(argv, tmp_path))] == [0, 0]
     else:
         assert told.status == silent.status == 0, (told, silent)
-        assert told.out.count(f"{full}; the run goes on, and saves again when there is room\n") == 3
+        assert told.out.count(f"{full}; training continues, and saving resumes when there is room\n") == 3
     assert not list((folder / "checkpoints").glob("*tmp*"))
     assert comparable(folder) == comparable(undisturbed)
     assert_same(last_arrays(argv, folder), last_arrays(argv, undisturbed))
@@ -183,7 +183,7 @@ def test_a_mistake_that_process_0_finds_ends_all(
     told, silent = ends(start(arguments(two_process_images, tmp_path / "run"), tmp_path))
     assert (told.status, silent.status) == (2, 2)
     assert len(errors(told)) == 1 and "holds metrics.jsonl but no config.json" in told.err
-    assert silent.err == "process 1 of 2: process 0 tells how the run goes\n"
+    assert silent.err == "process 1 of 2: process 0 reports the progress\n"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_process_that_stays_alone_says_so_in_one_line(
     both = start(arguments(two_process_images, tmp_path / "run"), tmp_path)
     both[1 - process].running.kill()
     alone = both[process].end()
-    assert alone.status and errors(alone) == ["error: the processes of the run did not meet within 10 s"]
+    assert alone.status and errors(alone) == ["error: the processes of the run did not connect within 10 s"]
     assert len(alone.err.splitlines()) == 1
 
 
