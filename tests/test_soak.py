@@ -111,7 +111,7 @@ def test_a_run_survives_kills(two_process_images: pathlib.Path, tmp_path: pathli
         after = steps_saved(folder)
         assert after >= before, (number, before, after)
         out = processes[0].out.read_text()
-        for step in re.findall(r"going on from step ([\d,]+) of", out):
+        for step in re.findall(r"resuming from step ([\d,]+) of", out):
             assert int(step.replace(",", "")) == before, (number, before, out)
         if (folder / "metrics.jsonl").exists():
             epochs = [line["epoch"] for line in comparable(folder)]

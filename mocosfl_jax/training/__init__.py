@@ -1,1 +1,1 @@
-"""A run of training: build it, compile it, loop, save, resume and report."""
+"""A training run: build, compile, train, save, resume and report."""

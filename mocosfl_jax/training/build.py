@@ -27,16 +27,19 @@ def build(
     batch_sizes: list[int] | None = None,
     images: list[int] | None = None,
 ) -> tuple[SplitModel, Algorithm]:
-    """The network and the algorithm of a configuration, without its data.
+    """Build the network and the algorithm of a configuration, without its data.
 
     Args:
-      config: what to build.
-      mesh: over which the algorithm's states are placed.
-      forms: of the mesh's platform.
-      image_size: pixels a side.
-      steps_per_epoch: for the schedules; does not matter where nothing is trained.
-      batch_sizes: [M], of each place in the cohort; None: all are alike, or nothing is trained.
-      images: [N], of each client, for weighted averages; None: nothing is trained.
+      config: the resolved configuration.
+      mesh: the mesh on which the algorithm's states are placed.
+      forms: the forms for the mesh's platform.
+      image_size: in pixels.
+      steps_per_epoch: for the schedules; irrelevant if nothing is trained.
+      batch_sizes: [M], for each place in the cohort; None: they are equal, or nothing is trained.
+      images: [N], number of images of each client, for weighted averages; None: nothing is trained.
+
+    Returns:
+      The network, and the algorithm with its states on the mesh.
     """
     model = build_model(config, image_size, forms)
     placement = exchange.make_placement(mesh, forms)
@@ -82,13 +85,20 @@ def build(
 
 
 def learning_rates(config: Resolved, steps_per_epoch: int) -> tuple[optim.Schedule, optim.Schedule | float]:
-    """The server's and the clients' learning rates over training steps; 0.0 for frozen clients."""
+    """Return the learning rates of the server and the clients over training steps; 0.0 for frozen clients.
+
+    Example:
+      >>> from mocosfl_jax.config import quickstart, resolve
+      >>> server_lr, client_lr = learning_rates(resolve(quickstart()), steps_per_epoch=60)
+      >>> round(float(server_lr(0)), 4), round(float(client_lr(0)), 4)
+      (0.01, 0.01)
+    """
     settings, epochs = config.optim, config.total_epochs
     server_lr = optim.schedule(
         settings.schedule, settings.server_lr, epochs=epochs, steps_per_epoch=steps_per_epoch
     )
     if settings.client_lr == 0:
-        return server_lr, 0.0  # frozen, which no schedule can say
+        return server_lr, 0.0  # a plain zero marks frozen clients; a schedule cannot
     name, steps_per_decay = settings.client_schedule, steps_per_epoch
     if name == "official_per_step":
         name, steps_per_decay = settings.schedule, 1
@@ -99,7 +109,7 @@ def learning_rates(config: Resolved, steps_per_epoch: int) -> tuple[optim.Schedu
 
 
 def network_arguments(config: Resolved, image_size: int) -> dict[str, Any]:
-    """The arguments of `split_model` that describe the network of a configuration."""
+    """Return the arguments of `split_model` that describe the network of a configuration."""
     model, moco = config.model, config.moco
     return {
         "name": model.name,
@@ -118,6 +128,6 @@ def network_arguments(config: Resolved, image_size: int) -> dict[str, Any]:
 
 
 def build_model(config: Resolved, image_size: int, forms: Forms = ACCELERATOR) -> SplitModel:
-    """The network of a configuration, for images of `image_size` pixels a side."""
+    """Build the network of a configuration, for images of `image_size` pixels."""
     stacked_server = config.algorithm == "flmoco"
     return split_model(**network_arguments(config, image_size), stacked_server=stacked_server, forms=forms)

@@ -1,6 +1,6 @@
-"""Saving and resuming a run with Orbax: the whole TrainState and where the run stands.
+"""Saves and restores a run with Orbax: the whole TrainState and the progress of the run.
 
-A checkpoint appears under its step number when it is complete, never before.
+A checkpoint appears under its step number only when it is complete.
 """
 
 import contextlib
@@ -26,55 +26,55 @@ from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.runtime import hosts
 
-_MARGIN = 2**20  # bytes that a checkpoint takes beside the arrays, at most
-# Seconds in which all processes, having written, say that they could. Longer than `hosts.HEARTBEAT`, so that
-# one that has died is told as such.
+_MARGIN = 2**20  # bytes, an upper bound for all files of a checkpoint except the arrays
+# Seconds that all processes have to confirm that they have written. Longer than `hosts.HEARTBEAT`, so that a
+# dead process is reported as such.
 AGREEING = 90
 
 
 class Progress(NamedTuple):
-    """Where a run stands, beside its TrainState. Plain numbers, saved as JSON."""
+    """The progress of a run, besides its TrainState: plain numbers, saved as JSON."""
 
     step: int = 0  # training steps done
-    losses: tuple[float, ...] = ()  # of the steps of the epoch that is under way
+    losses: tuple[float, ...] = ()  # of the steps of the current epoch
     top1s: tuple[float, ...] = ()
-    epoch_seconds: float = 0.0  # of training in the epoch that is under way
+    epoch_seconds: float = 0.0  # of training in the current epoch
     metrics_lines: int = 0  # lines of metrics.jsonl that belong to this checkpoint
-    traffic: str = "A"  # what passes the cut in the epoch that is under way (`saving.Traffic`)
-    last_loss: float = math.inf  # mean of the epoch before
-    kept_epoch: int = 0  # the epoch of which smashed data are kept
-    unwritten: tuple[dict[str, float], ...] = ()  # lines of metrics.jsonl for which the disk had no room
+    traffic: str = "A"  # in the current epoch (`saving.Traffic`)
+    last_loss: float = math.inf  # mean of the previous epoch
+    kept_epoch: int = 0  # the epoch whose smashed data is kept
+    unwritten: tuple[dict[str, float], ...] = ()  # lines of metrics.jsonl that did not fit on the disk
 
 
 def open_manager(folder: Path, keep: int) -> ocp.CheckpointManager:
-    """The manager of the checkpoints in `folder`, which keeps the newest `keep` of them."""
+    """Open the manager of the checkpoints in `folder`, which keeps the newest `keep` of them."""
     together: dict[str, Any] = {}
     if hosts.several():
-        # Folders are made while all processes look on: afterwards one that failed could not be met.
+        # Folders are created synchronously, since a failure in the background could not be agreed on.
         together["async_options"] = ocp.options.AsyncOptions(
             barrier_sync_fn=_Barriers(), create_directories_asynchronously=False
         )
-    # What a killed run has begun to write goes.
+    # Incomplete checkpoints of a killed run are deleted.
     return _manager(
         folder, ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, **together)
     )
 
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    logging.get_absl_logger().addFilter(_raised_anyway)
+    logging.get_absl_logger().addFilter(_no_duplicate_traceback)
     handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
     return _Manager(folder.absolute(), options=options, item_handlers=handlers)
 
 
-def _raised_anyway(record: LogRecord) -> bool:
-    """Leaves out the traces that Orbax logs of what it raises too: the command tells that in a line."""
+def _no_duplicate_traceback(record: LogRecord) -> bool:
+    """Drop tracebacks that Orbax logs and also raises: the command reports those errors in one line."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _Manager(ocp.CheckpointManager):
-    """Asks nobody whether the run is about to stop.
+    """Never asks whether the run is about to stop.
 
-    With several processes that is asked once a round (`hosts.stop_together`), with the number of the call.
+    With several processes, only `hosts.stop_together` may ask, once a round, since its calls are numbered.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -82,12 +82,12 @@ class _Manager(ocp.CheckpointManager):
 
 
 class _Barriers:
-    """Where the processes of a run wait for each other while Orbax saves, so that a failure is known to all.
+    """Barriers between the processes while Orbax saves, which let all of them know about a failure.
 
-    All wait twice: until each has written, and until process 0 has made the checkpoint complete. A process
-    that cannot do its part would not come, and the others would wait for it for twenty minutes. Here it comes
-    as well, on its way to the end of the save, and then stays away from a second barrier, by which the others
-    know. The three names are Orbax's; of others, each barrier would be the plain one.
+    The processes wait twice: until each has written, and until process 0 has completed the checkpoint. With
+    Orbax's own barriers, a process that fails does not arrive, and the others wait for it for twenty minutes.
+    Here it arrives too, on its way out of the save, but then stays away from a second barrier, which tells
+    the others. The three keys are Orbax's. If it renames them, every barrier is a plain one.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class _Barriers:
         if "set_value_start" in key:
             if threading.current_thread() is threading.main_thread():  # a save begins
                 self._saves, self._passed, self._failed = self._saves + 1, 0, False
-            elif self._passed < 2 and not self._failed:  # it ends here, before its time
+            elif self._passed < 2 and not self._failed:  # this process failed and leaves the save early
                 self._failed = True
                 self._meet(timeout_ms)
         self._wait(key=key, timeout_ms=timeout_ms)
@@ -118,20 +118,25 @@ class _Barriers:
         return place
 
 
-def _manager_alone(folder: Path) -> ocp.CheckpointManager:
-    """A manager that reads, by which each process finds out for itself what can be read."""
+def _reader(folder: Path) -> ocp.CheckpointManager:
+    """Open a manager that only reads, so that each process finds out for itself what it can read."""
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    # Without Orbax's read_only, which comes with warnings: a manager that does not save writes nothing.
+    # Orbax's read_only is not set, since it warns. A manager that does not save writes nothing anyway.
     return _manager(folder, ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone))
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) -> None:
-    """Save in the background; `state` may be donated as soon as this returns.
+    """Save in the background. `state` may be donated as soon as this returns.
+
+    Args:
+      manager: from `open_manager`.
+      state: all of it is saved.
+      progress: its step names the checkpoint.
 
     Raises:
-      DiskFullError: the disk has no room for it, or had none for the one before. What was saved before
-        those is as it was, and the same manager can save again.
+      DiskFullError: if the disk has no room for this checkpoint, or had none for the previous one. Earlier
+        checkpoints are intact, and the same manager can save again.
     """
     finish(manager)
     folder = Path(manager.directory)
@@ -143,37 +148,37 @@ def save(manager: ocp.CheckpointManager, state: TrainState, progress: Progress) 
             f"{free / 2**20:,.1f} MiB free"
         )
     record = progress._asdict() | {"fingerprint": int(_fingerprint(state))}
-    with _full_disk_told(manager, agreed=False):
+    with _report_full_disk(manager, agreed=False):
         manager.save(
             progress.step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                # A string, since Python writes and reads every float exactly.
+                # A string from Python's json, which writes and reads every float exactly.
                 progress=ocp.args.JsonSave({"record": json.dumps(record)}),
             ),
         )
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
-    """Wait until the checkpoint that is being saved is complete.
+    """Wait until the checkpoint being saved is complete.
 
     Raises:
-      DiskFullError: it found no room; what was saved before is as it was.
+      DiskFullError: if the disk had no room for it. Earlier checkpoints are intact.
     """
-    with _full_disk_told(manager, agreed=True):
+    with _report_full_disk(manager, agreed=True):
         manager.wait_until_finished()
 
 
 @contextlib.contextmanager
-def _full_disk_told(manager: ocp.CheckpointManager, *, agreed: bool) -> Iterator[None]:
-    """Turn what Orbax raises on a full disk into DiskFullError, and give back the room of what it began.
+def _report_full_disk(manager: ocp.CheckpointManager, *, agreed: bool) -> Iterator[None]:
+    """Turn Orbax's errors on a full disk into DiskFullError, and delete the incomplete checkpoint.
 
-    With several processes it is DiskFullError on all of them, if `agreed`: what is within fails on all or on
-    none (`_Barriers`). Otherwise it is OSError, since the others have not met it and wait.
+    With several processes, all raise DiskFullError if `agreed`: then the block fails on all processes or on
+    none (`_Barriers`). Otherwise this one raises OSError, since the others have no error and wait.
     """
     try:
         yield
-    except Exception as error:  # of any kind, by the library that met it
+    except Exception as error:  # the type depends on the library that fails
         here = is_disk_full(error)
         full = not hosts.everywhere(not here) if agreed else here
         if not full:
@@ -185,41 +190,44 @@ def _full_disk_told(manager: ocp.CheckpointManager, *, agreed: bool) -> Iterator
         if hosts.first():
             for begun in folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(begun, ignore_errors=True)
-        hosts.everywhere(True)  # it is gone before anybody looks
-        # Of older ones it has already forgotten those that were to make way.
+        hosts.everywhere(True)  # no process looks at the folder before it is gone
+        # The manager has already dropped older checkpoints from its list that it was going to delete.
         manager.reload()
         raise DiskFullError(message) from error
 
 
 def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, Progress] | None:
-    """The newest checkpoint that can be read, or None if there is none at all.
+    """Restore the newest readable checkpoint, or return None if there are no checkpoints.
 
-    Newer ones that are damaged are warned of and moved out of the way, to the folder above, so that their
-    steps can be saved again.
+    Newer ones that are damaged are moved to the parent folder, with a warning, so that their steps can be
+    saved again.
 
     Args:
-      manager: of `open_manager`.
-      like: a state of the same shapes, dtypes and placement. Its mesh need not be that of the run so far.
+      manager: from `open_manager`.
+      like: a state of the same shapes, dtypes and placement. Its mesh may differ from that of the run so far.
+
+    Returns:
+      State and progress.
 
     Raises:
-      UserError: if there are checkpoints but none can be read, or if it is of another network.
+      UserError: if there are checkpoints but none can be read, or one is of a different network.
     """
     steps = hosts.of_first(sorted(manager.all_steps(), reverse=True))
     if not steps:
         return None
     folder = Path(manager.directory)
-    with _manager_alone(folder) as reader:
+    with _reader(folder) as reader:
         state, progress, damaged = _first_readable(reader, steps, like)
     if hosts.first():
         for step in damaged:
-            (folder / str(step)).rename(_free(folder.parent / f"damaged_checkpoint_{step}"))
-    hosts.everywhere(True)  # they are gone before anybody looks
+            (folder / str(step)).rename(_unused_path(folder.parent / f"damaged_checkpoint_{step}"))
+    hosts.everywhere(True)  # no process looks at the folder before they are gone
     manager.reload()
     return state, progress
 
 
-def _free(path: Path) -> Path:
-    """`path`, or where there is something already, with a number behind it."""
+def _unused_path(path: Path) -> Path:
+    """Return `path`, or the path with a number appended if something is there already."""
     others = (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
     return next(p for p in itertools.chain([path], others) if not p.exists())
 
@@ -227,19 +235,19 @@ def _free(path: Path) -> Path:
 def restore(
     folder: Path, step: int | None, init: Callable[[Array], TrainState], device: jax.Device
 ) -> tuple[TrainState, Progress]:
-    """One checkpoint, to look at: nothing in `folder` changes, and a training there may go on.
+    """Restore one checkpoint for reading. Nothing in `folder` changes, and a run may be training there.
 
     Args:
-      folder: of the checkpoints.
-      step: whose checkpoint; None: the newest that can be read, with a warning of damaged newer ones.
-      init: of the algorithm; it is not run, its state has the shapes and dtypes.
-      device: where the state goes.
+      folder: the folder of the checkpoints.
+      step: of the checkpoint; None: the newest readable one, with a warning about damaged newer ones.
+      init: `init` of the algorithm. It is not run; it gives the shapes and dtypes of the state.
+      device: the device for the state.
 
     Returns:
       State and progress.
 
     Raises:
-      UserError: if there is no such checkpoint, it cannot be read, or it is of another network.
+      UserError: if the checkpoint does not exist, cannot be read, or is of a different network.
     """
     steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
     if not steps:
@@ -251,7 +259,7 @@ def restore(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(init, jax.random.key(0)),
     )
-    with _manager_alone(folder) as manager:
+    with _reader(folder) as manager:
         state, progress, _ = _first_readable(manager, steps if step is None else [step], like)
     return state, progress
 
@@ -259,20 +267,20 @@ def restore(
 def _first_readable(
     manager: ocp.CheckpointManager, steps: Sequence[int], like: TrainState
 ) -> tuple[TrainState, Progress, list[int]]:
-    """The first of these checkpoints that can be read by all processes, and the damaged ones before it."""
+    """Return the first of the checkpoints that all processes can read, and the damaged ones before it."""
     damaged: list[int] = []
     for step in steps:
         found = None
         try:
             found = _restore(manager, step, like)
-            reason = "its arrays are not those that were saved"
+            reason = "its arrays differ from those that were saved"
         except (MemoryError, PermissionError, UserError):
             raise
-        except Exception as error:  # whatever Orbax meets in a damaged file
-            if "RESOURCE_EXHAUSTED" in str(error):  # the checkpoint is as good as it was
+        except Exception as error:  # Orbax may raise anything on a damaged file
+            if "RESOURCE_EXHAUSTED" in str(error):  # out of memory: the checkpoint is not damaged
                 raise
             reason = str(error).split("\n", 1)[0][:120]
-        # What was saved is compared by all processes together.
+        # The fingerprint is computed by all processes together.
         if hosts.everywhere(found is not None):
             assert found is not None
             state, record = found
@@ -282,18 +290,18 @@ def _first_readable(
         if hosts.first():
             logging.warning("checkpoint %d is damaged and skipped (%s)", step, reason)
         damaged.append(step)
-    raise UserError(f"{manager.directory}: no checkpoint can be read, of {', '.join(map(str, steps))}")
+    raise UserError(f"{manager.directory}: none of the checkpoints can be read: {', '.join(map(str, steps))}")
 
 
 def _restore(
     manager: ocp.CheckpointManager, step: int, like: TrainState
 ) -> tuple[TrainState, dict[str, Any]]:
-    """State, and the record of its progress with its fingerprint, which is not compared yet."""
+    """Return the state, and the record of its progress with its fingerprint, which the caller compares."""
     _require_same_shapes(manager, step, like)
     restored = manager.restore(
         step,
-        # Not strict: a state that was at rest on a mesh may have clients of zeros behind the others, and one
-        # that will be may want them.
+        # Not strict, since the number of clients may differ: a state at rest on a mesh may be padded with
+        # clients of zeros.
         args=ocp.args.Composite(
             state=ocp.args.StandardRestore(like, strict=False), progress=ocp.args.JsonRestore()
         ),
@@ -302,7 +310,7 @@ def _restore(
 
 
 def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainState) -> None:
-    """Raise UserError unless the checkpoint's arrays are those of `like`, but for the number of clients."""
+    """Raise UserError unless the checkpoint has the shapes of `like`; the number of clients may differ."""
     saved, wanted = _shapes(manager.item_metadata(step)["state"].tree), _shapes(like)
     clients = tuple(shapes[("clients", "scales")][0] for shapes in (saved, wanted))
     for path in sorted(saved.keys() | wanted.keys()):
@@ -318,7 +326,7 @@ def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainS
 
 
 def _shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The shape of each leaf, by its path."""
+    """Return the shape of each leaf by its path."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         tuple(jax.tree_util.keystr((part,), simple=True) for part in path): leaf.shape
@@ -328,7 +336,7 @@ def _shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 @jax.jit
 def _fingerprint(tree: Any) -> Array:
-    """Sum of all bits as 32-bit words, each leaf with an odd factor of its own: shows a flipped bit."""
+    """Sum all bits as 32-bit words, with an odd factor per leaf. A flipped bit changes the sum."""
 
     def words(leaf: Array) -> Array:
         return jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()

@@ -1,4 +1,4 @@
-"""An experiment made ready: data read and dealt to the clients, algorithm built."""
+"""Prepares an experiment: reads the data, divides it among the clients and builds the algorithm."""
 
 import math
 from functools import partial
@@ -25,14 +25,14 @@ from mocosfl_jax.training.rounds import MakeViews
 
 
 class Run(NamedTuple):
-    """What does not change while a run trains."""
+    """The parts of a run that do not change during training."""
 
     config: Resolved
     dataset: data.Dataset
-    residence: batches.Residence  # of the training images
+    residence: batches.Residence  # where the training images are kept
     parts: list[np.ndarray]  # indices of each client's images
-    rich: Rich | None  # None: all clients are alike
-    batch_sizes: np.ndarray  # [N], images of each client in a step
+    rich: Rich | None  # None: all clients are equal
+    batch_sizes: np.ndarray  # [N], images per step of each client
     model: SplitModel
     algorithm: Algorithm
     make_views: MakeViews
@@ -40,21 +40,22 @@ class Run(NamedTuple):
     images_per_step: int
     steps_per_epoch: int
     steps_per_round: int  # a round ends with a synchronization
-    mesh: Mesh  # over which the states of `algorithm` are placed
-    forms: Forms  # of the platform
+    mesh: Mesh  # holds the states of `algorithm`
+    forms: Forms  # for the platform of the mesh
 
     @property
     def total_steps(self) -> int:
+        """Training steps of the whole run."""
         return self.config.total_epochs * self.steps_per_epoch
 
     @property
     def whole_pool(self) -> bool:
-        """Every client takes part in every step."""
+        """Whether every client takes part in every step."""
         return self.cohort == self.config.clients.num
 
     @property
     def smashed(self) -> jax.ShapeDtypeStruct:
-        """Shape [n, h, w, c] and dtype of the smashed data of one kind of view that a step concatenates."""
+        """Shape [n, h, w, c] and dtype of the concatenated smashed data of one kind of view in a step."""
         size, channels = self.dataset.x_train.shape[2:]
         rows = self.images_per_step * (2 if self.config.moco.full_symmetric else 1)
         images = jax.ShapeDtypeStruct((rows, size, size, channels), np.float32)
@@ -63,17 +64,17 @@ class Run(NamedTuple):
 
     @property
     def replay(self) -> jax.ShapeDtypeStruct:
-        """Shape [S, 2, n, h, w, c] and dtype of the smashed data of an epoch, of query and key views."""
+        """Shape [S, 2, n, h, w, c] and dtype of an epoch's smashed data, of query and key views."""
         one = self.smashed
         return jax.ShapeDtypeStruct((self.steps_per_epoch, 2, *one.shape), one.dtype)
 
     def members(self, epoch: int) -> np.ndarray:
-        """The cohort of an epoch: [M] int32, sorted, so that rich clients come first."""
+        """Return the cohort of an epoch: [M] int32, sorted, so that rich clients come first."""
         pool, seed = self.config.clients, self.config.seed
         return partition.sample_cohort(pool.num, self.cohort, seed=seed, epoch=epoch, rich=self.rich)
 
     def indices(self, epoch: int) -> np.ndarray:
-        """The images of an epoch, [S, M, B] int32, as `partition.epoch_indices` deals them."""
+        """Return the images of an epoch: [S, M, B] int32, as dealt by `partition.epoch_indices`."""
         return partition.epoch_indices(
             self.parts,
             self.members(epoch),
@@ -85,16 +86,19 @@ class Run(NamedTuple):
 
 
 def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
-    """Read the data, deal it to the clients and build the algorithm. Nothing is compiled.
+    """Read the data, divide it among the clients and build the algorithm. Nothing is compiled.
 
     Args:
-      config: what to run. The sizes in `config.mesh` are not looked at, since a run goes on, and is evaluated, on
-        any number of devices.
-      mesh: to train on.
-      forms: of the program; None: the fast ones on the mesh's platform.
+      config: the resolved configuration. The sizes in `config.mesh` are ignored, since a run can be resumed
+        and evaluated on any number of devices.
+      mesh: the mesh to train on.
+      forms: the forms of the program; None: the fast ones for the mesh's platform.
+
+    Returns:
+      The run.
 
     Raises:
-      UserError: for whatever in the configuration or the data cannot be.
+      UserError: if a part of the configuration or the data is impossible.
     """
     forms = forms or platforms.forms(meshes.platform(mesh))
     _check_before_data(config, mesh)
@@ -111,7 +115,7 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
         rich=rich,
     )
     batch_sizes = partition.batch_sizes(pool.num, pool.batch_size, rich)
-    # The batch sizes of every cohort: the rich come first, and there are always as many of them.
+    # These hold for every cohort: rich clients come first, and their number is always the same.
     places = batch_sizes[partition.sample_cohort(pool.num, pool.cohort, seed=config.seed, epoch=0, rich=rich)]
     _check_queue(config, places, rich)
     steps = pool.local_epochs * partition.steps_per_epoch(parts, batch_sizes)
@@ -155,7 +159,7 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
 
 
 def _check_before_data(config: Resolved, mesh: Mesh) -> None:
-    """Raise UserError for a network or a queue that cannot be, before the data is read."""
+    """Raise UserError for an impossible network or queue, before the data is read."""
     check_model(
         config.model.name,
         cut_layer=config.model.cut_layer,
@@ -171,7 +175,7 @@ def _check_before_data(config: Resolved, mesh: Mesh) -> None:
 
 
 def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, batches.Residence]:
-    """The data set, with its training images in memory if they are to stay on the device."""
+    """Load the data set, with its training images in memory if they will be resident on the device."""
     dataset = data.load(
         config.data.name, config.data.dir, config.data.image_size, max_broken=config.data.max_broken
     )
@@ -184,9 +188,9 @@ def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, batches.Residence
 
 
 def _check_queue(config: Resolved, places: np.ndarray, rich: Rich | None) -> None:
-    """Raise UserError if the keys of a step of rich and poor clients do not fit into the queue.
+    """Raise UserError if the queue is smaller than the keys of a step with rich clients.
 
-    The keys of equal clients are counted when the configuration is resolved.
+    For equal clients, this is checked when the configuration is resolved.
     """
     moco = config.moco
     keys = int(places.sum()) * (2 if moco.symmetric or moco.full_symmetric else 1)
@@ -203,7 +207,8 @@ def _check_saving(run: Run) -> None:
         return
     if hosts.several():
         raise UserError(
-            f"config.saving.loss_threshold: found {settings.loss_threshold:g}, allowed: 0 with several processes"
+            f"config.saving.loss_threshold: found {settings.loss_threshold:g}, allowed: 0 with several "
+            "processes"
         )
     needed = saving.gibibytes(run.replay)
     if needed > settings.replay_gib:

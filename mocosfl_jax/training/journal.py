@@ -1,4 +1,4 @@
-"""What a run writes down: lines of metrics for the screen, metrics.jsonl and TensorBoard."""
+"""Lines of metrics, for the screen, metrics.jsonl and TensorBoard."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,13 +19,23 @@ class Output(NamedTuple):
     """Where the results of a run go."""
 
     folder: Path  # the workdir, claimed: metrics.jsonl, checkpoints/ and plots
-    say: Callable[[str], None]  # gets lines for a person
-    metrics: Callable[[workdir.Metrics], None]  # gets what metrics.jsonl gets
-    writes: bool = True  # the files of the run; with several processes one does, but for the checkpoints
+    say: Callable[[str], None]  # prints a line on the screen
+    metrics: Callable[[workdir.Metrics], None]  # receives each line of metrics.jsonl
+    writes: bool = True  # whether this process writes the run's files; all processes write checkpoints
 
 
 def epoch_metrics(run: Run, progress: Progress, epoch: int, divergence: Array | None) -> dict[str, float]:
-    """Means over the steps of the epoch that has ended, its speed, and what it sent."""
+    """Return the metrics of the epoch that has just ended: means over its steps, speed and traffic.
+
+    Args:
+      run: the run.
+      progress: holds the losses and the time of the epoch.
+      epoch: number of epochs done.
+      divergence: [M], from the last synchronization; None if there was none.
+
+    Returns:
+      The fields of a line of metrics.jsonl.
+    """
     images = len(progress.losses) * run.images_per_step
     metrics = {
         "step": progress.step,
@@ -45,28 +55,31 @@ def epoch_metrics(run: Run, progress: Progress, epoch: int, divergence: Array | 
 
 
 def record(run: Run, progress: Progress, metrics: workdir.Metrics, output: Output) -> Progress:
-    """Tell and write one line of metrics, after those that were not written before.
+    """Report and write one line of metrics, after any lines that could not be written before.
+
+    Returns:
+      The progress, with the number of lines written.
 
     Raises:
-      DiskFullError: if the disk has no room, and the run is to stop then.
+      DiskFullError: if the disk is full and the configuration says to stop then.
     """
     output.metrics(metrics)
     output.say(report.metrics_line(metrics))
     if not output.writes:
         return progress
     lines = (*progress.unwritten, dict(metrics))
-    with going_on(run, output):
+    with continue_on_full_disk(run, output):
         workdir.append_metrics(output.folder, lines)
         return progress._replace(metrics_lines=progress.metrics_lines + len(lines), unwritten=())
     return progress._replace(unwritten=lines)
 
 
 @contextlib.contextmanager
-def going_on(run: Run, output: Output) -> Iterator[None]:
-    """On a full disk, leave out what is within and say so, if the configuration wants to train on."""
+def continue_on_full_disk(run: Run, output: Output) -> Iterator[None]:
+    """On a full disk, skip the rest of the block and report it, unless the configuration says to stop."""
     try:
         yield
     except DiskFullError as error:
         if run.config.checkpoint.on_full_disk == "stop":
             raise
-        output.say(f"{error}; the run goes on, and saves again when there is room")
+        output.say(f"{error}; training continues, and saving resumes when there is room")

@@ -1,4 +1,4 @@
-"""The training loop: rounds, evaluation, metrics and checkpoints. It can stop and go on anywhere."""
+"""The training loop: rounds, evaluation, metrics and checkpoints. It can stop and resume after any round."""
 
 import contextlib
 import time
@@ -23,7 +23,7 @@ from mocosfl_jax.training.journal import Output
 from mocosfl_jax.training.programs import Programs, compile_programs
 from mocosfl_jax.training.saving import Traffic
 
-# Whether the run is to stop; with several processes, the same answer at the same call on all of them.
+# Whether the run should stop. With several processes, each call returns the same on all of them.
 Stop = Callable[[], bool]
 
 
@@ -31,16 +31,17 @@ def train(run: Run, stop: Stop, output: Output) -> bool:
     """Train from the newest checkpoint in the workdir, or from the start.
 
     Args:
-      run: of `experiment.prepare`.
-      stop: once true, training ends after the current round, saved.
+      run: from `experiment.prepare`.
+      stop: once it returns True, training saves and ends after the current round.
       output: workdir and screen.
 
     Returns:
-      Whether the run is finished, with its linear probe. If not, the same call goes on with it.
+      Whether the run is finished, including its linear probe. If not, the same call resumes it.
 
     Raises:
-      NonFiniteError: the newest checkpoint is from before that.
-      UserError: if checkpoints are there but none can be read.
+      NonFiniteError: if the loss or a parameter is not finite. The newest checkpoint is from an earlier step.
+      DiskFullError: if the disk is full and the configuration says to stop then.
+      UserError: if there are checkpoints but none can be read.
     """
     with jax.default_device(run.mesh.local_devices[0]):
         return _train(run, stop, output)
@@ -62,7 +63,7 @@ def _train(run: Run, stop: Stop, output: Output) -> bool:
         restored = checkpoint.restore_newest(manager, state)
         state, progress = restored or (state, Progress())
         ended = progress.step == run.total_steps
-        # After the last checkpoint comes only the line of the linear probe, which can stay.
+        # Only the line of the linear probe follows the last checkpoint. It may stay.
         with hosts.together():
             if output.writes:
                 workdir.rewind_metrics(folder, progress.metrics_lines, optional=int(ended))
@@ -70,7 +71,7 @@ def _train(run: Run, stop: Stop, output: Output) -> bool:
             progress = start(run, state, encode, output)
             save(run, manager, state, progress, output)
         elif not ended:
-            output.say(f"going on from step {progress.step:,} of {run.total_steps:,}")
+            output.say(f"resuming from step {progress.step:,} of {run.total_steps:,}")
         features = None
         if not ended and not stop():
             clock = time.perf_counter()
@@ -89,7 +90,7 @@ def _train(run: Run, stop: Stop, output: Output) -> bool:
 
 
 def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progress:
-    """What comes before the first step: how the deal looks, and how good no training is."""
+    """Plot the partition, and record the accuracies of the untrained network."""
     names = run.dataset.class_names
     if output.writes:
         plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
@@ -112,9 +113,10 @@ def run_epochs(
     stop: Stop,
     output: Output,
 ) -> tuple[TrainState, Progress, monitor.Evaluated | None]:
-    """Epochs until the last, or until `stop`; saved in either case.
+    """Train until the last epoch or until `stop`, and save in either case.
 
-    The features of the last evaluation come with the state if they are those of the end of the run.
+    Returns:
+      State, progress and, if the run is at its end, the features of the last evaluation.
     """
     config = run.config
     features = None
@@ -143,14 +145,14 @@ def run_epochs(
                     top1s=(),
                     epoch_seconds=0.0,
                 )
-            # The next epoch to be kept replaces the one that an older checkpoint would have to replay.
+            # The next epoch overwrites the smashed data that an older checkpoint would replay.
             replaces = rest == 0 and progress.traffic == Traffic.UP_ONLY
             if replaces:
                 checkpoint.save(manager, state, progress)
                 checkpoint.finish(manager)
             elif rest == 0 and epoch % config.checkpoint.every == 0:
                 save(run, manager, state, progress, output)
-    with contextlib.suppress(DiskFullError):  # told below, if there is still no room
+    with contextlib.suppress(DiskFullError):  # reported below, if there is still no room
         checkpoint.finish(manager)
     if manager.latest_step() != progress.step:
         checkpoint.save(manager, state, progress)
@@ -167,12 +169,12 @@ def run_epoch(
     stop: Stop,
     bar: tqdm,
 ) -> tuple[TrainState, Progress, Array | None]:
-    """The rounds of one epoch, or those that are left of it; `stop` ends it after a round.
+    """Train the remaining rounds of one epoch; `stop` ends it after a round.
 
     The host fetches the losses of a round while the device works on the next one.
 
     Returns:
-      State, progress, and how far the clients were apart at the last synchronization, [M], if there was one.
+      State, progress, and the divergence of the clients at the last synchronization, [M], if there was one.
     """
     epoch, done = divmod(progress.step, run.steps_per_epoch)
     traffic = Traffic(progress.traffic)
@@ -180,7 +182,7 @@ def run_epoch(
         progress = progress._replace(kept_epoch=epoch)
     members = run.members(progress.kept_epoch if traffic is Traffic.NONE else epoch)
     cohort = None if run.whole_pool else members
-    order = np.random.default_rng((run.config.seed, epoch)).permutation(run.steps_per_epoch)  # of a replay
+    order = np.random.default_rng((run.config.seed, epoch)).permutation(run.steps_per_epoch)  # for a replay
     clock = time.perf_counter()
     pending: list[rounds.Curve] = []
     divergence = None
@@ -216,7 +218,7 @@ def keep(
     steps: range,
     cohort: np.ndarray | None,
 ) -> tuple[TrainState, rounds.Curve]:
-    """Steps that train the server alone and keep what the clients send."""
+    """Train the server alone, and keep the smashed data that the clients send."""
     curves = []
     images = (batch for piece in programs.feed(epoch, steps) for batch in piece)
     for step, batch in zip(steps, images, strict=True):
@@ -234,7 +236,7 @@ def replay(
     steps: np.ndarray,
     cohort: np.ndarray | None,
 ) -> tuple[TrainState, rounds.Curve]:
-    """Steps of the server on what was kept of `steps` of `epoch`."""
+    """Train the server on the smashed data kept from `steps` of `epoch`."""
     curves = []
     for step in steps:
         state, curve = programs.replay_step(state, store.read(epoch, int(step)), cohort)
@@ -243,7 +245,7 @@ def replay(
 
 
 def fetch(progress: Progress, curve: rounds.Curve, clock: float, bar: tqdm, run: Run) -> Progress:
-    """`progress` with the losses of one more round, for which the host waits here."""
+    """Wait for the losses of one more round and add them to `progress`."""
     losses, top1s = (np.concatenate(jax.device_get(x)).astype(np.float64) for x in curve)
     if not np.isfinite(losses).all():
         step = progress.step + int(np.argmin(np.isfinite(losses))) + 1
@@ -262,13 +264,18 @@ def fetch(progress: Progress, curve: rounds.Curve, clock: float, bar: tqdm, run:
 
 @jax.jit
 def all_finite(state: TrainState) -> Array:
-    """Whether no floating-point number of `state` is nan or infinite."""
+    """Return whether all floating-point numbers of `state` are finite.
+
+    Example:
+      >>> bool(all_finite({"kernel": jnp.array([1.0, jnp.inf])}))
+      False
+    """
     floating = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floating]))
 
 
 def next_traffic(run: Run, progress: Progress, loss: float, epoch: int) -> str:
-    """What passes the cut in the epoch after the one that has ended with this mean loss."""
+    """Return the traffic of the next epoch, given the mean loss of the epoch that has just ended."""
     return saving.next_traffic(
         Traffic(progress.traffic),
         loss,
@@ -282,9 +289,9 @@ def next_traffic(run: Run, progress: Progress, loss: float, epoch: int) -> str:
 def finish(
     run: Run, progress: Progress, features: monitor.Evaluated, rng_probe: Array, output: Output
 ) -> None:
-    """The linear probe, unless it is there already, and the closing summary."""
+    """Record the linear probe, unless it is recorded already, and print the summary."""
     probed = output.writes and any("linear_probe" in line for line in workdir.read_metrics(output.folder))
-    # All processes compute it, so that none waits for another.
+    # All processes compute the probe, so that none waits for another.
     if run.config.eval.probe_epochs and not any(hosts.of_first([probed])):
         end = {"step": run.total_steps, "epoch": run.config.total_epochs}
         progress = journal.record(
@@ -305,9 +312,9 @@ def save(
     """Save in the background.
 
     Raises:
-      DiskFullError: if the disk has no room, and the run is to stop then.
+      DiskFullError: if the disk is full and the configuration says to stop then.
     """
-    with journal.going_on(run, output):
+    with journal.continue_on_full_disk(run, output):
         checkpoint.finish(manager)
-    with journal.going_on(run, output):
+    with journal.continue_on_full_disk(run, output):
         checkpoint.save(manager, state, progress)

@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG."""
+"""Plots of a run, as PNG files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,14 @@ import numpy as np
 
 
 def plot_partition(path: Path, labels: np.ndarray, parts: Sequence[np.ndarray], names: Sequence[str]) -> None:
-    """How many images of each class each client holds, as a PNG."""
+    """Plot how many images of each class each client holds.
+
+    Args:
+      path: the PNG file.
+      labels: [n] integers, of the training images.
+      parts: indices of each client's images.
+      names: of the classes.
+    """
     counts = np.stack([np.bincount(labels[part], minlength=len(names)) for part in parts], axis=1)
     figure, axes = _figure(9, 4)
     image = axes.imshow(counts, aspect="auto", interpolation="nearest", cmap="viridis")
@@ -21,7 +28,12 @@ def plot_partition(path: Path, labels: np.ndarray, parts: Sequence[np.ndarray], 
 
 
 def plot_curves(path: Path, metrics: Sequence[Mapping[str, float]]) -> None:
-    """Loss and kNN accuracy over epochs, as a PNG."""
+    """Plot loss and kNN accuracy over epochs.
+
+    Args:
+      path: the PNG file.
+      metrics: the lines of metrics.jsonl.
+    """
     figure, axes = _figure(9, 4)
     losses = [(m["epoch"], m["loss"]) for m in metrics if "loss" in m]
     axes.set(xlabel="epoch", ylabel="loss (InfoNCE)", title="Contrastive loss and kNN accuracy")
@@ -44,7 +56,7 @@ def plot_curves(path: Path, metrics: Sequence[Mapping[str, float]]) -> None:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    # Imported here, since it takes a second; Figure itself needs no display and no global state.
+    # Imported lazily, since it takes a second. Figure needs no display and no global state.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

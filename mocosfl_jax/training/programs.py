@@ -1,4 +1,4 @@
-"""What a run compiles, and the images that it feeds to the compiled step."""
+"""The compiled programs of a run, and the images that feed the compiled step."""
 
 import math
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from mocosfl_jax.training.experiment import Run
 
 
 class Programs(NamedTuple):
-    """What is compiled."""
+    """The compiled programs of a run."""
 
     feed: Feed
     run_steps: rounds.RunSteps
@@ -28,7 +28,7 @@ class Programs(NamedTuple):
 
 
 def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
-    """Compile the step, the bulk of all compilation; the others compile when they are first used."""
+    """Compile the training step, which takes the longest. The other programs compile when first used."""
     batch = (*places(run), *run.dataset.x_train.shape[1:])
     place = meshes.of_images(run.mesh, run.cohort)
     spread = meshes.make_spread(run.mesh, run.cohort, int(run.batch_sizes.max()))
@@ -55,17 +55,17 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
 
 
 def places(run: Run) -> tuple[int, int]:
-    """M and B of the images that a step gets, which the devices can share out."""
+    """Return M and B of a step's images, padded so that the devices can share them."""
     return meshes.padded(run.mesh, run.cohort, int(run.batch_sizes.max()))
 
 
 def make_feed(run: Run, piece_steps: int) -> Feed:
-    """The images of the run's steps, from where they are."""
+    """Return the feed of the run's images, resident on the device or streamed."""
     images = run.dataset.x_train
     place = meshes.of_images(run.mesh, run.cohort)
 
     def indices(epoch: int) -> np.ndarray:
-        """What only fills up the devices is the first image: the step does not look at it."""
+        """Pad the cohort and the batch with image 0, which the step ignores."""
         dealt = run.indices(epoch)
         return np.pad(
             dealt, [(0, n - m) for n, m in zip((len(dealt), *places(run)), dealt.shape, strict=True)]

@@ -1,4 +1,4 @@
-"""What a run tells a person: its header, a line per evaluation, its closing summary."""
+"""Text for the user: the header of a run, a line per evaluation and the closing summary."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _PACKAGES = ("python", "jax", "jaxlib", "flax", "optax", "numpy", "mocosfl_jax")
 
 
 def header(run: Run, state: TrainState) -> str:
-    """Devices, data, clients, both sides of the cut, and the plan of the run; one line each."""
+    """Describe devices, data, clients, both sides of the cut, and the plan of the run; one line each."""
     config, dataset, parts = run.config, run.dataset, run.parts
     pool, sync, optim = config.clients, config.sync, config.optim
     classes = [len(np.unique(dataset.y_train[part])) for part in parts]
@@ -38,14 +38,14 @@ def header(run: Run, state: TrainState) -> str:
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
         "images": f"{'resident on the device' if run.residence.resident else 'streamed from the host'}: "
         f"{_bytes(math.prod(dataset.x_train.shape))}; {run.residence.why}",
-        "clients": f"{pool.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in an epoch; each "
+        "clients": f"{pool.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in each epoch; each has "
         f"{_span([len(part) for part in parts])} images of {_span(classes)} classes, "
         f"batch {_span(run.batch_sizes.tolist())}" + (f"; {run.rich.clients} rich" if run.rich else ""),
     }
     if config.algorithm == "flmoco":
         rows["FL-MoCo"] = (
             f"whole {config.model.name}: {_params(client_params)} and a queue of "
-            f"{config.moco.queue_size:,} keys a client"
+            f"{config.moco.queue_size:,} keys per client"
         )
     else:
         smashed_bytes = run.smashed.size * run.smashed.dtype.itemsize
@@ -57,10 +57,10 @@ def header(run: Run, state: TrainState) -> str:
             keys = f"{pool.num:,} queues of {config.moco.queue_size // pool.num:,} keys"
         rows |= {
             "client side": f"{network} up to cut layer {config.model.cut_layer}"
-            f"{''.join(f', {extra}' for extra in extras if extra)}: {_params(client_params)} a client",
+            f"{''.join(f', {extra}' for extra in extras if extra)}: {_params(client_params)} per client",
             "server side": f"{_params(state.server.params)}; {keys}",
             "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "
-            "down a step",
+            "down per step",
         }
     epochs = "1 epoch" if config.total_epochs == 1 else f"{config.total_epochs:,} epochs"
     interval = "step" if run.steps_per_round == 1 else f"{run.steps_per_round:,} steps"
@@ -103,7 +103,12 @@ _NAMES = {
 
 
 def metrics_line(metrics: Mapping[str, float]) -> str:
-    """A line of metrics.jsonl for a person."""
+    """Format a line of metrics.jsonl for the screen.
+
+    Example:
+      >>> metrics_line({"step": 60, "epoch": 1, "loss": 7.25, "knn_backbone": 0.5})
+      'epoch   1  loss 7.250  kNN backbone 0.500'
+    """
     parts = [f"epoch {metrics['epoch']:>3}"]
     parts += [f"{name} {metrics[field]:.3f}" for field, name in _NAMES.items() if field in metrics]
     if "smashed_up_bytes" in metrics:
@@ -115,7 +120,12 @@ def metrics_line(metrics: Mapping[str, float]) -> str:
 
 
 def summary(metrics: Sequence[Mapping[str, float]], workdir: Path) -> str:
-    """What came out of a finished run, from the lines of its metrics.jsonl."""
+    """Summarize a finished run.
+
+    Args:
+      metrics: the lines of its metrics.jsonl.
+      workdir: its folder.
+    """
     trained = [m for m in metrics if "knn_backbone" in m][-1]
     rows = [accuracies({**metrics[0], **trained, **metrics[-1]}, metrics[0])]
     epochs = [m for m in metrics if "smashed_up_bytes" in m]
@@ -137,11 +147,16 @@ _PROBES = {
 
 
 def accuracies(trained: Mapping[str, float], untrained: Mapping[str, float]) -> str:
-    """A table of what was evaluated.
+    """Format accuracies as a table.
 
     Args:
       trained: accuracies by their names in metrics.jsonl and evaluation.json.
       untrained: those of the untrained network; may be empty.
+
+    Example:
+      >>> print(accuracies({"knn_backbone": 0.758, "knn_projection": 0.783}, {}))
+                                backbone  projection
+      kNN, trained                 0.758       0.783
     """
     rows = [f"{'':<24}{'backbone':>10}{'projection':>12}"]
     for name, numbers in (("kNN, untrained", untrained), ("kNN, trained", trained)):

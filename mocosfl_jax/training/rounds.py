@@ -1,6 +1,6 @@
-"""The compiled programs of a training run: a step, the steps of a round, synchronization.
+"""The compiled programs of training: a step, the steps of a round, synchronization.
 
-Only here are the algorithm's step and sync jitted and their state donated.
+The algorithm's step and sync are jitted only here, and their state is donated.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,12 +13,12 @@ from jax import Array
 from mocosfl_jax.algorithm.interface import Algorithm, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData, Views
 
-# Pieces that wait on the device: the host may not run ahead without end, since each brings its images.
+# Pieces queued on the device. Each holds its images, so the host must not run ahead without limit.
 WAITING = 4
 
 
 class Curve(NamedTuple):
-    """What is kept of each step, in pieces that add up to S steps."""
+    """Loss and contrastive accuracy of S consecutive steps, in pieces."""
 
     loss: list[Array]  # each [s]
     top1: list[Array]
@@ -28,35 +28,35 @@ SyncProgram = Callable[[TrainState, np.ndarray | None], tuple[TrainState, SyncIn
 RunSteps = Callable[[TrainState, Iterable[Array], np.ndarray | None], tuple[TrainState, Curve]]
 KeepingStep = Callable[[TrainState, Array, np.ndarray | None], tuple[TrainState, Curve, SmashedData]]
 ReplayStep = Callable[[TrainState, SmashedData, np.ndarray | None], tuple[TrainState, Curve]]
-Spread = Callable[[Array], Array]  # images [M, B, H, W, 3] -> the same, over several devices
+Spread = Callable[[Array], Array]  # images [M, B, H, W, 3] -> the same, on several devices
 MakeViews = Callable[[Array, Array], Views]  # rng, images [M, B, H, W, 3] uint8 -> Views
 
 
 def joined(curves: Iterable[Curve]) -> Curve:
-    """One curve of those of consecutive steps."""
+    """Concatenate the curves of consecutive steps."""
     each = list(curves)
     return Curve([x for curve in each for x in curve.loss], [x for curve in each for x in curve.top1])
 
 
-def _as_it_is(images: Array) -> Array:
+def _identity(images: Array) -> Array:
     return images
 
 
 def make_sync(algorithm: Algorithm) -> SyncProgram:
-    """Synchronization as a program: state, cohort [M] (None for the whole pool). The state is donated."""
+    """Jit the synchronization: state, cohort [M] or None -> state, SyncInfo. The state is donated."""
     return jax.jit(algorithm.sync, donate_argnums=0)
 
 
 def make_keeping_step(
-    algorithm: Algorithm, make_views: MakeViews, rng: Array, spread: Spread = _as_it_is
+    algorithm: Algorithm, make_views: MakeViews, rng: Array, spread: Spread = _identity
 ) -> KeepingStep:
-    """A step that trains the server alone and returns the smashed data that the clients sent.
+    """Return a step that trains the server alone and returns the smashed data that the clients sent.
 
-    Arguments as in `make_run_steps`; it draws the same views. Compiled when first called.
+    The arguments are those of `make_run_steps`, and the views drawn are the same. Compiled when first called.
 
     Returns:
-      state, images [M, B, H, W, 3] uint8, cohort [M] int32 or None -> state, Curve, SmashedData. The state
-      is donated.
+      A function (state, images [M, B, H, W, 3] uint8, cohort [M] int32 or None) -> state, Curve, SmashedData.
+      The state is donated.
     """
 
     def step(
@@ -71,10 +71,11 @@ def make_keeping_step(
 
 
 def make_replay_step(algorithm: Algorithm) -> ReplayStep:
-    """A step of the server on smashed data that it has kept. Compiled when first called.
+    """Return a step of the server on smashed data that it has kept. Compiled when first called.
 
     Returns:
-      state, SmashedData, the cohort [M] that sent it or None -> state, Curve. The state is donated.
+      A function (state, SmashedData, the cohort [M] that sent it or None) -> state, Curve. The state is
+      donated.
     """
 
     def step(state: TrainState, smashed: SmashedData, cohort: Array | None) -> tuple[TrainState, Curve]:
@@ -94,27 +95,27 @@ def make_run_steps(
     state: TrainState,
     images: jax.ShapeDtypeStruct,
     cohort: int | None,
-    spread: Spread = _as_it_is,
+    spread: Spread = _identity,
 ) -> RunSteps:
     """Compile the function that runs some steps of training.
 
-    A step makes the views of its images and trains. Its randomness comes from its number in the run, so a
-    resumed run draws what an uninterrupted one draws. Nothing is fetched: the call returns while the device
-    works on the last `WAITING` pieces.
+    A step makes the views of its images and trains. Its random numbers depend on its number in the run, so a
+    resumed run draws the same ones as an uninterrupted run. Nothing is fetched: the call returns while the
+    device works on the last `WAITING` pieces.
 
     Args:
-      algorithm: as `mocosfl` returns it.
+      algorithm: from `mocosfl` or `flmoco`.
       make_views: augmentation.
       rng: key of all augmentations of the run.
-      state: a state as the function will get, for its shapes.
-      images: of most pieces, [s, M, B, H, W, 3] uint8, with the sharding of all; s above 1: its steps run as
-        one program (see `Forms.scan_rounds`).
-      cohort: M, which may be less than the images have; None: every client takes part in every step.
-      spread: where the images of a step are within its program; of `parallel.mesh.make_spread` on several devices.
+      state: a state with the shapes and the placement of those that the function will receive.
+      images: [s, M, B, H, W, 3] uint8, shape and sharding of most pieces. If s > 1, the steps of a piece run
+        as one program (see `Forms.scan_rounds`).
+      cohort: M, which may be less than in `images`; None: every client takes part in every step.
+      spread: places a step's images on several devices, from `parallel.mesh.make_spread`.
 
     Returns:
-      state, pieces of images (each of s steps or of one), cohort [M] int32 (None for the whole pool) -> new
-      state and Curve. The state is donated.
+      A function (state, pieces of images, cohort [M] int32 or None) -> state, Curve. Each piece has s steps
+      or one. The state is donated.
     """
     piece_steps = images.shape[0]
 

@@ -1,7 +1,7 @@
-"""Communication saving by loss (`loss_threshold` of the official code of Li et al. 2023).
+"""Loss-based communication saving (`loss_threshold` in the official code of Li et al. 2023).
 
-When an epoch has hardly lowered the loss, the next one sends no gradients back to the clients, and the one
-after that sends nothing: the server trains on smashed data that it has kept, in shuffled order.
+If an epoch hardly lowers the loss, the next epoch sends no gradients back to the clients, and the one after
+that sends nothing: the server trains on smashed data that it has kept, in shuffled order.
 """
 
 import enum
@@ -17,27 +17,34 @@ from mocosfl_jax.errors import DiskFullError, UserError
 
 
 class Traffic(enum.StrEnum):
-    """What passes the cut in an epoch."""
+    """What is sent across the cut in an epoch."""
 
     BOTH_WAYS = "A"  # smashed data up, gradients down
-    UP_ONLY = "B"  # smashed data up, which the server keeps; clients are not trained
-    NONE = "C"  # the server replays what it has kept
+    UP_ONLY = "B"  # smashed data up, kept by the server; the clients are not trained
+    NONE = "C"  # the server replays the smashed data that it kept
 
 
 def next_traffic(
     traffic: Traffic, loss: float, last_loss: float, *, epoch: int, threshold: float, warmup_epochs: int
 ) -> Traffic:
-    """What the epoch after `epoch` (1, 2, ...) sends.
+    """Return the traffic of the epoch after `epoch` (1, 2, ...).
 
-    One state further along A, B, C if the loss fell by less than `threshold`, and back to A if by more.
+    It moves one state along A, B, C if the loss fell by less than `threshold`; otherwise it returns to A.
 
     Args:
       traffic: of the epoch that has ended.
-      loss: its mean loss.
-      last_loss: the mean loss of the epoch before; infinite if there was none.
-      epoch: how many epochs have ended.
-      threshold: 0 never saves.
-      warmup_epochs: epochs after which A follows in any case.
+      loss: mean loss of that epoch.
+      last_loss: mean loss of the epoch before; infinite if there was none.
+      epoch: number of epochs that have ended.
+      threshold: smallest decrease of the loss that keeps full traffic; 0 never saves.
+      warmup_epochs: number of epochs after which A always follows.
+
+    Returns:
+      The traffic of the next epoch.
+
+    Example:
+      >>> next_traffic(Traffic.BOTH_WAYS, 7.20, 7.21, epoch=5, threshold=0.05, warmup_epochs=2).name
+      'UP_ONLY'
     """
     if epoch <= warmup_epochs or max(last_loss - loss, 0.0) >= threshold:
         return Traffic.BOTH_WAYS
@@ -45,21 +52,22 @@ def next_traffic(
 
 
 def gibibytes(arrays: jax.ShapeDtypeStruct) -> float:
-    """Size of a store of this shape and dtype."""
+    """Return the size of arrays of this shape and dtype in GiB."""
     return arrays.size * arrays.dtype.itemsize / 2**30
 
 
 class Store:
     """The smashed data of one epoch, in a file: [steps, 2, n, h, w, c] of query and key views.
 
-    The operating system keeps in memory what fits there. The file is named after its epoch, so that a run
-    that resumes from before another one was kept cannot replay the wrong one.
+    The operating system caches as much of the file as fits in memory. The file name contains the epoch, so
+    that a run resumed from an earlier checkpoint cannot replay the wrong one.
     """
 
     def __init__(self, folder: Path, arrays: jax.ShapeDtypeStruct) -> None:
         self.folder, self.arrays = folder, arrays
 
     def path(self, epoch: int) -> Path:
+        """Return the path of the file for `epoch`."""
         return self.folder / f"replay_{epoch}.npy"
 
     def require_space(self) -> None:
@@ -73,7 +81,11 @@ class Store:
             )
 
     def write(self, epoch: int, step: int, smashed: SmashedData) -> None:
-        """Keep the smashed data of a step of `epoch`, and of that epoch only."""
+        """Keep the smashed data of a step of `epoch`, and delete that of other epochs.
+
+        Raises:
+          DiskFullError: if the disk has no room for the file.
+        """
         path = self.path(epoch)
         if not path.exists():
             for other in self._kept():
@@ -82,14 +94,14 @@ class Store:
         file[step, 0], file[step, 1] = smashed.query, smashed.key
 
     def read(self, epoch: int, step: int) -> SmashedData:
-        """The smashed data of a step of `epoch`, as it was kept.
+        """Return the smashed data of a step of `epoch`, as it was kept.
 
         Raises:
-          UserError: if the file is gone or another one.
+          UserError: if the file is missing or has another shape or dtype.
         """
         path = self.path(epoch)
         if not path.exists():
-            raise UserError(f"{path}: the run was in an epoch of replay and this file is gone")
+            raise UserError(f"{path}: this file is missing, but the run stopped in an epoch that replays it")
         return SmashedData(*np.array(self._open(path, "r")[step]))
 
     def _kept(self) -> list[Path]:
@@ -99,7 +111,7 @@ class Store:
         if mode == "w+":
             try:
                 file = np.lib.format.open_memmap(path, mode, self.arrays.dtype, self.arrays.shape)
-                # A write into a mapped file that finds no room kills the process.
+                # Reserve the space: writing to a mapped file on a full disk would kill the process.
                 if hasattr(os, "posix_fallocate"):
                     with path.open("r+b") as whole:
                         os.posix_fallocate(whole.fileno(), 0, path.stat().st_size)
@@ -110,7 +122,7 @@ class Store:
         file = np.lib.format.open_memmap(path, mode)
         shape, dtype = self.arrays.shape, self.arrays.dtype
         if file.shape != shape:
-            raise UserError(f"{path}: found {file.shape}, the run's smashed data are {shape}")
+            raise UserError(f"{path}: found {file.shape}, allowed: {shape}, that of the run's smashed data")
         if file.dtype.itemsize != dtype.itemsize:
-            raise UserError(f"{path}: found {file.dtype}, the run's smashed data are {dtype}")
-        return file.view(dtype)  # NumPy's format has no name for bfloat16: it is read as two bytes
+            raise UserError(f"{path}: found {file.dtype}, allowed: {dtype}, that of the run's smashed data")
+        return file.view(dtype)  # NumPy's format lacks bfloat16 and reads it as two raw bytes

@@ -1,4 +1,4 @@
-"""The files of a run: config.json, preprocessing.json, metrics.jsonl and evaluation.json."""
+"""The JSON files of a run: config.json, preprocessing.json, metrics.jsonl and evaluation.json."""
 
 import contextlib
 import errno
@@ -15,15 +15,15 @@ from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.runtime.environment import Environment, differences
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
-_ENVIRONMENT = "environment"  # in config.json, beside the fields of the configuration
+_ENVIRONMENT = "environment"  # in config.json, next to the fields of the configuration
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Within, no other process that asks for it trains in `workdir`, which is made if it is not there.
+    """Lock `workdir`, so that no other process trains there. The folder is created if it does not exist.
 
-    The system gives the lock up with the process, however that ends. A file system may have no locks: then
-    nothing is refused.
+    The operating system releases the lock when the process ends, for any reason. On a file system without
+    locks, nothing is refused.
 
     Raises:
       UserError: if another process trains there, or the folder cannot be written to.
@@ -43,23 +43,23 @@ def locked(workdir: Path) -> Iterator[None]:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     raise UserError(
                         f"--workdir: found another process that trains in {workdir}, allowed: one run "
-                        "(several processes of one need --coordinator, --num_processes and --process_id)"
+                        "(the processes of one run need --coordinator, --num_processes and --process_id)"
                     ) from error
         yield
 
 
 def claim(workdir: Path, config: Resolved, environment: Environment) -> list[str]:
-    """Make `workdir` and write config.json, or see that the one that is there says the same.
+    """Create `workdir` and write config.json, or check that an existing one has the same configuration.
 
     Fields that do not change results may differ (`config.INDIFFERENT`), and so may the environment.
 
     Args:
-      workdir: of the run.
-      config: of the run.
-      environment: of `environment.environment`; config.json keeps that of the start.
+      workdir: the folder of the run.
+      config: the configuration of the run.
+      environment: from `runtime.environment.environment`. config.json keeps that of the start of the run.
 
     Returns:
-      In what the environment of the start differs from this one; [] at the start.
+      The differences between the environment at the start and this one; [] for a new run.
 
     Raises:
       UserError: if the folder holds a run of another configuration, or cannot be written to.
@@ -70,7 +70,9 @@ def claim(workdir: Path, config: Resolved, environment: Environment) -> list[str
         if not path.exists():
             for other in ("metrics.jsonl", "checkpoints"):
                 if (workdir / other).exists():
-                    raise UserError(f"--workdir: {workdir} holds {other} but no config.json; give another")
+                    raise UserError(
+                        f"--workdir: {workdir} holds {other} but no config.json; give another --workdir"
+                    )
             _write_json(path, config.as_dict() | {_ENVIRONMENT: environment})
             return []
         found = json.loads(path.read_text())
@@ -92,10 +94,10 @@ def claim(workdir: Path, config: Resolved, environment: Environment) -> list[str
 
 
 def read_config(workdir: Path) -> Resolved:
-    """The configuration of the run in `workdir`.
+    """Read the configuration of the run in `workdir`.
 
     Raises:
-      UserError: if there is no run, or one whose configuration does not fit.
+      UserError: if there is no run, or its configuration is invalid.
     """
     if not workdir.is_dir():
         raise UserError(f"--workdir: found no folder {workdir}, allowed: the folder of a run")
@@ -110,42 +112,42 @@ def read_config(workdir: Path) -> Resolved:
 
 
 class Preprocessing(NamedTuple):
-    """What a run does to images before it encodes them."""
+    """How a run prepares images for its encoder."""
 
-    image_size: int  # pixels a side
-    mean: tuple[float, ...]  # of each channel, on [0, 1]
-    std: tuple[float, ...]
+    image_size: int  # in pixels
+    mean: tuple[float, ...]  # per channel, for pixels on [0, 1]
+    std: tuple[float, ...]  # per channel
 
 
 def write_preprocessing(workdir: Path, preprocessing: Preprocessing) -> None:
-    """preprocessing.json, so that other images can be encoded where the data set is not."""
+    """Write preprocessing.json, with which images can be encoded without the data set."""
     _write_json(workdir / "preprocessing.json", preprocessing._asdict())
 
 
 def read_preprocessing(workdir: Path) -> Preprocessing:
-    """What preprocessing.json says.
+    """Read preprocessing.json.
 
     Raises:
-      UserError: if it is not there, or something else.
+      UserError: if the file is missing or invalid.
     """
     path = workdir / "preprocessing.json"
     try:
         return Preprocessing(**_read_json(path))
     except TypeError as error:
         allowed = ", ".join(Preprocessing._fields)
-        raise UserError(f"{path}: found something else, allowed: {allowed}") from error
+        raise UserError(f"{path}: found other fields, allowed: {allowed}") from error
 
 
 def write_evaluation(workdir: Path, evaluation: Mapping[str, Any]) -> None:
-    """evaluation.json, in place of an earlier one."""
+    """Write evaluation.json, replacing an earlier one."""
     _write_json(workdir / "evaluation.json", evaluation)
 
 
 def append_metrics(workdir: Path, lines: Sequence[Metrics]) -> None:
-    """More lines of metrics.jsonl, on disk when this returns.
+    """Append lines to metrics.jsonl. They are on disk when this returns.
 
     Raises:
-      DiskFullError: the disk has no room for them, and the file is as it was.
+      DiskFullError: if the disk has no room for them. The file is unchanged.
     """
     path = _metrics_path(workdir)
     before = path.stat().st_size if path.exists() else 0
@@ -163,7 +165,7 @@ def append_metrics(workdir: Path, lines: Sequence[Metrics]) -> None:
 
 
 def read_metrics(workdir: Path, lines: int | None = None) -> list[Metrics]:
-    """The first `lines` objects of metrics.jsonl; None: all complete lines.
+    """Read the first `lines` objects of metrics.jsonl; None: all complete lines.
 
     Raises:
       UserError: if a line is not JSON.
@@ -179,12 +181,12 @@ def read_metrics(workdir: Path, lines: int | None = None) -> list[Metrics]:
 
 
 def rewind_metrics(workdir: Path, lines: int, optional: int = 0) -> None:
-    """Keep the first `lines` lines of metrics.jsonl: the others were written after the checkpoint.
+    """Keep the first `lines` lines of metrics.jsonl and drop those written after the checkpoint.
 
     Args:
-      workdir: of the run.
-      lines: written before the checkpoint.
-      optional: how many of the lines after it are kept too, if they are there and complete.
+      workdir: the folder of the run.
+      lines: number of lines written before the checkpoint.
+      optional: number of further lines to keep if they are complete.
 
     Raises:
       UserError: if lines are missing.
@@ -216,7 +218,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace the file in one go: a reader, or a kill, sees the old or the new one."""
+    """Replace a file atomically: after a kill, or for a reader, it is either the old or the new one."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as file:
         file.write(text)

@@ -145,7 +145,9 @@ def test_a_run_that_is_to_go_on_saves_again_when_there_is_room(
 
         said, error = train_watched(run, tmp_path / "run", fill)
     assert error is None
-    going_on = [line for line in said if line.endswith("the run goes on, and saves again when there is room")]
+    going_on = [
+        line for line in said if line.endswith("training continues, and saving resumes when there is room")
+    ]
     assert [line.split(": ")[1][:22] for line in going_on] == [
         "no room for 1 more lin",
         "no room to save step 8",
