@@ -1,7 +1,7 @@
-"""What the commands have in common: a configuration from the command line, and one line for a mistake.
+"""Shared by all commands: parsing a configuration, and reporting errors in one line.
 
 --config=FILE[:PARAMETER]    a Python file with get_config(), or get_config(parameter)
---config.FIELD=VALUE         one field of it
+--config.FIELD=VALUE         one field of the configuration
 """
 
 import dataclasses
@@ -26,25 +26,33 @@ HELP = {"--help", "-h", "-help", "--helpfull"}
 
 
 class Arguments(NamedTuple):
-    """A command line that was understood."""
+    """A parsed command line."""
 
     config: Config  # not resolved
-    name: str  # of the configuration: its file's, with its parameter
-    flags: flags.FlagValues  # the command's own
+    name: str  # the name of the configuration's file, with its parameter
+    flags: flags.FlagValues  # the command's own flags
 
 
 def parse(
     argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None] = lambda values: None
 ) -> Arguments:
-    """Read a command line that sets a configuration, the quickstart's by default.
+    """Parse a command line that sets a configuration. The default is the quickstart's.
 
     Args:
       argv: the command and its arguments.
-      usage: what is allowed, for the message.
-      define: adds the flags that the command has beside --config.
+      usage: the allowed arguments, for the error message.
+      define: adds the command's own flags.
+
+    Returns:
+      The configuration, its name and the command's flags.
 
     Raises:
-      UserError: naming the first argument that is not understood.
+      UserError: names the first invalid argument.
+
+    Example:
+      >>> arguments = parse(["train", "--config.clients.num=50"], usage="--config.FIELD=VALUE")
+      >>> arguments.name, arguments.config.clients.num
+      ('quickstart', 50)
     """
     unset, argv = split_unset(argv)
     for argument in argv[1:]:
@@ -76,10 +84,19 @@ def parse(
 def parse_flags(
     argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None], required: Sequence[str] = ()
 ) -> Any:
-    """Read a command line that takes no configuration, only the flags that `define` adds.
+    """Parse a command line without a configuration, with only the flags that `define` adds.
+
+    Args:
+      argv: the command and its arguments.
+      usage: the allowed arguments, for the error message.
+      define: adds the flags.
+      required: flags that must have a value.
+
+    Returns:
+      The flags, each an attribute.
 
     Raises:
-      UserError: naming the first argument that is not understood, or a required flag without a value.
+      UserError: names the first invalid argument, or a required flag without a value.
     """
     values = flags.FlagValues()
     define(values)
@@ -96,29 +113,41 @@ def parse_flags(
 
 
 def output_file(text: str) -> Path:
-    """The path that --out gives.
+    """Return the path given by --out.
 
     Raises:
-      UserError: if no file can be there.
+      UserError: if the path is a folder, or its parent folder does not exist.
     """
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--out: found {path}, allowed: a file in a folder that is there")
+        raise UserError(f"--out: found {path}, allowed: a file in an existing folder")
     return path
 
 
 def split_parameter(path: str) -> tuple[str, list[str]]:
-    """FILE:PARAMETER as the file and the list of its one parameter, or of none."""
+    """Split FILE:PARAMETER into the file and a list with the parameter; the list is empty without one.
+
+    Example:
+      >>> split_parameter("configs/cifar10_cross_silo.py:20")
+      ('configs/cifar10_cross_silo.py', ['20'])
+    """
     file, colon, parameter = path.rpartition(":")
     return (file, [parameter]) if colon and file.endswith(".py") else (path, [])
 
 
 def split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take `--config.FIELD=None` out of a command line, since absl cannot parse it for a number.
+    """Take the arguments `--config.FIELD=None` out of a command line: absl cannot parse None as a number.
 
     Returns:
-      The fields, below `config`, and the other arguments. Whether a field may be None shows when the
-      configuration is checked.
+      The paths of these fields, without `config.`, and the other arguments. Whether a field may be None is
+      checked later, with the configuration.
+
+    Raises:
+      UserError: if there is no such field.
+
+    Example:
+      >>> split_unset(["train", "--config.clients.cohort=None"])
+      (['clients.cohort'], ['train'])
     """
     unset, others = [], []
     for argument in argv:
@@ -132,7 +161,7 @@ def split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check_field(argument: str) -> None:
-    """Raise UserError if `argument` sets a field that no configuration has."""
+    """Raise UserError if `argument` sets a field that does not exist in a configuration."""
     match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
     node: Any = quickstart()
     path = "config"
@@ -147,16 +176,16 @@ def check_field(argument: str) -> None:
 
 
 def load_config(file: str, parameter: Sequence[str] = ()) -> Config:
-    """What get_config(*parameter) of the Python file returns.
+    """Return the configuration from get_config(*parameter) of a Python file.
 
     Raises:
-      UserError: if there is no such file, or it does not work.
+      UserError: if the file does not exist, fails, or returns something else.
     """
     if not Path(file).is_file():
         raise UserError(f"--config: found no file {file}, allowed: a Python file with get_config()")
     try:
         config = runpy.run_path(file)["get_config"](*parameter)
-    except (Exception, SystemExit) as error:  # whatever a user's file may raise
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise UserError(f"{file}: {one_line(error)}") from error
     if not isinstance(config, Config):
         raise UserError(f"{file}: get_config() returned {type(config).__name__}, allowed: a Config")
@@ -164,7 +193,7 @@ def load_config(file: str, parameter: Sequence[str] = ()) -> Config:
 
 
 def explain(error: BaseException) -> str:
-    """One line for a mistake that absl has found."""
+    """Describe an absl parsing error in one line."""
     cause = error.__context__
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__context__
@@ -182,11 +211,12 @@ def explain(error: BaseException) -> str:
 
 
 def type_name(annotation: Any) -> str:
+    """Return the name of a field's type, such as `int | None`."""
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def help_text(words: str | None) -> str:
-    """The command's own words, and every field with its default."""
+def help_text(description: str | None) -> str:
+    """Return a command's description, followed by every field of a configuration and its default."""
 
     def lines(node: Any, path: str) -> Iterator[str]:
         for field in dataclasses.fields(node):
@@ -197,14 +227,20 @@ def help_text(words: str | None) -> str:
                 yield f"  --{path}.{field.name}={value}  ({type_name(field.type)})"
 
     fields = "\n".join(lines(quickstart(), "config"))
-    return f"{words}\nFields and their values in the quickstart (see mocosfl_jax/config.py):\n{fields}"
+    title = "Fields and their values in the quickstart (see mocosfl_jax/config/fields.py):"
+    return f"{description}\n{title}\n{fields}"
 
 
 def answer(argv: Sequence[str], explanation: str, work: Callable[[Sequence[str]], None]) -> int:
-    """Do the work of a command that writes nothing before its end, or explain it where --help is given.
+    """Run a command that writes nothing before it is done, or print its description if --help is given.
+
+    Args:
+      argv: the command and its arguments.
+      explanation: the text for --help.
+      work: does the work of the command.
 
     Returns:
-      Its exit status: 0, 1 where the machine fails it, 2 after a user's mistake, 130 after SIGINT.
+      The exit status: 0, 1 if the machine fails, 2 for a user error, 130 after SIGINT.
     """
     if HELP & set(argv):
         say(explanation)
@@ -225,12 +261,12 @@ def answer(argv: Sequence[str], explanation: str, work: Callable[[Sequence[str]]
 
 
 def fail(status: int, error: object) -> int:
-    """Say in one line what went wrong."""
+    """Print an error as one line on stderr and return `status`."""
     print("error:", " ".join(str(error).split())[:2000], file=sys.stderr)
     return status
 
 
 def say(line: str) -> None:
-    """Print above the progress bar."""
+    """Print a line on stdout, above the progress bar."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()

@@ -2,14 +2,14 @@
 
     python -m mocosfl_jax.encode --workdir=FOLDER --images=FOLDER --out=FILE.npz [--checkpoint=STEP]
 
-  --workdir=FOLDER     of a run of mocosfl_jax.train, finished or not; its data set need not be there
-  --images=FOLDER      with .png, .jpg or .jpeg files in it and in the folders below
-  --out=FILE.npz       gets backbone [n, D], projection [n, key_dim], both float32, and files [n], the paths
-                       below the folder, in sorted order
-  --checkpoint=STEP    a number in the run's checkpoints; the newest by default
+  --workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not; its data set is not needed
+  --images=FOLDER      a folder with .png, .jpg or .jpeg files, also in subfolders
+  --out=FILE.npz       the output: backbone [n, D] and projection [n, key_dim], both float32, and files [n],
+                       the paths relative to --images, in sorted order
+  --checkpoint=STEP    a number in the run's checkpoints; default: the newest
 
-The shorter side of an image is resized to the run's image size and the centre cut out. Files that cannot be
-read are left out and named.
+The shorter side of each image is resized to the run's image size and the centre is cropped. Files that cannot
+be read are reported and skipped.
 """
 
 import os
@@ -33,26 +33,26 @@ from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
 USAGE = "--workdir=FOLDER, --images=FOLDER, --out=FILE.npz, --checkpoint=STEP, --help"
-BATCH = 250  # images in memory
+BATCH = 250  # images in memory at a time
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit status, as `commandline.answer` has it."""
+    """Run the command and return its exit status, see `commandline.answer`."""
     return commandline.answer(argv, __doc__ or "", encode)
 
 
 def encode(argv: Sequence[str]) -> None:
-    """Encode as the command line says.
+    """Encode as requested on the command line.
 
     Raises:
-      UserError: for a mistake in it, and for folders that hold no run or no images.
+      UserError: if an argument is wrong, or the folders do not hold a run or images.
     """
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
         flags.DEFINE_string("images", None, "Folder of images.", flag_values=values)
         flags.DEFINE_string("out", None, "File of the features.", flag_values=values)
-        flags.DEFINE_integer("checkpoint", None, "Its training step.", flag_values=values)
+        flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "images", "out"])
     folder, images = Path(values.workdir), Path(values.images)
@@ -66,7 +66,7 @@ def encode(argv: Sequence[str]) -> None:
         raise UserError(f"--images: {images} holds no .png, .jpg or .jpeg file")
 
     compiler.set_up()
-    # Imported only here, so that a slip of the pen is answered at once.
+    # Imported lazily, so that argument errors precede slow imports.
     from mocosfl_jax.evaluation.features import extract, make_encode
     from mocosfl_jax.models.forms import forms
     from mocosfl_jax.parallel.mesh import one_device
@@ -99,10 +99,10 @@ def encode(argv: Sequence[str]) -> None:
 
 
 def batches(files: Sequence[Path], image_size: int) -> Iterator[tuple[list[Path], np.ndarray]]:
-    """Read `BATCH` files at a time; those that cannot be read are said and left out.
+    """Read `BATCH` files at a time. Files that cannot be read are reported and skipped.
 
     Yields:
-      Files and their images [n, image_size, image_size, 3] uint8, 1 <= n <= BATCH.
+      Paths, and their images [n, image_size, image_size, 3] uint8, 1 <= n <= BATCH.
     """
     broken = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -113,14 +113,14 @@ def batches(files: Sequence[Path], image_size: int) -> Iterator[tuple[list[Path]
             for path, picture in zip(batch, found, strict=True):
                 if isinstance(picture, str):
                     broken += 1
-                    say(f"left out: {path} ({picture})")
+                    say(f"skipped: {path} ({picture})")
                 else:
                     paths.append(path)
                     pictures.append(picture)
             if paths:
                 yield paths, np.stack(pictures)
     if broken:
-        say(f"left out: {broken:,} of {len(files):,} files")
+        say(f"skipped: {broken:,} of {len(files):,} files")
 
 
 if __name__ == "__main__":

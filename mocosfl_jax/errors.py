@@ -1,34 +1,50 @@
-"""What can go wrong in a way that is told in one line and without a trace."""
+"""Errors that the commands report in one line, without a traceback."""
 
 import errno
 import os
 
 
 class UserError(ValueError):
-    """Something the user can put right: a field, a file, a value.
+    """A mistake that the user can correct: a field, a file or a value.
 
-    The message is one line that names the field or file, what was found and what is allowed. The
-    command prints it and exits with status 2; library code sees a ValueError.
+    The message is one line that names the field or file, what was found and what is allowed. The commands
+    print it and exit with status 2. In library code it is a ValueError.
+
+    Example:
+      >>> raise UserError("config.epochs: found 0, allowed: 1 or more")
+      Traceback (most recent call last):
+      ...
+      mocosfl_jax.errors.UserError: config.epochs: found 0, allowed: 1 or more
     """
 
     def __init__(self, message: str) -> None:
-        """What is quoted from files may have line breaks, which become spaces."""
+        """Replace line breaks by spaces: text quoted from files may contain them."""
         super().__init__(" ".join(message.split()))
 
 
 def one_line(error: BaseException) -> str:
-    """An error of a library in one line, with its kind."""
+    """Format an exception as one line that starts with its type.
+
+    Example:
+      >>> one_line(KeyError("get_config"))
+      "KeyError: 'get_config'"
+    """
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class DiskFullError(OSError):
-    """A file of the run finds no room. The message is one line that names it."""
+    """The disk has no room for a file of the run. The message is one line that names the file."""
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is of a full disk, a quota or a limit on the size of files.
+    """Return whether an error comes from a full disk, a quota or a limit on file sizes.
 
-    Libraries in C++ put the operating system's words into errors of other kinds.
+    The errors that led to it are checked too. C++ libraries put the operating system's message into errors of
+    other types, so the texts are searched as well.
+
+    Example:
+      >>> is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
+      True
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:

@@ -1,15 +1,15 @@
-"""Evaluate a checkpoint of a run: kNN and linear probe, with few labels too.
+"""Evaluate a checkpoint of a run: kNN, a linear probe and, on request, classifiers trained on few labels.
 
     python -m mocosfl_jax.evaluate --workdir=FOLDER [--checkpoint=STEP] [--probe_epochs=N] [--semi_supervised]
 
-  --workdir=FOLDER     of a run of mocosfl_jax.train, finished or not
-  --checkpoint=STEP    a number in FOLDER/checkpoints; the newest by default
-  --probe_epochs=N     of the linear probe and the semi-supervised classifiers, 0: none of them; by default
-                       the run's config.eval.probe_epochs
+  --workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not
+  --checkpoint=STEP    a number in FOLDER/checkpoints; default: the newest
+  --probe_epochs=N     epochs of the linear probe and the semi-supervised classifiers, 0 to skip them;
+                       default: config.eval.probe_epochs of the run
   --semi_supervised    also train a small network on the features with 10 % and with 1 % of the labels
 
 Prints the accuracies and writes them to FOLDER/evaluation.json. Nothing else in the folder changes. The data
-set has to be where the run found it.
+set must be where the run found it.
 """
 
 import sys
@@ -29,21 +29,21 @@ USAGE = "--workdir=FOLDER, --checkpoint=STEP, --probe_epochs=N, --semi_supervise
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit status, as `commandline.answer` has it."""
+    """Run the command and return its exit status, see `commandline.answer`."""
     return commandline.answer(argv, __doc__ or "", evaluate)
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Evaluate as the command line says.
+    """Evaluate as requested on the command line.
 
     Raises:
-      UserError: for a mistake in it, and for a folder that holds no run.
+      UserError: if an argument is wrong, or the folder does not hold a run.
     """
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-        flags.DEFINE_integer("checkpoint", None, "Its training step.", flag_values=values)
-        flags.DEFINE_integer("probe_epochs", None, "Of the probes.", lower_bound=0, flag_values=values)
+        flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
+        flags.DEFINE_integer("probe_epochs", None, "Epochs of the probes.", lower_bound=0, flag_values=values)
         flags.DEFINE_bool("semi_supervised", False, "Also with few labels.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir"])
@@ -55,7 +55,7 @@ def evaluate(argv: Sequence[str]) -> None:
         raise UserError("--probe_epochs: found 0, allowed: 1 or more with --semi_supervised")
 
     compiler.set_up()
-    # Imported only here, so that a slip of the pen is answered at once.
+    # Imported lazily, so that argument errors precede slow imports.
     from mocosfl_jax.evaluation import monitor
     from mocosfl_jax.evaluation.features import make_encode
     from mocosfl_jax.parallel.mesh import one_device
@@ -73,7 +73,7 @@ def evaluate(argv: Sequence[str]) -> None:
     numbers = monitor.knn(run.dataset, run.config.eval, features) | monitor.knn_raw_pixels(
         run.dataset, run.config.eval
     )
-    # The training's own, so that the numbers of the last checkpoint are those in metrics.jsonl.
+    # The same key as in training, so that the last checkpoint gets the accuracies in metrics.jsonl.
     _, _, rng_probe = jax.random.split(jax.random.key(config.seed), 3)
     if config.eval.probe_epochs:
         numbers |= monitor.linear_probe(run.dataset, run.config.eval, features, rng_probe)

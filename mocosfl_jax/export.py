@@ -2,10 +2,10 @@
 
   python -m mocosfl_jax.export --workdir=FOLDER --out=FILE.safetensors [--checkpoint=STEP]
 
---workdir=FOLDER     of a run of mocosfl_jax.train, finished or not; its data set need not be there
---out=FILE           gets client 0's and the server's parameters, with the network and the preprocessing in
-                     its header; `mocosfl_jax.load_encoder` reads it
---checkpoint=STEP    a number in the run's checkpoints; the newest by default
+--workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not; its data set is not needed
+--out=FILE           the output: the parameters of client 0 and of the server, with the network and the
+                     preprocessing in the header; `mocosfl_jax.load_encoder` reads it
+--checkpoint=STEP    a number in the run's checkpoints; default: the newest
 """
 
 import sys
@@ -24,21 +24,21 @@ USAGE = "--workdir=FOLDER, --out=FILE.safetensors, --checkpoint=STEP, --help"
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit status, as `commandline.answer` has it."""
+    """Run the command and return its exit status, see `commandline.answer`."""
     return commandline.answer(argv, __doc__ or "", export)
 
 
 def export(argv: Sequence[str]) -> None:
-    """Export as the command line says.
+    """Export as requested on the command line.
 
     Raises:
-      UserError: for a mistake in it, and for a folder that holds no run.
+      UserError: if an argument is wrong, or the folder does not hold a run.
     """
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
         flags.DEFINE_string("out", None, "File of the encoder.", flag_values=values)
-        flags.DEFINE_integer("checkpoint", None, "Its training step.", flag_values=values)
+        flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "out"])
     folder, out = Path(values.workdir), commandline.output_file(values.out)
@@ -46,7 +46,7 @@ def export(argv: Sequence[str]) -> None:
     preprocessing = workdir.read_preprocessing(folder)
 
     compiler.set_up()
-    # Imported only here, so that a slip of the pen is answered at once.
+    # Imported lazily, so that argument errors precede slow imports.
     from mocosfl_jax.models.forms import forms
     from mocosfl_jax.parallel.mesh import one_device
     from mocosfl_jax.training import checkpoint
@@ -59,7 +59,7 @@ def export(argv: Sequence[str]) -> None:
     )
     state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init, device)
     client = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
-    # FL-MoCo's clients have the whole network.
+    # In FL-MoCo, each client has the whole network.
     client, server = client if config.algorithm == "flmoco" else (client, state.server.params)
     source = f"checkpoint {progress.step:,} of {folder}"
     network = network_arguments(config, preprocessing.image_size)

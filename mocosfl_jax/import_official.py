@@ -1,13 +1,13 @@
-"""Turn a checkpoint of the official PyTorch code into one safetensors file. PyTorch is not needed.
+"""Convert a checkpoint of the official PyTorch code into one safetensors file. PyTorch is not needed.
 
   python -m mocosfl_jax.import_official --client=checkpoint_c_best.tar --server=checkpoint_s_best.tar
       --config=FILE[:PARAMETER] [--config.FIELD=VALUE ...] --out=FILE.safetensors [--mean=R,G,B --std=R,G,B]
 
---client, --server   the two files that the official code saved
---config             the network (config.model, config.moco) and the data (name, image_size) that it was
-                     trained with
---out=FILE           gets the encoder; `mocosfl_jax.load_encoder` reads it
---mean, --std        of each channel, on [0, 1]; by default the official code's for config.data.name
+--client, --server   the two files saved by the official code
+--config             the configuration of the checkpoint: its network (config.model, config.moco) and its data
+                     (name, image_size)
+--out=FILE           the output; `mocosfl_jax.load_encoder` reads it
+--mean, --std        per channel, for pixels on [0, 1]; default: the official code's for config.data.name
 """
 
 import re
@@ -26,26 +26,26 @@ USAGE = "--client=FILE, --server=FILE, --config=FILE, --config.FIELD=VALUE, --ou
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit status, as `commandline.answer` has it."""
+    """Run the command and return its exit status, see `commandline.answer`."""
     return commandline.answer(argv, commandline.help_text(__doc__), import_official)
 
 
 def import_official(argv: Sequence[str]) -> None:
-    """Import as the command line says.
+    """Import as requested on the command line.
 
     Raises:
-      UserError: for a mistake in it, and for files that hold another network.
+      UserError: if an argument is wrong, or the files hold a different network.
     """
 
     def define(values: flags.FlagValues) -> None:
         for name in ("client", "server", "out"):
             flags.DEFINE_string(name, None, "File.", flag_values=values)
         for name in ("mean", "std"):
-            flags.DEFINE_list(name, None, "Of each channel.", flag_values=values)
+            flags.DEFINE_list(name, None, "Per channel.", flag_values=values)
 
     arguments = commandline.parse(argv, USAGE, define)
     values = arguments.flags
-    # The quickstart's network is nobody's official one.
+    # --config has no default here: no official checkpoint has the quickstart's network.
     given = {"config"} if any(re.match(r"--?config(=|$)", argument) for argument in argv) else set()
     given |= {name for name in ("client", "server", "out") if values[name].value}
     for name in ("client", "server", "config", "out"):
@@ -57,10 +57,10 @@ def import_official(argv: Sequence[str]) -> None:
     image_size = config.data.image_size or data.SIZES.get(config.data.name, (None, None))[1]
     if image_size is None:
         raise UserError(
-            f"config.data.image_size: found None, allowed: the pixels a side of {config.data.name}"
+            f"config.data.image_size: found None, allowed: the image size of {config.data.name} in pixels"
         )
 
-    # Imported only here, so that a slip of the pen is answered at once.
+    # Imported lazily, so that argument errors precede slow imports.
     from mocosfl_jax.training.build import network_arguments
     from mocosfl_jax.weights import encoder_file, official, torch_file
 
@@ -73,11 +73,11 @@ def import_official(argv: Sequence[str]) -> None:
 
 
 def _channels(flag: str, given: list[str] | None, config: Resolved) -> tuple[float, ...]:
-    """What the flag says, or the published numbers of the data set."""
+    """Return the values of --mean or --std, or the published ones of the data set."""
     if given is None:
         if config.data.name not in data.PUBLISHED:
             raise UserError(
-                f"--{flag} is missing, and not known for {config.data.name}; allowed: --{flag}=R,G,B"
+                f"--{flag} is missing and has no default for {config.data.name}; allowed: --{flag}=R,G,B"
             )
         return data.PUBLISHED[config.data.name][("mean", "std").index(flag)]
     try:
@@ -89,7 +89,9 @@ def _channels(flag: str, given: list[str] | None, config: Resolved) -> tuple[flo
         or not all(0 <= number <= 1 for number in numbers)
         or (flag == "std" and 0 in numbers)
     ):
-        raise UserError(f"--{flag}: found {','.join(given)}, allowed: R,G,B on [0, 1], as 0.49,0.48,0.45")
+        raise UserError(
+            f"--{flag}: found {','.join(given)}, allowed: R,G,B on [0, 1], such as 0.49,0.48,0.45"
+        )
     return numbers
 
 

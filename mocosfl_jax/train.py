@@ -4,9 +4,9 @@
                                 [--workdir=FOLDER] [--tensorboard]
                                 [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
-Without arguments: the quickstart, on a sample of images that comes with the package, in runs/quickstart.
-The same command again goes on where the last one stopped. Several processes, each with devices of its own,
-make one run where a cluster has started them, or by the last three arguments (docs/hosts.md).
+Without arguments, this trains the quickstart on the bundled sample of images and writes to runs/quickstart.
+The same command resumes a run that was stopped. Several processes, each with its own devices, form one run
+if a cluster has started them or the last three arguments are given (docs/hosts.md).
 """
 
 import contextlib
@@ -37,11 +37,11 @@ USAGE = (
 
 
 def main(argv: list[str]) -> int:
-    """The command.
+    """Run the command.
 
     Returns:
-      Its exit status: 0, or 1 where the run cannot go on, 2 after a user's mistake, 128 + the number
-      of the signal that stopped it.
+      The exit status: 0, 1 if the run cannot continue, 2 for a user error, or 128 + the number of
+      the signal that stopped the run.
     """
     if commandline.HELP & set(argv):
         say(commandline.help_text(__doc__))
@@ -52,15 +52,15 @@ def main(argv: list[str]) -> int:
         hosts.join(address)
     except UserError as error:
         return fail(2, error)
-    agreed = True  # on a mistake of the user's, by all processes
+    on_all = True  # until training starts, a UserError is raised on all processes
     try:
-        # Imported only here, so that a slip of the pen is answered at once.
+        # Imported lazily, so that argument errors precede slow imports.
         from mocosfl_jax.parallel import mesh as meshes
         from mocosfl_jax.runtime.environment import environment
         from mocosfl_jax.training import experiment, journal, loop, workdir
 
-        speaks = hosts.first()
-        tell = say if speaks else lambda line: None
+        first = hosts.first()
+        report = say if first else lambda line: None
         with hosts.together():
             if tensorboard:
                 require_tensorboard()
@@ -70,17 +70,20 @@ def main(argv: list[str]) -> int:
         with contextlib.ExitStack() as stack:
             changed: list[str] = []
             with hosts.together():
-                if speaks:
+                if first:
                     stack.enter_context(workdir.locked(folder))
                     changed = workdir.claim(folder, resolved, environment(meshes.first_device(mesh)))
             if changed:
-                say(f"{folder}: the run began elsewhere, so its bits may differ: {'; '.join(changed)}")
-            write_metrics = stack.enter_context(tensorboard_writer(folder, tensorboard and speaks))
+                say(
+                    f"{folder}: the run started in another environment, so results may differ in the last "
+                    f"bits: {'; '.join(changed)}"
+                )
+            write_metrics = stack.enter_context(tensorboard_writer(folder, tensorboard and first))
             stop, received = stack.enter_context(stop_on_signals())
-            agreed = False
-            finished = loop.train(run, stop, journal.Output(folder, tell, write_metrics, speaks))
+            on_all = False
+            finished = loop.train(run, stop, journal.Output(folder, report, write_metrics, first))
     except UserError as error:
-        return fail(2, error) if agreed else fail_alone(2, error)
+        return fail(2, error) if on_all else fail_alone(2, error)
     except hosts.ElsewhereError:
         return 2
     except (NonFiniteError, DiskFullError) as error:
@@ -100,22 +103,22 @@ def main(argv: list[str]) -> int:
         raise
     if finished:
         return 0
-    again = f"python -m mocosfl_jax.train {shlex.join(argv[1:])}".strip()
-    # With several processes, JAX hears SIGTERM, on whichever of them, and tells no number.
+    command = f"python -m mocosfl_jax.train {shlex.join(argv[1:])}".strip()
+    # With several processes, JAX receives SIGTERM on one of them and does not report the signal.
     number = received[0] if received else signal.SIGTERM
-    tell(f"stopped by {number.name}; to go on: {again}")
+    report(f"stopped by {number.name}; to resume: {command}")
     return 128 + number
 
 
 def fail_alone(status: int, error: object) -> int:
-    """As `fail`, where the other processes of the run do not fail too."""
+    """Like `fail`, for an error that the other processes of the run do not have."""
     fail(status, error)
     hosts.leave(status)
     return status
 
 
 def fail_alike(status: int, error: object) -> int:
-    """As `fail`, where all processes of the run that fail do so for the same reason: process 0 tells it."""
+    """Like `fail`, for an error that all processes of the run have; process 0 reports it."""
     if hosts.first():
         fail(status, error)
     hosts.leave(status)
@@ -123,18 +126,27 @@ def fail_alike(status: int, error: object) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, Path, bool, hosts.Address | None]:
-    """Configuration, workdir, --tensorboard, and where the process meets others, of a command line.
+    """Parse the command line.
+
+    Returns:
+      The configuration, the workdir, whether --tensorboard is given, and the address at which the processes
+      of the run connect, or None.
 
     Raises:
-      UserError: naming the first argument that is not understood.
+      UserError: names the first invalid argument.
+
+    Example:
+      >>> config, workdir, tensorboard, address = parse(["train", "--config.epochs=2"])
+      >>> config.epochs, str(workdir), tensorboard, address
+      (2, 'runs/quickstart', False, None)
     """
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
         flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
         flags.DEFINE_string("coordinator", None, "Address of process 0.", flag_values=values)
-        flags.DEFINE_integer("num_processes", None, "Of the run; 1: this one alone.", flag_values=values)
-        flags.DEFINE_integer("process_id", None, "Of this one, from 0.", flag_values=values)
+        flags.DEFINE_integer("num_processes", None, "Number of processes in the run.", flag_values=values)
+        flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
 
     arguments = commandline.parse(argv, USAGE, define)
     folder = Path(arguments.flags.workdir or f"runs/{arguments.name}")
@@ -144,7 +156,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path, bool, hosts.Address | None
 
 
 def last_checkpoint(folder: Path) -> str:
-    """Where a run that failed can be picked up."""
+    """Describe the checkpoint from which a failed run can resume."""
     steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
     return (
         f"the last good checkpoint is {folder / 'checkpoints' / str(max(steps))}"
@@ -155,9 +167,10 @@ def last_checkpoint(folder: Path) -> str:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[tuple[Callable[[], bool], list[signal.Signals]]]:
-    """Within, SIGINT and SIGTERM have the function return True and are listed; a second one ends the process.
+    """Catch SIGINT and SIGTERM: then the yielded function returns True and the list holds the signals.
 
-    With several processes SIGTERM is left to JAX (`hosts.stop_together`), and SIGINT becomes one.
+    A second signal ends the process. With several processes, JAX handles SIGTERM (`hosts.stop_together`), and
+    SIGINT is raised again as SIGTERM.
     """
     stop = threading.Event()
     received: list[signal.Signals] = []
@@ -165,7 +178,7 @@ def stop_on_signals() -> Iterator[tuple[Callable[[], bool], list[signal.Signals]
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
         stop.set()
-        # Not by print: the signal may have come in the middle of one.
+        # os.write, since the signal may have interrupted a print.
         os.write(2, f"\n{received[0].name}: saving after the current round\n".encode())
         for each in signals:
             signal.signal(each, before[each])
@@ -182,7 +195,7 @@ def stop_on_signals() -> Iterator[tuple[Callable[[], bool], list[signal.Signals]
 
 
 def require_tensorboard() -> None:
-    """Raise UserError unless the extra is installed."""
+    """Raise UserError unless tensorboardX is installed."""
     if importlib.util.find_spec("tensorboardX") is None:
         raise UserError(
             "--tensorboard: tensorboardX is not installed; pip install 'mocosfl-jax[tensorboard]'"
@@ -191,7 +204,7 @@ def require_tensorboard() -> None:
 
 @contextlib.contextmanager
 def tensorboard_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """A function that writes one line of metrics as TensorBoard scalars, or does nothing."""
+    """Yield a function that writes a line of metrics as TensorBoard scalars, or does nothing."""
     if not enabled:
         yield lambda metrics: None
         return

@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_left_where_it_is(
         assert run_evaluate(run, "--probe_epochs=0")["step"] == 12
     assert "checkpoint 18 is damaged and skipped" in caplog.text
     assert evaluate.main(["evaluate", f"--workdir={run}", "--checkpoint=18"]) == 2
-    assert "no checkpoint can be read, of 18" in capsys.readouterr().err
+    assert "none of the checkpoints can be read: 18" in capsys.readouterr().err
     assert files(run) == before
     gc.collect()  # Orbax leaves coroutines behind where a restore fails
 
@@ -231,8 +231,8 @@ def test_files_are_fitted_or_left_out(
     np.testing.assert_allclose(got["backbone"][0], got["backbone"][1], rtol=1e-6)
     assert got["projection"].shape == (3, 8)
     out = capsys.readouterr().out
-    assert f"left out: {folder / 'a.jpg'} (not a PNG or JPEG image)" in out
-    assert "left out: 1 of 4 files" in out
+    assert f"skipped: {folder / 'a.jpg'} (not a PNG or JPEG image)" in out
+    assert "skipped: 1 of 4 files" in out
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_a_configuration_of_another_network_is_refused(
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "holds no preprocessing.json"), ("[]", "found something else"), ("{}", "found something else")],
+    [(None, "holds no preprocessing.json"), ("[]", "found other fields"), ("{}", "found other fields")],
 )
 def test_a_run_without_preprocessing(
     run: pathlib.Path,

@@ -102,8 +102,9 @@ def test_other_versions_are_told_and_other_ways_to_run_are_not(
     told, *_ = capsys.readouterr().out.splitlines()
     now = environment(jax.devices()[0])
     assert told == (
-        f"{workdir}: the run began elsewhere, so its bits may differ: jax 0.9.9 there, {now['jax']} now; "
-        f"commit unknown there, {now['commit']} now; device unknown there, {now['device']} now"
+        f"{workdir}: the run started in another environment, so results may differ in the last bits: "
+        f"jax 0.9.9 at the start, {now['jax']} now; commit unknown at the start, {now['commit']} now; "
+        f"device unknown at the start, {now['device']} now"
     )
     assert json.loads((workdir / "config.json").read_text()) == config
 
@@ -168,7 +169,7 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
     process = start(argv)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
-    assert "going on from step" in output
+    assert "resuming from step" in output
     assert_same_toy_run(argv, tmp_path, undisturbed)
 
 
@@ -194,7 +195,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert re.search(r"saved at step \d+ of 240", output)
     last = output.strip().splitlines()[-1]
     assert last.startswith(
-        f"stopped by {number.name}; to go on: python -m mocosfl_jax.train --config.epochs=3"
+        f"stopped by {number.name}; to resume: python -m mocosfl_jax.train --config.epochs=3"
     )
     process = start(argv)
     output = process.communicate(timeout=240)[0]
@@ -250,7 +251,7 @@ def test_nothing_readable_is_not_silently_started_anew(
             file.write_bytes(b"")
     kept = (tmp_path / "metrics.jsonl").read_bytes()
     assert main(argv) == 2
-    assert "no checkpoint can be read, of 18, 12, 6" in capsys.readouterr().err
+    assert "none of the checkpoints can be read: 18, 12, 6" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == kept
 
 

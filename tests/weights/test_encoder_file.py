@@ -198,7 +198,7 @@ def test_an_official_checkpoint_becomes_an_encoder(importing: list[str], tmp_pat
         ("--out", ["--out=/no/such/folder/x"], "--out: found /no/such/folder/x"),
         ("", ["--mean=0.1,0.2"], "--mean: found 0.1,0.2"),
         ("", ["--std=0.1,0.2,0"], "--std: found 0.1,0.2,0"),
-        ("", ["--config.data.name=npz"], "--mean is missing, and not known for npz"),
+        ("", ["--config.data.name=npz"], "--mean is missing and has no default for npz"),
         ("", ["--config.model.width=8"], "client side: 0.conv1.weight: found"),
         ("--client", ["--client=missing.tar"], "missing.tar: no such file"),
     ],
