@@ -1,8 +1,8 @@
-"""Data sets of 8-bit images: a bundled sample, official archives, npz and npy files, image folders and TFDS.
+"""Data sets of 8-bit images: a bundled sample, official archives, npz and npy files, image folders, and TFDS.
 
     dataset = load("cifar10", "data", image_size=None)
 
-`NAMES` are the names with a loader of their own; any other name is one of tensorflow-datasets.
+`NAMES` lists the names that have a loader here. Any other name refers to tensorflow-datasets.
 """
 
 import math
@@ -36,8 +36,8 @@ _LOADERS: dict[str, _Loader] = {
 }
 NAMES: tuple[str, ...] = tuple(_LOADERS)
 
-# Training images and pixels a side. The images of imagenet12, an image folder, differ in size, and are
-# resized to 224; their number is approximate, 12 classes of about 1,300.
+# Number of training images, and their height and width in pixels. imagenet12 is an image folder: its images
+# differ in size and are resized to 224, and their number is approximate, 12 classes of about 1,300.
 SIZES: dict[str, tuple[int, int]] = {
     "fashion_mnist_sample": (6_000, 32),
     "cifar10": (50_000, 32),
@@ -50,7 +50,7 @@ SIZES: dict[str, tuple[int, int]] = {
 
 _MAX_SIZE = math.isqrt(images.MAX_PIXELS)
 
-# Mean and standard deviation that the paper's experiments normalize with.
+# Mean and standard deviation of the channels with which the paper's experiments normalise images.
 _SVHN = ((0.3522, 0.4004, 0.4463), (0.1189, 0.1377, 0.1784))
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 _TINY_IMAGENET = ((0.5141, 0.5775, 0.3985), (0.2927, 0.2570, 0.1434))
@@ -67,40 +67,53 @@ PUBLISHED: dict[str, tuple[Channels, Channels]] = {
 
 
 class Dataset(NamedTuple):
-    """A training and a test set. Labels are 0..C-1, and each of them occurs in training."""
+    """A training set and a test set. Labels are 0..C-1, and each of them occurs in the training set."""
 
     x_train: images.Images  # [n, H, W, 3] uint8, in memory or on disk
     y_train: np.ndarray  # [n] int32
-    x_test: images.Images
-    y_test: np.ndarray
+    x_test: images.Images  # [n, H, W, 3] uint8, in memory or on disk
+    y_test: np.ndarray  # [n] int32
     class_names: tuple[str, ...]  # C names
-    mean: Channels  # of each channel, on [0, 1]
-    std: Channels
-    source: str  # one line: where the images came from
+    mean: Channels  # mean of each channel, for images in [0, 1]
+    std: Channels  # standard deviation of each channel, for images in [0, 1]
+    source: str  # one line that says where the images came from
 
 
 def load(name: str, directory: str, image_size: int | None, max_broken: float = 0.0) -> Dataset:
-    """The data set `name` from `directory`, resized to `image_size` pixels a side unless that is None.
+    """Loads a data set.
 
-    Images of folders, of Tiny ImageNet, of tensorflow-datasets, of npy files and of npz files without
-    compression stay on disk; `in_memory` reads them. Up to a share `max_broken` of a split may not decode.
+    The images of folders, Tiny ImageNet, tensorflow-datasets, npy files and uncompressed npz files stay on
+    disk and are read on demand; `in_memory` reads them all. imagenet12 is an image folder that the user
+    provides, with 12 classes of ImageNet.
 
-    imagenet12 is an image folder of the user's with 12 classes of ImageNet; None means 224 pixels there.
+    Mean and standard deviation are the published ones if there are any (also for an image folder called
+    `tiny-imagenet-200`), and otherwise those of the training images.
 
-    Images that are not square are resized to that shorter side and cropped at the centre. Mean and
-    standard deviation are the published ones where there are any (an image folder called
-    `tiny-imagenet-200` has them too), else those of the training images.
+    Example:
+      >>> dataset = load("fashion_mnist_sample", "data", image_size=None)
+      >>> dataset.x_train.shape, dataset.y_test.shape, dataset.class_names[9]
+      ((6000, 32, 32, 3), (1000,), 'Ankle boot')
 
-    Raises UserError for every name, folder, file or size that cannot be used.
+    Args:
+      name: One of `NAMES`, or a name of tensorflow-datasets.
+      directory: Where the files are, and where official archives are downloaded to. It is not read for
+        fashion_mnist_sample.
+      image_size: Height and width in pixels. Images that are not square are resized so that their shorter
+        side has this length, and cropped at the centre. None keeps the stored size; imagenet12 then has 224
+        pixels.
+      max_broken: Fraction of a split's images that may fail to decode. These are black.
+
+    Raises:
+      UserError: If the name, a folder, a file or a size cannot be used.
     """
     if not isinstance(name, str) or not name:
-        raise UserError(f"config.data.name: {name!r}, a name is needed, e.g. one of {', '.join(NAMES)}")
+        raise UserError(f"config.data.name: found {name!r}, allowed: a name, such as {', '.join(NAMES)}")
     if not isinstance(directory, str) or not directory or "\0" in directory:
-        raise UserError(f"config.data.dir: {directory!r}, a path is needed")
+        raise UserError(f"config.data.dir: found {directory!r}, allowed: a path")
     if image_size is not None and (
         isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= _MAX_SIZE
     ):
-        raise UserError(f"config.data.image_size: {image_size!r}, allowed: None or 1 to {_MAX_SIZE}")
+        raise UserError(f"config.data.image_size: found {image_size!r}, allowed: None or 1 to {_MAX_SIZE}")
     if image_size is None and name == "imagenet12":
         image_size = SIZES[name][1]
     path = Path(directory)
@@ -117,20 +130,24 @@ def load(name: str, directory: str, image_size: int | None, max_broken: float = 
 
 
 def in_memory(dataset: Dataset) -> Dataset:
-    """The same data set with its images as arrays. Raises UserError where they are damaged or too many."""
+    """Reads all images of a data set into memory.
+
+    Raises:
+      UserError: If images are damaged, or do not fit into memory.
+    """
     return dataset._replace(
         x_train=images.in_memory(dataset.x_train), x_test=images.in_memory(dataset.x_test)
     )
 
 
 def _statistics_key(name: str, path: Path) -> str:
-    """`stl10` for the name `stl10:1.0.0`; an image folder goes by the name of its directory."""
+    """The key in `PUBLISHED`: `stl10` for the name `stl10:1.0.0`, and for an image folder its own name."""
     named = path.resolve().name if name == "image_folder" else re.split("[/:]", name)[0]
     return re.sub("[^a-z0-9]+", "_", named.lower())
 
 
 def _dataset(loaded: images.Loaded, key: str, image_size: int | None) -> Dataset:
-    """Checks and resizes what a loader returned and adds the statistics."""
+    """Checks and resizes the images of a loader and adds the statistics."""
     source = loaded.source
     classes = len(loaded.class_names)
     for split, x, y in (
@@ -141,7 +158,7 @@ def _dataset(loaded: images.Loaded, key: str, image_size: int | None) -> Dataset
         if not len(x):
             raise UserError(f"{where}: no images, at least one is needed")
         if len(x) != len(y):
-            raise UserError(f"{where}: {len(x)} images and {len(y)} labels, as many are needed")
+            raise UserError(f"{where}: {len(x)} images and {len(y)} labels, equal numbers are needed")
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= classes:
             found = low if low < 0 else high

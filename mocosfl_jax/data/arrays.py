@@ -1,4 +1,4 @@
-"""Data sets in npz and npy files: those of the user and the bundled sample of Fashion-MNIST."""
+"""Data sets in npz and npy files: the user's own, and the bundled sample of Fashion-MNIST."""
 
 import io
 import math
@@ -17,27 +17,30 @@ from mocosfl_jax.data.images import Images, Loaded, OnDisk, in_memory, require_m
 from mocosfl_jax.errors import UserError
 
 _SAMPLE = "fashion_mnist_sample.npz"
-_PADDING = 2  # 28 -> 32 pixels a side
+_PADDING = 2  # pixels on each side: 28 -> 32
 _HEADER_BYTES = 1 << 14
-# Deflate cannot do better: a member that claims more is a lie.
+# Deflate cannot compress more than this, so a member that claims a higher ratio is malformed.
 _MAX_RATIO = 1040
 _CHUNK_BYTES = 1 << 24
-_LOCAL_HEADER = 30  # bytes before the name of a member, in the zip file
+_LOCAL_HEADER = 30  # bytes before the name of a member in a zip file
 _IMAGES = "a uint8 array [n, H, W, 3], [n, H, W, 1] or [n, H, W] of values 0..255"
 _NEEDED = ("x_train", "y_train", "x_test", "y_test")
 
 
 def load_sample(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
-    """6,000 training and 1,000 test images of Fashion-MNIST, which come with this package.
+    """Loads the bundled sample of Fashion-MNIST: 6,000 training images and 1,000 test images.
 
-    Stored [n, 28, 28]; here padded with zeros to [n, 32, 32, 3]. `directory` is not read.
+    The images are stored as [n, 28, 28] and padded with zeros to [n, 32, 32, 3]. `directory` is not read.
+
+    Raises:
+      UserError: If the sample is missing from the installation.
     """
     try:
         with (resources.files("mocosfl_jax.data") / _SAMPLE).open("rb") as file:
             loaded = _read_npz(file, None, _SAMPLE)
     except FileNotFoundError as error:
         raise UserError(
-            f"config.data.name: {name} needs {_SAMPLE}, which this installation lacks: install again"
+            f"config.data.name: {name} needs {_SAMPLE}, which this installation lacks; install it again"
         ) from error
     border = ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING), (0, 0))
     return loaded._replace(
@@ -48,11 +51,14 @@ def load_sample(name: str, directory: Path, image_size: int | None, max_broken: 
 
 
 def load_npz(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
-    """The npz file `directory`, or the only one in that folder.
+    """Loads the npz file `directory`, or the only npz file in that folder.
 
-    Arrays: x_train, x_test (uint8, [n, H, W, 3], [n, H, W, 1] or [n, H, W]), y_train, y_test (integers,
-    [n]) and, if wanted, class_names (text, [C]). Images that are stored without compression (`numpy.savez`)
-    stay on disk, and their checksum is compared only when they are read as a whole. Raises UserError.
+    Its arrays are x_train and x_test (uint8, [n, H, W, 3], [n, H, W, 1] or [n, H, W]), y_train and y_test
+    (integers, [n]) and optionally class_names (text, [C]). Images that are stored without compression
+    (`numpy.savez`) stay on disk. Their checksum is verified only when all of them are read.
+
+    Raises:
+      UserError: If there is no such file, or it cannot be used.
     """
     path = directory
     if path.is_dir():
@@ -61,18 +67,21 @@ def load_npz(name: str, directory: Path, image_size: int | None, max_broken: flo
             raise UserError(f"config.data.dir: {path} holds {len(found)} npz files, exactly one is needed")
         path = found[0]
     if not path.is_file():
-        raise UserError(f"config.data.dir: {path} is not there, an npz file or its folder is needed")
+        raise UserError(f"config.data.dir: {path} does not exist, an npz file or its folder is needed")
     with path.open("rb") as file:
         return _read_npz(file, path, str(path))
 
 
 def load_npy(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
-    """x_train.npy, y_train.npy, x_test.npy, y_test.npy and, if wanted, class_names.npy in `directory`.
+    """Loads x_train.npy, y_train.npy, x_test.npy, y_test.npy and, if present, class_names.npy in `directory`.
 
-    Arrays as in `load_npz`. The images stay on disk. Raises UserError.
+    The arrays are those of `load_npz`. The images stay on disk.
+
+    Raises:
+      UserError: If a file is missing or cannot be used.
     """
     if not directory.is_dir():
-        raise UserError(f"config.data.dir: {directory} is not there, a folder of npy files is needed")
+        raise UserError(f"config.data.dir: {directory} is not a folder, a folder of npy files is needed")
 
     def array(key: str) -> _Array | None:
         path = directory / f"{key}.npy"
@@ -84,7 +93,7 @@ def load_npy(name: str, directory: Path, image_size: int | None, max_broken: flo
 
 
 def _read_npz(file: IO[bytes], path: Path | None, where: str) -> Loaded:
-    """Of a file that is open; `path` is its own if its images may stay there."""
+    """Reads an open file. `path` is its path if its images may stay on disk, and None otherwise."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = set(archive.namelist())
@@ -115,18 +124,19 @@ def _unreadable(where: str, error: Exception) -> UserError:
 
 
 def _open_member(archive: zipfile.ZipFile, path: Path | None, info: zipfile.ZipInfo) -> IO[bytes]:
-    """A member of the archive, which is opened again where it has been closed since."""
+    """Opens a member of the archive, and the archive too if it has been closed."""
     if archive.fp is None and path:
         archive = zipfile.ZipFile(path)
     return archive.open(info)
 
 
 def _offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where in the archive the contents of a member begin."""
+    """The position in the archive at which the contents of a member begin."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
         start = file.read(_LOCAL_HEADER)
-    # Lengths of the name and of the extra field, which may differ from those in the archive's directory.
+    # The lengths of the name and of the extra field follow. They may differ from those in the archive's
+    # directory.
     return info.header_offset + _LOCAL_HEADER + sum(struct.unpack_from("<HH", start, _LOCAL_HEADER - 4))
 
 
@@ -167,7 +177,7 @@ def _images(array: "_Array") -> Images:
 
 
 def _not_finite(array: "_Array") -> str:
-    """Where the first value is that no integer can stand for, since rounding would hide it."""
+    """Describes values that are not finite, which rounding would hide; empty if there are none."""
     values = array.read()
     wrong = np.argwhere(~np.isfinite(values))
     if not len(wrong):
@@ -198,16 +208,16 @@ def _class_names(array: "_Array | None", y_train: np.ndarray, where: str) -> tup
 
 
 class _Array:
-    """One array in a file: its shape and type first, its contents when they are wanted.
+    """An array in a file. Its shape and dtype are read at once, its contents on demand.
 
-    `numpy.load` would allocate what the header claims. Here the claim must agree with the size of the
-    contents, and that with the memory of the machine.
+    `numpy.load` would allocate whatever the header claims. Here the claimed size must equal the size of the
+    contents, and must fit into the memory of the machine.
     """
 
     def __init__(
         self, what: str, size: int, open_: Callable[[], IO[bytes]], place: tuple[Path, int] | None
     ) -> None:
-        """An array of `size` bytes, header included; `place`: the file and offset where they are plain."""
+        """An array of `size` bytes, header included; `place` is the file and offset of uncompressed bytes."""
         self.what = what
         self._open = open_
         with open_() as file:
@@ -238,16 +248,16 @@ class _Array:
         return tuple(shape), fortran, dtype, buffer.tell()
 
     def _chunks(self) -> Iterator[bytes]:
-        """The contents. zipfile checks no checksum after a seek, so the header is read and dropped."""
+        """The contents. zipfile verifies no checksum after a seek, so the header is read and dropped."""
         with self._open() as file:
             skip = self._skip
-            # The read that returns nothing makes zipfile compare the checksum.
+            # The last read, which returns nothing, makes zipfile verify the checksum.
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk[skip:]
                 skip = max(0, skip - len(chunk))
 
     def read(self) -> np.ndarray:
-        """The array, C-contiguous. Raises UserError where the contents end early or fail their checksum."""
+        """The array, C-contiguous. Raises UserError if the contents end early or their checksum is wrong."""
         size = math.prod(self.shape) * self.dtype.itemsize
         require_memory(self.what, size)
         raw = np.empty(size, np.uint8)
@@ -266,7 +276,7 @@ class _Array:
         return array.reshape(self.shape)
 
     def mapped(self) -> np.ndarray | None:
-        """The array as it is on disk, read-only; None where it is not there as it is, image by image."""
+        """The array as a read-only memory map, or None if it is compressed or in Fortran order."""
         if self._place is None or self._fortran:
             return None
         path, offset = self._place

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their official files, packed or unpacked, binary or pickled."""
+"""CIFAR-10 and CIFAR-100 from their official files, in an archive or unpacked, binary or pickled."""
 
 from pathlib import Path
 
@@ -21,11 +21,14 @@ _CLASS_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
-    """`name` (cifar10, cifar100) from an archive or an unpacked folder in `directory`, or from that folder.
+    """Loads cifar10 or cifar100 from `directory`.
 
-    Archives go before folders and binary before pickled; where none is there, the binary archive is
-    downloaded. Class names are those of the files, else built in. Raises UserError for a file that is
-    missing, has another number of images than the official one, or does not parse.
+    `directory` holds an official archive or its unpacked folder, or is that folder. Archives are preferred to
+    folders, and binary files to pickled ones. If there is none of them, the binary archive is downloaded.
+    Class names come from the files if they include them.
+
+    Raises:
+      UserError: If a file is missing, does not parse, or does not hold the official number of images.
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"config.data.dir: {directory} is a file, the folder that holds it is needed")
@@ -64,7 +67,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
 
 
 def _find(layouts: tuple[Layout, ...], directory: Path) -> tuple[Layout, Path]:
-    """The first archive or folder that is there; else the archive that this downloads."""
+    """The first archive or folder that exists. If none exists, downloads an archive."""
     for layout in layouts:
         if (directory / layout.archive).is_file():
             return layout, directory / layout.archive
@@ -81,7 +84,7 @@ def _find(layouts: tuple[Layout, ...], directory: Path) -> tuple[Layout, Path]:
 
 
 def _records(data: bytes, layout: Layout, rows: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [rows] and pixels [rows, 3072] (red, green, blue planes) of one file."""
+    """The labels [rows] and pixels [rows, 3072] (red, green and blue planes) in a file."""
     if isinstance(layout.label, int):
         records = np.frombuffer(data, np.uint8).reshape(rows, layout.label + PIXELS)
         return records[:, layout.label - 1], records[:, layout.label :]

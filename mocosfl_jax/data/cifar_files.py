@@ -1,4 +1,4 @@
-"""Where the official CIFAR files are and how large; reads them from a folder or an archive."""
+"""Names and sizes of the official CIFAR files, which are read from a folder or an archive."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,24 +9,26 @@ from mocosfl_jax.errors import UserError
 
 PIXELS = 3 * 32 * 32
 _MAX_NAMES_BYTES = 1 << 16
-# The official archives unpack to 186 MB; pickles written anew with text for bytes take up to twice that.
+# The official archives unpack to 186 MB. Pickles that were rewritten with text for bytes take up to twice
+# that.
 _MAX_UNPACKED = 1 << 29
 
 
 class Layout(NamedTuple):
-    """One official archive and the folder inside it."""
+    """An official archive, and the folder in it."""
 
     archive: str
-    size: int  # of the archive, as published
+    size: int  # bytes of the published archive
     sha256: str
     folder: str
     train: tuple[str, ...]
     test: str
     names: str  # the file of class names
-    rows: tuple[int, int]  # images in a training file and in the test file
-    # Key of the labels in a pickle; in binary files the label bytes of a record, of which the last counts.
+    rows: tuple[int, int]  # number of images in a training file and in the test file
+    # In pickles, the key of the labels. In binary files, the number of label bytes of a record; the last one
+    # is used.
     label: str | int
-    names_key: str = ""
+    names_key: str = ""  # in pickles, the key of the class names
 
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
@@ -84,7 +86,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 
 
 def _check_size(file: str, size: int, layout: Layout, where: str) -> None:
-    """Raises UserError before a file of the wrong size is read into memory."""
+    """Raises UserError if a file has the wrong size, before it is read into memory."""
     if file == layout.names:
         if size > _MAX_NAMES_BYTES:
             raise UserError(f"{where}: {size:,} bytes, class names take at most {_MAX_NAMES_BYTES:,}")
@@ -98,14 +100,18 @@ def _check_size(file: str, size: int, layout: Layout, where: str) -> None:
                 f"{rows * record:,} are needed ({rows:,} records of {record:,})"
             )
         return
-    # Twice the pixels for bytes written as text, and room for labels and file names.
+    # Twice the pixels, as bytes may be written as text, and space for labels and file names.
     most = rows * 3 * PIXELS + _MAX_NAMES_BYTES
     if size > most:
         raise UserError(f"{where}: {size:,} bytes, at most {most:,} are allowed")
 
 
 def folder_files(path: Path, layout: Layout) -> Iterator[tuple[str, bytes]]:
-    """The files of the layout that a folder holds. Raises UserError for one of a wrong size."""
+    """The names and contents of a layout's files in a folder.
+
+    Raises:
+      UserError: If a file has the wrong size.
+    """
     for file in (layout.names, *layout.train, layout.test):
         if (path / file).is_file():
             _check_size(file, (path / file).stat().st_size, layout, f"{path}: {file}")
@@ -113,7 +119,11 @@ def folder_files(path: Path, layout: Layout) -> Iterator[tuple[str, bytes]]:
 
 
 def archive_files(path: Path, layout: Layout) -> Iterator[tuple[str, bytes]]:
-    """The files of the layout that an archive holds, in its order. Raises UserError like `tar_files`."""
+    """The names and contents of a layout's files in an archive, in the order of the archive.
+
+    Raises:
+      UserError: If a file has the wrong size, or as raised by `tar_files`.
+    """
 
     def check_size(file: str, size: int) -> None:
         _check_size(file, size, layout, f"{path}: {file}")

@@ -1,7 +1,7 @@
-"""Reads the pickles of `cifar-*-python` without running anything that they name.
+"""Reads the pickles of `cifar-*-python` without running any code that they name.
 
-A pickle is a program. Here it can reach only the stand-ins below, which accept the six names that
-pickled NumPy arrays use and build plain arrays from checked bytes.
+A pickle is a program. Here it can reach only the stand-ins below, for the six names that pickled NumPy arrays
+use. They build plain arrays from checked bytes.
 """
 
 import io
@@ -15,13 +15,13 @@ import numpy as np
 from mocosfl_jax.errors import one_line
 
 _KINDS = {"u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"}
-# A memo is an array as long as its largest index, so one opcode could claim gigabytes.
+# A memo is an array as long as its largest index, so a single opcode could allocate gigabytes.
 _MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
 _MAX_MEMO = 1 << 20
 
 
 class _Dtype:
-    """Stands for `numpy.dtype(kind, align, copy)` and the state set on it."""
+    """Stands in for `numpy.dtype(kind, align, copy)` and the state that is set on it."""
 
     __slots__ = ("order", "spec")
 
@@ -39,7 +39,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for the empty array of `_reconstruct`, filled by its state."""
+    """Stands in for the empty array of `_reconstruct`, which is filled by its state."""
 
     __slots__ = ("value",)
 
@@ -52,7 +52,7 @@ class _Array:
 
 
 class _Call:
-    """A name that the pickle may call; it refuses attributes, so that a pickle cannot alter it."""
+    """A function that the pickle may call. It refuses attributes, so the pickle cannot alter it."""
 
     __slots__ = ("budget", "name")
     name: str
@@ -79,10 +79,10 @@ class _Call:
                 return _Dtype(args[0])
             case "encode":
                 text, _ = args
-                # One long string encoded over and over would grow without bound.
+                # Encoding one long string again and again would take unlimited memory.
                 self.budget[0] -= len(text)
                 if self.budget[0] < 0:
-                    raise ValueError("more encoded bytes than the file explains")
+                    raise ValueError("more encoded bytes than a file of this size can hold")
                 return text.encode("latin1")
         raise ValueError(f"{self.name} may be named but not called")
 
@@ -116,7 +116,7 @@ def _text(value: str | bytes) -> str:
 
 
 def _build(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    """The array of these bytes; ValueError where they do not fit the type and the shape."""
+    """The array of these bytes. Raises ValueError if they do not fit the dtype and the shape."""
     if not (isinstance(dtype, _Dtype) and isinstance(data, bytes | bytearray)):
         raise ValueError("an array without a type or without bytes")
     if order not in ("C", "F"):
@@ -128,13 +128,16 @@ def _build(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
 
 
 def read(data: bytes) -> dict[str, Any]:
-    """The dictionary in a pickle of lists, strings, integers and integer arrays.
+    """Reads a pickled dictionary of lists, strings, integers and integer arrays.
 
-    Keys that are bytes are decoded. Raises ValueError with one line for everything else that a pickle
-    can hold: other names, other types, more memory than its own length explains.
+    Keys that are bytes are decoded.
+
+    Raises:
+      ValueError: With a message of one line, if the pickle holds anything else: other names, other types, or
+        values that take more memory than its own length can explain.
     """
     try:
-        # genops checks every declared length against the bytes that follow.
+        # genops compares every declared length with the bytes that follow.
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name in _MEMO_OPCODES and isinstance(argument, int) and argument > _MAX_MEMO:
                 raise ValueError(f"memo index {argument}")

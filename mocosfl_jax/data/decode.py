@@ -1,4 +1,4 @@
-"""Decodes PNG and JPEG images when they are wanted; a few that are broken may be black."""
+"""Decodes PNG and JPEG images on demand. A limited number of broken images may be black."""
 
 import math
 import os
@@ -15,26 +15,31 @@ from PIL import Image, UnidentifiedImageError
 from mocosfl_jax.data.images import MAX_PIXELS, OnDisk, fit, require_memory
 from mocosfl_jax.errors import UserError, one_line
 
-_NAMED = 10  # broken images that a message names
+_NAMED = 10  # at most so many broken images are named in a message
 _FORMATS = ("PNG", "JPEG")
-# The others hold more than 8 bits, which a conversion would clip.
+# Other modes have more than 8 bits per channel, which a conversion would clip.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 class Picture(NamedTuple):
-    """An image that is not decoded yet."""
+    """An image that has not been decoded yet."""
 
     where: str  # its path, for messages
-    open: Callable[[], IO[bytes]]
+    open: Callable[[], IO[bytes]]  # opens its file
     label: int
 
 
 def open_file(path: Path) -> IO[bytes]:
+    """Opens a file for reading; with `functools.partial`, the `open` of a `Picture`."""
     return path.open("rb")
 
 
 def shape_of(pictures: list[Picture], image_size: int | None) -> tuple[int, int, int]:
-    """[H, W, 3] of every image: `image_size`, or that of the first which can be read."""
+    """The shape [H, W, 3] of all images: `image_size`, or the size of the first image that can be read.
+
+    Raises:
+      UserError: If the size is needed and none of the images can be read.
+    """
     if image_size is not None:
         return image_size, image_size, 3
     first_reason = ""
@@ -55,10 +60,17 @@ def on_disk(
     image_size: int | None,
     max_broken: float,
 ) -> tuple[OnDisk, np.ndarray]:
-    """Images [n, H, W, 3] and labels [n] int32 of the pictures, in their order, decoded when they are read.
+    """The images [n, H, W, 3] uint8 and labels [n] int32 of pictures, which stay on disk until they are read.
 
-    Each is decoded to RGB and, with `image_size`, resized by `images.fit`. Broken ones are treated as
-    `tolerant` has it; an image of another size than `shape` raises UserError.
+    Each picture is decoded to RGB and, if `image_size` is set, resized by `images.fit`. Broken pictures are
+    treated as in `tolerant`. Reading raises UserError if a picture has another size than `shape`.
+
+    Args:
+      split: Name of the split, for messages.
+      pictures: The pictures, in the order of the images.
+      shape: [H, W, 3], the shape of each image.
+      image_size: Height and width, or None to keep the stored size.
+      max_broken: Fraction of pictures that may be broken.
     """
     height, width, _ = shape
 
@@ -84,21 +96,22 @@ def tolerant(
     decode_one: Callable[[int], np.ndarray],
     max_broken: float,
 ) -> OnDisk:
-    """Images by `decode_one`, on all cores. One that it cannot decode is black, and counted and named.
+    """Images that are decoded by `decode_one`, on all cores. Those that it cannot decode are black.
 
-    To leave it out would change which images the clients hold, once somebody has found it; black, it has no
-    gradient to give and every other image stays where it was. Raises UserError when more than the share
-    `max_broken` of the split has been found broken.
+    A warning gives the number and the names of the broken images. Leaving them out instead would change which
+    images the clients hold; with black ones, all other images keep their places.
+
+    Reading raises UserError once the broken images are more than the fraction `max_broken` of the split.
 
     Args:
-      split: for messages.
-      names: of each image, for messages.
-      shape: [H, W, 3] of each image.
-      decode_one: index -> image; a UserError goes through, any other error means that the image is broken.
-      max_broken: allowed share of broken images.
+      split: Name of the split, for messages.
+      names: Name of each image, for messages.
+      shape: [H, W, 3], the shape of each image.
+      decode_one: Index -> image. A UserError is passed on; any other error means that the image is broken.
+      max_broken: Fraction of images that may be broken.
     """
     count = len(names)
-    broken: dict[int, str] = {}  # found so far, and why
+    broken: dict[int, str] = {}  # index -> reason, of the broken images found so far
 
     def fill(rows: Sequence[int] | np.ndarray) -> np.ndarray:
         pixels = np.zeros((len(rows), *shape), np.uint8)
@@ -126,7 +139,7 @@ def tolerant(
         found = f"{split}: {len(broken):,} of {count:,} images are not readable"
         if len(broken) > max_broken * count:
             raise UserError(f"{found}, more than config.data.max_broken {max_broken:g} allows: {named}")
-        logging.warning("%s and are black: %s", found, named)
+        logging.warning("%s and become black: %s", found, named)
 
     def load() -> np.ndarray:
         require_memory(f"{split}: {count} images", count * math.prod(shape))
@@ -136,7 +149,7 @@ def tolerant(
 
 
 def read(path: Path, image_size: int) -> np.ndarray | str:
-    """The image as [image_size, image_size, 3] uint8, or why it cannot be read."""
+    """The image [image_size, image_size, 3] uint8 in a file, or the reason why it cannot be read."""
     picture = Picture(str(path), partial(open_file, path), 0)
     try:
         return np.asarray(_decode(picture, image_size))
@@ -145,23 +158,23 @@ def read(path: Path, image_size: int) -> np.ndarray | str:
 
 
 def _check(image: Image.Image) -> None:
-    """Raises ValueError for an image, not decoded yet, that is too large or has more than 8 bits."""
+    """Raises ValueError, before decoding, if an image is too large or has more than 8 bits per channel."""
     if image.size[0] * image.size[1] > MAX_PIXELS:
         raise ValueError(f"{image.size[0]}x{image.size[1]} pixels, at most {MAX_PIXELS:,} in all are allowed")
     if image.mode not in _MODES:
-        raise ValueError(f"mode {image.mode}, 8 bits a channel are needed")
+        raise ValueError(f"mode {image.mode}, 8 bits per channel are needed")
 
 
 def _decode(picture: Picture, image_size: int | None) -> Image.Image:
     with picture.open() as file, Image.open(file, formats=_FORMATS) as image:
         _check(image)
-        # Pillow warns where a palette's transparency is dropped without the step through RGBA.
+        # Without the step through RGBA, Pillow warns when the transparency of a palette is dropped.
         through = image.convert("RGBA") if image.mode in ("P", "PA") else image
         rgb = through.convert("RGB")
     return rgb if image_size is None else fit(rgb, image_size)
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its text names the file once more
+    if isinstance(error, UnidentifiedImageError):  # its text would repeat the name of the file
         return "not a PNG or JPEG image"
     return one_line(error)

@@ -1,4 +1,4 @@
-"""Fetches one published file, and only that file."""
+"""Downloads a published file and verifies its size and SHA-256."""
 
 import contextlib
 import hashlib
@@ -22,17 +22,31 @@ def _sha256(path: Path) -> str:
 
 
 def source_line(path: Path, size: int, expected: str) -> str:
-    """`path`; where that file has not this size and SHA-256, a remark is added and a warning logged."""
+    """Describes a file: its path, and a remark if it is not the published file. The remark is also logged.
+
+    Args:
+      path: The file.
+      size: Bytes of the published file.
+      expected: SHA-256 of the published file.
+    """
     if path.stat().st_size == size and _sha256(path) == expected:
         return str(path)
-    logging.warning("%s is not the published file: its images may differ, e.g. be encoded anew", path)
+    logging.warning("%s is not the published file: its images may differ, e.g. be re-encoded", path)
     return f"{path} (not the published file)"
 
 
 def download(url: str, target: Path, size: int, expected: str) -> None:
-    """Writes `url` to `target`, which appears only when it has this size and this SHA-256.
+    """Downloads `url` to `target`, which appears only if its size and SHA-256 are right.
 
-    Raises UserError that says which file to put where, without leaving a partial file.
+    Args:
+      url: Address of the file.
+      target: Where to put it. Missing folders are created.
+      size: Bytes of the published file.
+      expected: SHA-256 of the published file.
+
+    Raises:
+      UserError: If the file cannot be downloaded or written, or differs. The message says which file to put
+        where. No partial file is left behind.
     """
     by_hand = f"get {url} by other means and put it there"
     try:
@@ -49,7 +63,7 @@ def download(url: str, target: Path, size: int, expected: str) -> None:
             os.fdopen(handle, "wb") as file,
             urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response,
         ):
-            # Not beyond the published size: a server could send without end.
+            # Stop beyond the published size: a server could send data forever.
             while received <= size and (chunk := response.read(_CHUNK_BYTES)):
                 file.write(chunk)
                 digest.update(chunk)
@@ -57,10 +71,10 @@ def download(url: str, target: Path, size: int, expected: str) -> None:
         if received != size or digest.hexdigest() != expected:
             found = f"more than {size:,}" if received > size else f"{received:,}"
             raise UserError(
-                f"config.data.dir: {target} is missing, and {url} answered with {found} bytes "
-                f"of SHA-256 {digest.hexdigest()}, published are {size:,} bytes of {expected}; {by_hand}"
+                f"config.data.dir: {target} is missing, and {url} sent {found} bytes with SHA-256 "
+                f"{digest.hexdigest()} instead of {size:,} bytes with SHA-256 {expected}; {by_hand}"
             )
-        partial.chmod(0o644)  # a temporary file is private
+        partial.chmod(0o644)  # only the owner can read a temporary file
         partial.replace(target)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(

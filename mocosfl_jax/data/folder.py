@@ -1,4 +1,4 @@
-"""A folder of PNG and JPEG images, one folder a class."""
+"""A folder of PNG and JPEG images, with one folder per class."""
 
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,15 @@ _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
-    """`directory/train/CLASS/*.png|jpg|jpeg` and `directory/test/CLASS/...` (or `val` for `test`).
+    """Loads `directory/train/CLASS/*.png|jpg|jpeg` and `directory/test/CLASS/...` (or `val` for `test`).
 
-    Classes are the sorted folder names of `train`; `test` may lack some. Images are taken in sorted
-    order and stay on disk; when they are read they are decoded to RGB and, with `image_size`, resized by
-    `images.fit`. Hidden files are skipped. Raises UserError for folders without images, and when they are
-    read for too many that do not decode (see `decode.tolerant`) and for different sizes without `image_size`.
+    The classes are the sorted folder names of `train`; `test` may lack some of them. Images are in sorted
+    order and stay on disk. They are decoded to RGB when they are read and, if `image_size` is set, resized by
+    `images.fit`. Hidden files are skipped.
+
+    Raises:
+      UserError: If a folder is missing or has no images. Reading raises it if too many images do not decode
+        (see `decode.tolerant`), or if sizes differ and `image_size` is None.
     """
     train = directory / "train"
     test = next((directory / split for split in ("test", "val") if (directory / split).is_dir()), None)
@@ -37,7 +40,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
 
 
 def files_below(directory: Path) -> list[Path]:
-    """Every image file in `directory` and the folders below it, sorted; hidden ones are skipped."""
+    """All image files in `directory` and the folders below it, sorted. Hidden ones are skipped."""
     return sorted(
         path
         for path in directory.rglob("*")
@@ -57,7 +60,7 @@ def _classes(split: Path) -> tuple[str, ...]:
 
 
 def _pictures(split: Path, class_names: tuple[str, ...]) -> list[Picture]:
-    """Every image of a split, sorted by class, then by name."""
+    """All images of a split, sorted by class, then by name."""
     pictures: list[Picture] = []
     for label, name in enumerate(class_names):
         if not (split / name).is_dir():

@@ -1,4 +1,4 @@
-"""8-bit images in memory or on disk, which every loader here gives: sizes, channels, statistics."""
+"""8-bit images in memory or on disk, as all loaders return them: sizes, channels, statistics."""
 
 import dataclasses
 import math
@@ -11,28 +11,29 @@ from PIL import Image
 
 from mocosfl_jax.errors import UserError
 
-# Below Pillow's own limit, so that its warning is never reached: this loader refuses instead.
+# Pixels in an image. This is below the limit at which Pillow warns, so larger images are refused instead.
 MAX_PIXELS = 1 << 26
 
 _CHUNK_BYTES = 1 << 22
-# Statistics of more images than this are those of as many evenly spaced ones.
+# Statistics of larger sets are computed from evenly spaced images of this total size.
 _STATS_BYTES = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
 class OnDisk:
-    """Images [n, H, W, 3] uint8 that are read when they are asked for, by a slice or an array of indices."""
+    """Images [n, H, W, 3] uint8 that are read when they are indexed by a slice or an array of indices."""
 
     shape: tuple[int, ...]  # (n, H, W, 3)
-    # Rows [k] in ascending order, each once -> [k, H, W, 3]. Called by several threads at a time.
+    # Indices [k], ascending and without repetition -> images [k, H, W, 3]. Several threads may call it at
+    # once.
     read: Callable[[np.ndarray], np.ndarray]
-    load: Callable[[], np.ndarray]  # all of them; raises UserError where they do not fit into memory
+    load: Callable[[], np.ndarray]  # reads all images; raises UserError if they do not fit into memory
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        """The images of a slice, or of indices of any shape, each read once however often it occurs."""
+        """The images of a slice, or of indices of any shape. Repeated images are read once."""
         wanted = np.arange(len(self))[rows]
         unique, places = np.unique(wanted, return_inverse=True)
         images = self.read(unique)
@@ -43,25 +44,36 @@ Images = np.ndarray | OnDisk
 
 
 class Loaded(NamedTuple):
-    """What a loader returns; `mocosfl_jax.data.load` checks it and adds the statistics."""
+    """What a loader returns. `mocosfl_jax.data.load` checks it and adds the statistics."""
 
-    x_train: Images  # [n, H, W, 3]
+    x_train: Images  # [n, H, W, 3] uint8
     y_train: np.ndarray  # [n], any integer dtype
-    x_test: Images
-    y_test: np.ndarray
-    class_names: tuple[str, ...]
-    source: str
+    x_test: Images  # [n, H, W, 3] uint8
+    y_test: np.ndarray  # [n], any integer dtype
+    class_names: tuple[str, ...]  # one name per class
+    source: str  # one line that says where the images came from
 
 
 def in_memory(images: Images) -> np.ndarray:
-    """The same images as an array. Raises UserError where they do not fit into memory or are damaged."""
+    """The images as an array [n, H, W, 3] uint8.
+
+    Raises:
+      UserError: If they do not fit into memory or are damaged.
+    """
     return images if isinstance(images, np.ndarray) else images.load()
 
 
 def require_memory(what: str, size: int) -> None:
-    """Raises UserError where `size` bytes exceed the memory of this machine.
+    """Checks that `size` bytes fit into the memory of this machine.
 
-    A header can claim any shape, so this runs before an array is allocated.
+    A file's header can claim any shape, so call this before allocating an array.
+
+    Args:
+      what: What needs the memory, for the message.
+      size: Bytes.
+
+    Raises:
+      UserError: If the machine has less memory.
     """
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -72,9 +84,10 @@ def require_memory(what: str, size: int) -> None:
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """Bilinear resize of the shorter side to `size`, then the central [size, size] pixels.
+    """Resizes the shorter side of an image to `size` pixels (bilinear) and crops the central square.
 
-    Raises ValueError where the longer side would exceed the pixel limit.
+    Raises:
+      ValueError: If the resized image would have more than `MAX_PIXELS` pixels.
     """
     width, height = image.size
     short = min(width, height)
@@ -88,10 +101,18 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 
 
 def resize(images: Images, size: int | None, what: str) -> Images:
-    """[n, H, W, 3] uint8 -> [n, size, size, 3] uint8 by `fit`; unchanged for None or the same size.
+    """Resizes images [n, H, W, 3] uint8 to [n, size, size, 3] uint8 with `fit`.
 
-    Images on disk stay there. Raises UserError, starting with `what`, where the result does not fit into
-    memory.
+    Images on disk stay there and are resized when they are read. If `size` is None or is their size already,
+    the images are returned unchanged.
+
+    Args:
+      images: The images.
+      size: Height and width in pixels, or None.
+      what: What is resized, for messages.
+
+    Raises:
+      UserError: If the result does not fit into memory, or an image is too long and thin.
     """
     if size is None or images.shape[1:3] == (size, size):
         return images
@@ -116,18 +137,25 @@ def _resize(images: np.ndarray, size: int, what: str) -> np.ndarray:
 
 
 def rgb(images: np.ndarray) -> np.ndarray:
-    """[n, H, W], [n, H, W, 1] or [n, H, W, 3] -> [n, H, W, 3]; gray is repeated."""
+    """[n, H, W], [n, H, W, 1] or [n, H, W, 3] -> [n, H, W, 3]. Gray images get three equal channels."""
     if images.ndim == 3:
         images = images[..., None]
     return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
 
 
 def channel_stats(images: Images) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation of each channel of [n, H, W, 3] uint8, on [0, 1].
+    """Mean and standard deviation of each channel, for images in [0, 1].
 
-    Exact up to 256 MiB of images; of more, those of as many evenly spaced ones, since to read them all may
-    take hours. From counts of the 256 values, without a float copy. The deviation of a constant channel is
-    given as 1, because images are divided by it.
+    They are exact for up to 256 MiB of images. For larger sets they are those of 256 MiB of evenly spaced
+    images, since reading all of them may take hours. They are computed from counts of the 256 values, without
+    a float copy. The standard deviation of a constant channel is given as 1, because images are divided by
+    it.
+
+    Args:
+      images: [n, H, W, 3] uint8.
+
+    Returns:
+      The means and the standard deviations of the three channels.
     """
     counts = np.zeros((3, 256), np.int64)
     size = math.prod(images.shape[1:])

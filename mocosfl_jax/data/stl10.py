@@ -1,4 +1,4 @@
-"""STL-10 from its official files, packed or unpacked."""
+"""STL-10 from its official files, in an archive or unpacked."""
 
 from pathlib import Path
 
@@ -25,12 +25,14 @@ _CLASS_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monke
 
 
 def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
-    """STL-10: 5,000 training and 8,000 test images [96, 96, 3] with the labels 1..10, here 0..9.
+    """Loads STL-10: 5,000 training and 8,000 test images [96, 96, 3]. Its labels 1..10 become 0..9.
 
-    From the archive or the unpacked folder in `directory`, or from that folder; the archive is downloaded
-    where none of them is there. The 100,000 unlabeled images of `unlabeled_X.bin` are not read, but an
-    archive is unpacked through to its end, every time. Raises UserError for a file that is missing or has
-    another size than the official one.
+    `directory` holds the official archive or its unpacked folder, or is that folder. If there is none of
+    them, the archive is downloaded. The 100,000 unlabeled images of `unlabeled_X.bin` are not used, but an
+    archive is decompressed to its end every time.
+
+    Raises:
+      UserError: If a file is missing or does not have the official size.
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"config.data.dir: {directory} is a file, the folder that holds it is needed")
@@ -64,7 +66,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
 
 
 def _find(directory: Path) -> Path:
-    """The archive or the folder that is there; else the archive that this downloads."""
+    """The archive or the folder that exists. If neither exists, downloads the archive."""
     archive = directory / _ARCHIVE
     if archive.is_file():
         return archive
@@ -76,7 +78,7 @@ def _find(directory: Path) -> Path:
 
 
 def _array(file: str, data: bytes) -> np.ndarray:
-    """Images [n, 96, 96, 3], stored as [n, channel, column, row], or labels from 0 on."""
+    """Images [n, 96, 96, 3], stored as [n, channel, column, row], or labels that start at 0."""
     stored = np.frombuffer(data, np.uint8)
     if "_y" in file:
         return stored.astype(np.int32) - 1

@@ -11,8 +11,8 @@ from mocosfl_jax.data.images import Loaded, require_memory
 from mocosfl_jax.errors import UserError, one_line
 
 _URL = "http://ufldl.stanford.edu/housenumbers/"
-_SHAPE = (32, 32, 3)  # of an image; X is [32, 32, 3, n]
-# Size and SHA-256 as published.
+_SHAPE = (32, 32, 3)  # shape of an image; X is [32, 32, 3, n]
+# Size and SHA-256 of the published files.
 _FILES = {
     "train_32x32.mat": (182_040_794, "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"),
     "test_32x32.mat": (64_275_384, "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"),
@@ -20,10 +20,13 @@ _FILES = {
 
 
 def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
-    """`train_32x32.mat` and `test_32x32.mat` in `directory`, downloaded where they are not there.
+    """Loads `train_32x32.mat` and `test_32x32.mat` in `directory`, and downloads them if they are missing.
 
-    73,257 and 26,032 images of house numbers; `extra_32x32.mat` is not read. The label 10 of the files is
-    the digit 0. Raises UserError for a file that does not parse or holds other arrays.
+    They hold 73,257 and 26,032 images of digits in house numbers. `extra_32x32.mat` is not used. The files
+    label the digit 0 as 10; here its label is 0.
+
+    Raises:
+      UserError: If a file cannot be downloaded, does not parse or holds other arrays.
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"config.data.dir: {directory} is a file, the folder that holds it is needed")
@@ -41,9 +44,9 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images [n, 32, 32, 3] and digits [n] of one file."""
+    """The images [n, 32, 32, 3] and digits [n] in a file."""
     try:
-        # The shapes first: a small file can claim, or unpack to, any size.
+        # Check the shapes first: a small file can claim any size, or unpack to it.
         shapes = {variable: (shape, kind) for variable, shape, kind in scipy.io.whosmat(path)}
         shape, kind = shapes.get("X", ((), "missing"))
         if len(shape) != 4 or shape[:3] != _SHAPE or kind != "uint8":

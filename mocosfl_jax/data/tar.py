@@ -1,4 +1,4 @@
-"""Reads chosen files of a tar.gz archive in memory; nothing is extracted."""
+"""Reads chosen files of a tar.gz archive into memory. Nothing is extracted to disk."""
 
 import gzip
 import tarfile
@@ -11,7 +11,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class _Bounded(gzip.GzipFile):
-    """Refuses to go beyond a number of bytes: a small gzip file can unpack to anything."""
+    """A gzip file that unpacks to a limited number of bytes: a small file can unpack to any size."""
 
     def __init__(self, path: Path, most: int) -> None:
         super().__init__(path)
@@ -28,10 +28,17 @@ class _Bounded(gzip.GzipFile):
 def tar_files(
     path: Path, folder: str, files: tuple[str, ...], check_size: Callable[[str, int], None], most: int
 ) -> Iterator[tuple[str, bytes]]:
-    """Name and contents of those of `files` that the archive holds in `folder`, in its order.
+    """Reads files of an archive, and yields the name and contents of each in the order of the archive.
 
-    `check_size(file, size)` may refuse a file before it is read; an archive that unpacks to more than
-    `most` bytes is refused too, and one that does not parse. Raises UserError.
+    Args:
+      path: The archive.
+      folder: The folder in the archive.
+      files: Names of the files to read in that folder. Those that the archive lacks are skipped.
+      check_size: Called as `check_size(file, size)` before a file is read; may raise UserError.
+      most: Limit, in bytes, of the unpacked archive.
+
+    Raises:
+      UserError: If the archive does not parse or unpacks to more than `most` bytes.
     """
     wanted = {f"{folder}/{file}": file for file in files}
     try:
@@ -50,7 +57,7 @@ def tar_files(
                     if len(data) != member.size:
                         raise UserError(f"{where}: truncated, {len(data):,} of {member.size:,} bytes")
                     yield file, data
-            # gzip compares its checksum only at the end of the stream.
+            # gzip verifies its checksum only at the end of the stream.
             while stream.read(_CHUNK_BYTES):
                 pass
     except UserError:

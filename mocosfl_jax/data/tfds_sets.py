@@ -1,4 +1,4 @@
-"""Image classification sets that tensorflow-datasets has prepared, read without TensorFlow."""
+"""Image classification data sets prepared by tensorflow-datasets, read without TensorFlow."""
 
 import difflib
 import importlib
@@ -19,13 +19,21 @@ _FORMATS = ("array_record", "parquet")
 def load(
     name: str, directory: Path, image_size: int | None, max_broken: float, own_names: tuple[str, ...]
 ) -> Loaded:
-    """The splits `train` and `test` (else `validation`) of the set `name`, prepared in `directory`.
+    """Loads the splits `train` and `test` (or else `validation`) of a data set prepared in `directory`.
 
-    `name` may have a configuration and a version (`imagenette/160px:1.0.0`). The set needs the features
-    `image` (uint8, 1 or 3 channels) and `label`, and files of array_record or parquet, the formats that
-    tensorflow-datasets reads without TensorFlow. Nothing is downloaded or prepared here. Labels are read at
-    once, images when they are wanted (see `decode.tolerant` for those that do not decode). Raises
-    UserError; for an unknown name it lists `own_names`, those that this package reads itself.
+    The data set needs the features `image` (uint8, 1 or 3 channels) and `label`, and files in array_record or
+    parquet, the formats that tensorflow-datasets reads without TensorFlow. Nothing is downloaded or prepared
+    here. Labels are read at once, images on demand (see `decode.tolerant` for images that do not decode).
+
+    Args:
+      name: The data set, optionally with a configuration and a version, as in `imagenette/160px:1.0.0`.
+      directory: The data directory of tensorflow-datasets.
+      image_size: Height and width in pixels, or None for the stored size.
+      max_broken: Fraction of a split's images that may fail to decode.
+      own_names: The names that this package reads itself, for the message about an unknown name.
+
+    Raises:
+      UserError: If there is no such data set, or it is not prepared or cannot be used.
     """
     unknown = f"config.data.name: {name!r} is none of {', '.join(own_names)}"
     tfds = _import(unknown)
@@ -37,7 +45,7 @@ def load(
         )
         guess = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UserError(
-            f"{unknown}, and tensorflow-datasets has no such set, neither by itself nor prepared in "
+            f"{unknown}, and tensorflow-datasets has no such set, neither built in nor prepared in "
             f"{directory}{guess}"
         ) from error
     except Exception as error:  # versions, configurations and arguments in the name are checked by TFDS
@@ -71,13 +79,13 @@ def _import(unknown: str) -> Any:
         return importlib.import_module("tensorflow_datasets")
     except ImportError as error:
         raise UserError(
-            f"{unknown}; for the sets of tensorflow-datasets: "
+            f"{unknown}; to read the sets of tensorflow-datasets: "
             f"pip install tensorflow-datasets importlib_resources pillow ({_reason(error)})"
         ) from error
 
 
 def _how_to(name: str, directory: Path) -> str:
-    """The command that prepares the set; its last part takes further options."""
+    """The command that prepares the data set. Further options can be appended."""
     install = (
         "" if importlib.util.find_spec("tensorflow") else "`pip install tensorflow` (only to prepare it), "
     )
@@ -87,13 +95,11 @@ def _how_to(name: str, directory: Path) -> str:
 def _features(
     tfds: Any, name: str, features: Any, image_size: int | None
 ) -> tuple[tuple[str, ...], tuple[int, int, int]]:
-    """Class names and [H, W, 3] of the images as they will be held."""
+    """The class names, and the shape [H, W, 3] of the images after resizing."""
     found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     image, label = found.get("image"), found.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        raise UserError(
-            f"config.data.name: {name} has no features image and label, other sets cannot be used"
-        )
+        raise UserError(f"config.data.name: {name} has no features image and label, which are needed")
     height, width, channels = image.shape
     if np.dtype(image.np_dtype) != np.uint8 or channels not in (1, 3):
         raise UserError(
@@ -103,7 +109,7 @@ def _features(
     if image_size is not None:
         return tuple(label.names), (image_size, image_size, 3)
     if height is None or width is None:
-        raise UserError(f"config.data.image_size: none, but the images of {name} differ in size: set it")
+        raise UserError(f"config.data.image_size: found None, but images of {name} differ in size: set it")
     return tuple(label.names), (height, width, 3)
 
 
@@ -115,7 +121,7 @@ def _read(
     image_size: int | None,
     max_broken: float,
 ) -> tuple[OnDisk, np.ndarray]:
-    """Images [n, H, W, 3] and labels [n] int64 of one split."""
+    """The images [n, H, W, 3] and labels [n] int64 of a split."""
     where = f"{builder.info.name}, split {split}"
     try:
         source = builder.as_data_source(split=split)
@@ -137,5 +143,5 @@ def _read(
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, which in TFDS is often a page."""
+    """The first line of an error message, which in TFDS is often a page long."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0].strip()

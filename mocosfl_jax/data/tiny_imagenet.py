@@ -1,4 +1,4 @@
-"""Tiny ImageNet from its official zip file or the folder in it."""
+"""Tiny ImageNet from its official zip file, or from the folder in it."""
 
 import io
 import re
@@ -18,23 +18,26 @@ _FOLDER = "tiny-imagenet-200"
 _URL = f"http://cs231n.stanford.edu/{_ARCHIVE}"
 _SIZE = 248_100_043
 _SHA256 = "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"
-_MAX_FILE_BYTES = 1 << 24  # the largest of the official files, words.txt, has 2.6 MB
+_MAX_FILE_BYTES = 1 << 24  # the largest official file, words.txt, has 2.6 MB
 
 _ANNOTATIONS = "val/val_annotations.txt"
 _TRAIN_IMAGE = re.compile(r"train/([^/.][^/]*)/images/[^/.][^/]*\.JPEG")
 
-# What is in the folder, by its path there.
+# Path in the folder -> function that opens the file.
 _Files = dict[str, Callable[[], IO[bytes]]]
 
 
 def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
-    """Tiny ImageNet: 100,000 training images of 200 classes and, for the test, the 10,000 of `val`.
+    """Loads Tiny ImageNet: 100,000 training images of 200 classes. The test set is `val`, 10,000 images.
 
-    From the zip file, which is not unpacked, or the unpacked folder in `directory`, or from that folder; the
-    zip file is downloaded where none of them is there. The official test images have no labels and are not
-    read. Classes are in the order of their WordNet ids and have the first of their names in words.txt.
-    Images are decoded when they are read. Raises UserError for files that are missing, and when they are read
-    for too many that do not decode (see `decode.tolerant`).
+    `directory` holds the zip file, which is read without unpacking it, or its unpacked folder, or is that
+    folder. If there is none of them, the zip file is downloaded. The official test images have no labels and
+    are not used. Classes are in the order of their WordNet ids, and are named by their first name in
+    words.txt. Images are decoded when they are read.
+
+    Raises:
+      UserError: If files are missing. Reading raises it if too many images do not decode (see
+        `decode.tolerant`).
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"config.data.dir: {directory} is a file, the folder that holds it is needed")
@@ -47,7 +50,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
         }
         return _read(path, unpacked, str(path), image_size, max_broken)
     try:
-        archive = zipfile.ZipFile(path)  # open as long as its images may be read
+        archive = zipfile.ZipFile(path)  # stays open, since its images are read later
     except Exception as error:  # zipfile raises many kinds for a broken file
         raise UserError(f"{path}: truncated or malformed zip file ({one_line(error)})") from error
     members: _Files = {
@@ -59,7 +62,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
 
 
 def _find(directory: Path) -> Path:
-    """The zip file or the folder that is there; else the zip file that this downloads."""
+    """The zip file or the folder that exists. If neither exists, downloads the zip file."""
     archive = directory / _ARCHIVE
     if archive.is_file():
         return archive
@@ -71,11 +74,11 @@ def _find(directory: Path) -> Path:
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
-    """One file of the archive, in memory, its checksum compared."""
+    """A file of the archive, read into memory. Its checksum is verified."""
     if info.file_size > _MAX_FILE_BYTES:
         raise ValueError(f"{info.file_size:,} bytes, at most {_MAX_FILE_BYTES:,} are allowed")
     with archive.open(info) as file:
-        return io.BytesIO(file.read(info.file_size + 1))  # without a limit it unpacks more than it returns
+        return io.BytesIO(file.read(info.file_size + 1))  # without a size, more is unpacked than is returned
 
 
 def _read(path: Path, files: _Files, source: str, image_size: int | None, max_broken: float) -> Loaded:
@@ -99,7 +102,7 @@ def _read(path: Path, files: _Files, source: str, image_size: int | None, max_br
 
 
 def _annotations(path: Path, files: _Files, label: dict[str, int]) -> dict[str, str]:
-    """The class of every image of `val`, sorted by path."""
+    """Path -> WordNet id of each image of `val`, sorted by path."""
     found = {}
     for image, wnid in _columns(path, files, _ANNOTATIONS):
         file = f"val/images/{image}"
@@ -114,7 +117,7 @@ def _annotations(path: Path, files: _Files, label: dict[str, int]) -> dict[str, 
 
 
 def _columns(path: Path, files: _Files, file: str) -> list[tuple[str, str]]:
-    """The first two columns of a text file."""
+    """The first two columns of a tab-separated text file."""
     if file not in files:
         raise UserError(f"{path}: {file} is missing")
     try:

@@ -719,7 +719,7 @@ def test_npz_mistakes(tmp_path: Path) -> None:
 
 def test_npz_files_that_are_not(tmp_path: Path) -> None:
     refuses("holds 0 npz files", "npz", tmp_path)
-    refuses("is not there", "npz", tmp_path / "a.npz")
+    refuses("does not exist", "npz", tmp_path / "a.npz")
     save(tmp_path / "a.npz", small())
     save(tmp_path / "b.npz", small())
     refuses("holds 2 npz files", "npz", tmp_path)
@@ -872,7 +872,7 @@ def test_folder_modes(tmp_path: Path) -> None:
         (x[:2] == [255, 0, 0]).all() and (x[2] == 255).all() and abs(x[3] - np.array([255.0, 0, 0])).max() < 5
     )
     Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(place / "e.png")
-    refuses(r"e.png \(.*8 bits a channel", "image_folder", tmp_path)
+    refuses(r"e.png \(.*8 bits per channel", "image_folder", tmp_path)
 
 
 def test_folder_mistakes(tmp_path: Path) -> None:
@@ -928,7 +928,7 @@ def test_a_few_broken_images_are_black(tmp_path: Path, monkeypatch: pytest.Monke
     same(dataset, expected)
     assert dataset.mean < whole.mean
     (line,) = said  # however often they are read
-    assert line.startswith(f"{tmp_path / 'train'}: 4 of 400 images are not readable and are black: ")
+    assert line.startswith(f"{tmp_path / 'train'}: 4 of 400 images are not readable and become black: ")
     assert all(f"{files[index]} (not a PNG or JPEG image)" in line for index in broken) and "\n" not in line
 
     # They are counted over all that is read, one by one.
@@ -1130,7 +1130,7 @@ def test_tfds_mistakes(tmp_path: Path) -> None:
     prepare(tmp_path / "split", "parquet", splits={"train": "train"})
     refuses("has the splits train, needed: train, and test", "tiny_pictures", tmp_path / "split")
     prepare(tmp_path / "size", "parquet", side=None)
-    refuses("config.data.image_size: none, but", "tiny_pictures", tmp_path / "size")
+    refuses("config.data.image_size: found None, but", "tiny_pictures", tmp_path / "size")
     assert load("tiny_pictures", str(tmp_path / "size"), 8).x_train.shape == (12, 8, 8, 3)
 
     for file_format in ("parquet", "array_record"):
