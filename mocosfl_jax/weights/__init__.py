@@ -1,1 +1,1 @@
-"""Parameters in files: our encoder files, and checkpoints of the official code."""
+"""Parameters in files: encoder files of this package, and checkpoints of the official PyTorch code."""

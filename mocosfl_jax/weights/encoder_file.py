@@ -1,7 +1,7 @@
-"""An encoder in one safetensors file: parameters of both sides of the cut, and what is needed to use them.
+"""An encoder in one safetensors file: the parameters of both sides of the cut, and how to use them.
 
-The format holds arrays and a header of text, nothing that could run, and other programs read it too.
-Parameters are named after their place, such as "client/layer0/conv1/kernel".
+The format holds arrays and a text header but no code, and other programs can read it. Parameters are named
+after their place in the tree, for example "client/layer0/conv1/kernel".
 """
 
 import json
@@ -24,29 +24,40 @@ Params = Any  # a tree of arrays
 
 
 class Metadata(NamedTuple):
-    """What a file says of its encoder. Plain values, in the header as JSON."""
+    """Describes the encoder in a file. The values are plain and are stored in the header as JSON."""
 
     network: dict[str, Any]  # arguments of `split_model`
-    mean: tuple[float, ...]  # of each channel, on [0, 1], with which images are normalised
-    std: tuple[float, ...]
-    source: str = ""  # where the parameters are from, for people
+    mean: tuple[float, ...]  # mean of each channel, for images in [0, 1], to normalise images with
+    std: tuple[float, ...]  # standard deviation of each channel, for images in [0, 1]
+    source: str = ""  # where the parameters come from, for human readers
 
 
 class Encoder(NamedTuple):
+    """A trained network, as `load_encoder` returns it."""
+
     model: SplitModel
-    params: tuple[Params, Params]  # of the client and of the server
+    params: tuple[Params, Params]  # client-side and server-side parameters
     metadata: Metadata
 
 
 def export_encoder(path: Path, client_params: Params, server_params: Params, metadata: Metadata) -> None:
-    """Write one client's and the server's parameters; a reader sees the old file or the whole new one."""
+    """Writes the parameters of one client and of the server to a safetensors file.
+
+    The file is replaced atomically: a reader sees either the old file or the complete new one.
+
+    Args:
+      path: The file to write.
+      client_params: Client-side parameters, without a client axis.
+      server_params: Server-side parameters.
+      metadata: The network that the parameters belong to, and the statistics of its images.
+    """
     tensors = {
         name: np.ascontiguousarray(leaf) for name, leaf in _named((client_params, server_params)).items()
     }
     header = {field: json.dumps(value) for field, value in metadata._asdict().items()}
     try:
         header["version"] = version("mocosfl-jax")
-    except PackageNotFoundError:  # used from a folder
+    except PackageNotFoundError:  # the package is used without being installed
         header["version"] = "unknown"
     temporary = path.with_name(f"{path.name}.tmp")
     save_file(tensors, temporary, {"format": FORMAT, **header})
@@ -54,7 +65,7 @@ def export_encoder(path: Path, client_params: Params, server_params: Params, met
 
 
 def describe(client_params: Params, server_params: Params, metadata: Metadata) -> str:
-    """One line on an encoder."""
+    """One line that describes an encoder: its network, its numbers of parameters and its source."""
     name, cut_layer = metadata.network["name"], metadata.network["cut_layer"]
     client, server = (sum(x.size for x in jax.tree.leaves(side)) for side in (client_params, server_params))
     parameters = f"{client:,} parameters of the client and {server:,} of the server"
@@ -62,10 +73,27 @@ def describe(client_params: Params, server_params: Params, metadata: Metadata) -
 
 
 def load_encoder(path: Path | str) -> Encoder:
-    """The encoder of a file that `export_encoder` wrote, with its network.
+    """Loads an encoder and its network from a file that `export_encoder` has written.
+
+    Example:
+      >>> import tempfile
+      >>> network = {"name": "resnet18", "cut_layer": 1, "width": 4, "key_dim": 8}
+      >>> shapes = jax.eval_shape(split_model(**network).init, jax.random.key(0))
+      >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = Path(folder) / "encoder.safetensors"
+      ...     export_encoder(path, *params, Metadata(network, mean=(0.5,) * 3, std=(0.25,) * 3))
+      ...     load_encoder(path).metadata.network["cut_layer"]
+      1
+
+    Args:
+      path: The file.
+
+    Returns:
+      The model, the client-side and server-side parameters (NumPy arrays), and the metadata.
 
     Raises:
-      UserError: if it is another or a damaged file.
+      UserError: If the file is missing, damaged, or not an encoder of mocosfl_jax.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
@@ -77,7 +105,7 @@ def load_encoder(path: Path | str) -> Encoder:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    # From the header come arguments of any type.
+    # The header may hold arguments of any type.
     except (SafetensorError, ValueError, TypeError, AttributeError, OverflowError) as error:
         reason = " ".join(f"{error}".split())[:300]
         raise UserError(f"{path}: not an encoder of mocosfl_jax ({reason})") from error
@@ -95,13 +123,13 @@ def load_encoder(path: Path | str) -> Encoder:
 
 
 def _named(params: tuple[Params, Params]) -> dict[str, Any]:
-    """All leaves by their names in the file, in the order of the tree."""
+    """Name in the file -> leaf, in the order of the tree."""
     leaves = jax.tree.leaves_with_path({"client": params[0], "server": params[1]})
     return {"/".join(entry.key for entry in path): leaf for path, leaf in leaves}
 
 
 def _metadata(header: dict[str, str]) -> Metadata:
-    """What the header says; ValueError if it is of another program, or makes no sense."""
+    """Parses the header. Raises ValueError if another program wrote it, or a value is impossible."""
     if header.get("format") != FORMAT:
         raise ValueError(f"its header does not say {FORMAT!r}")
     if missing := [field for field in Metadata._fields if field not in header]:

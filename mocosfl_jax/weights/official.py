@@ -1,7 +1,8 @@
-"""Checkpoints of the official MocoSFL code (checkpoint_c_*.tar, checkpoint_s_*.tar) as parameters of ours.
+"""Converts checkpoints of the official MocoSFL code (checkpoint_c_*.tar, checkpoint_s_*.tar).
 
-There each side of the cut is one `nn.Sequential`, which also counts what has no parameters: "9.0.weight" is
-the first layer of the head of a ResNet-18 cut at 1, after eight blocks and the global average pool.
+In the official code, each side of the cut is one `nn.Sequential`, whose numbering includes modules without
+parameters. For example, "9.0.weight" is the first layer of the head of a ResNet-18 with cut layer 1: it
+follows eight blocks and the global average pool.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ from mocosfl_jax.models import mobilenetv2, resnet, split_model, vgg
 from mocosfl_jax.models.bottleneck import Bottleneck, read_bottleneck
 
 State = Mapping[str, np.ndarray]
-Modules = dict[tuple[str, ...], str]  # path in our tree -> prefix of their names
-Layer = Sequence[tuple[str, ...] | None]  # paths of its modules in their Sequential; None: without parameters
+Modules = dict[tuple[str, ...], str]  # path in our tree -> prefix of the official names
+# A layer: the paths in our tree of its modules in the official Sequential. None: a module without parameters.
+Layer = Sequence[tuple[str, ...] | None]
 
 _NAMES = {"shortcut_conv": "shortcut.0", "shortcut_norm": "shortcut.1"}
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
@@ -24,19 +26,19 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def from_official(client_state: State, server_state: State, **network: Any) -> tuple[Any, Any]:
-    """The parameters of both sides of the cut.
+    """Converts the state dicts of an official checkpoint to parameters of both sides of the cut.
 
     Args:
-      client_state: tensors by name, as `torch_file.read_state_dict` reads them.
-      server_state: the same of the server.
-      **network: arguments of `split_model`. The official code has group norm; weight standardisation and
-        the clients' shortcuts leave no trace in a checkpoint and have to be known.
+      client_state: The client's tensors by name, as `torch_file.read_state_dict` reads them.
+      server_state: The server's tensors by name.
+      **network: Arguments of `split_model`. The official code has group norm. Weight standardisation and the
+        clients' shortcuts leave no trace in a checkpoint, so they have to be known.
 
     Returns:
-      Client and server parameters, float32.
+      Client-side and server-side parameters, float32.
 
     Raises:
-      UserError: if these are not the tensors of this network: every tensor has one place.
+      UserError: If the tensors are not exactly those of this network.
     """
     fields = [f"{field} {value}" for field, value in network.items() if value is not None and field != "name"]
     described = f"{network['name']} ({', '.join(fields)})"
@@ -54,7 +56,16 @@ def from_official(client_state: State, server_state: State, **network: Any) -> t
 
 
 def official_key(path: tuple[str, ...], modules: Modules) -> str:
-    """The name there of one of our parameters."""
+    """The official name of one of our parameters.
+
+    Example:
+      >>> official_key(("layer3", "norm1", "scale"), {("layer3",): "2"})
+      '2.bn1.weight'
+
+    Args:
+      path: The parameter's path in our tree.
+      modules: The prefixes of the official names, by path of the module.
+    """
     *inner, leaf = path
     for length in range(len(inner), -1, -1):
         prefix = modules.get(tuple(inner[:length]))
@@ -65,22 +76,23 @@ def official_key(path: tuple[str, ...], modules: Modules) -> str:
 
 
 def _side(side: str, state: State, tree: Any, modules: Modules, network: str, transposed: str | None) -> Any:
-    """One side's tree. `transposed` is the module whose convolutions are transposed, [in, out, kh, kw]."""
+    """Converts one side. `transposed` names the module of transposed convolutions, [in, out, kh, kw]."""
     unused = dict(state)
     batch_norm = modules.get(("head", "norm"))
-    for statistic in _STATISTICS:  # of the large V2 head, which normalises by the batch at hand here
+    # The large V2 head has running statistics, but here it normalises by the statistics of the batch.
+    for statistic in _STATISTICS:
         unused.pop(f"{batch_norm}.{statistic}", None)
     for key in unused:
         if key.rsplit(".", 1)[-1] in _STATISTICS:
             raise UserError(
-                f"{side} side: found {key}, of a batch norm with running statistics, where {network} has "
-                "another norm: its features would be others"
+                f"{side} side: found {key}, of a batch norm with running statistics, but {network} has "
+                "another norm, so its features would differ"
             )
 
     def take(key_path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         path = tuple(entry.key for entry in key_path)
         key = official_key(path, modules)
-        # Ours are [kh, kw, in, out] and [in, out].
+        # Our kernels are [kh, kw, in, out] and [in, out].
         axes = {4: (2, 3, 0, 1) if path[0] == transposed else (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[
             len(leaf.shape)
         ]
@@ -111,7 +123,7 @@ def _modules(
     bottleneck: str | None = None,
     **_: Any,
 ) -> tuple[Modules, Modules]:
-    """Where the modules of either side are in their Sequential."""
+    """The prefixes of the official names of the modules, for client and server."""
     layers = list(_layers(name))
     read = read_bottleneck(bottleneck) if bottleneck is not None else None
     client: Modules = {}
@@ -131,7 +143,7 @@ def _modules(
 
 
 def _append(modules: Modules, place: int, layers: Sequence[Layer]) -> int:
-    """Count the layers' modules on from `place`."""
+    """Numbers the modules of the layers from `place` on, and returns the next number."""
     for path in (path for layer in layers for path in layer):
         if path is not None:
             modules[path] = str(place)
@@ -148,7 +160,7 @@ def _append_bottleneck(modules: Modules, place: int, bottleneck: Bottleneck | No
 
 
 def _layers(name: str) -> Iterator[Layer]:
-    """All layers between images and global average pool."""
+    """All layers from the images to the global average pool."""
     if name in resnet.DEPTHS:
         yield from ([(f"layer{i}",)] for i in range(1 + sum(resnet.DEPTHS[name][0])))
     elif name in vgg.ENTRIES:

@@ -1,8 +1,8 @@
-"""Reads the tensors of a PyTorch state dict, without PyTorch and without running what the file names.
+"""Reads the tensors of a PyTorch state dict, without PyTorch and without running code that the file names.
 
-Since PyTorch 1.6 `torch.save` writes an uncompressed zip archive: a pickle, which is a program, and one
-member for each storage. Here that program may use only the opcodes of a state dict, and can reach only
-stand-ins for `OrderedDict`, for storages and for `_rebuild_tensor_v2`, which makes a view into checked bytes.
+Since PyTorch 1.6, `torch.save` writes an uncompressed zip archive with a pickle and one member for each
+storage. A pickle is a program. Here it may use only the opcodes of a state dict, and can reach only stand-ins
+for `OrderedDict`, for storages and for `_rebuild_tensor_v2`, which makes a view into checked bytes.
 """
 
 import io
@@ -17,8 +17,8 @@ import numpy as np
 
 from mocosfl_jax.errors import UserError
 
-_MAX_PICKLE = 1 << 24  # bytes; names and shapes of the largest network here take a hundredth of it
-# A memo is an array as long as its largest index, so one opcode could claim gigabytes.
+_MAX_PICKLE = 1 << 24  # bytes; the names and shapes of the largest network here take a hundredth of this
+# A memo is an array as long as its largest index, so a single opcode could allocate gigabytes.
 _MAX_MEMO = 1 << 20
 _OPCODES = {
     *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "NONE", "NEWTRUE", "NEWFALSE"),
@@ -48,7 +48,7 @@ _KINDS = {
 
 
 class _Dict(dict):
-    """Stands for an OrderedDict; the attributes that PyTorch sets on it (versions of modules) are dropped."""
+    """Stands in for an OrderedDict. Drops the attributes that PyTorch sets on it (versions of modules)."""
 
     __slots__ = ()
 
@@ -57,7 +57,7 @@ class _Dict(dict):
 
 
 class _Kind:
-    """Stands for a type of storage; it refuses attributes, so that a pickle cannot alter it."""
+    """Stands in for a type of storage. It refuses attributes, so the pickle cannot alter it."""
 
     __slots__ = ("dtype",)
     dtype: np.dtype[Any]
@@ -70,7 +70,7 @@ class _Kind:
 
 
 class _Storage:
-    """Stands for a storage: all its values, read-only."""
+    """Stands in for a storage. Its values are read-only."""
 
     __slots__ = ("values",)
     values: np.ndarray
@@ -83,7 +83,7 @@ class _Storage:
 
 
 class _Tensor(_Storage):
-    """Stands for a tensor."""
+    """Stands in for a tensor."""
 
     __slots__ = ()
 
@@ -93,9 +93,9 @@ def _new_dict() -> _Dict:
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    """The view of a storage that a tensor is; ValueError where it would reach beyond the storage."""
+    """Makes a tensor, a view of a storage. Raises ValueError if it would reach beyond the storage."""
     if type(storage) is not _Storage or not (_counts((offset,)) and _counts(shape) and _counts(strides)):
-        raise ValueError("a tensor of something else than a storage, an offset, a shape and strides")
+        raise ValueError("a tensor of something other than a storage, an offset, a shape and strides")
     values = storage.values
     if len(shape) != len(strides):
         raise ValueError(f"a tensor of shape {shape} with strides {strides}")
@@ -111,12 +111,12 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _T
 
 
 def _counts(numbers: Any) -> bool:
-    """Whether it is a tuple of sizes such as a shape may have."""
+    """Whether `numbers` is a tuple of sizes, as in a shape."""
     return type(numbers) is tuple and all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
 
 
 class _Call:
-    """A name that the pickle may call; it refuses attributes."""
+    """A function that the pickle may call. It refuses attributes, so the pickle cannot alter it."""
 
     __slots__ = ("function",)
     function: Any
@@ -136,7 +136,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(data))
         self._archive = archive
         self._folder = folder
-        self._budget = budget  # bytes of storages that are still allowed
+        self._budget = budget  # bytes of storages that may still be read
         self._read: dict[str, _Storage] = {}
 
     def find_class(self, module_name: str, global_name: str) -> Any:
@@ -150,14 +150,14 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
-            raise ValueError("a reference to something else than a storage")
+            raise ValueError("a reference to something other than a storage")
         _, kind, key, _, numel = pid
         if type(kind) is not _Kind or type(key) is not str or not _counts((numel,)):
             raise ValueError("a reference to a storage of unknown kind, name or size")
         name = f"{self._folder}/data/{key}"
         if name not in self._read:
             data = _member(self._archive, name, numel * kind.dtype.itemsize)
-            # Members could overlap, and one short file then fill the memory.
+            # Members may overlap, so a short file could fill the memory.
             self._budget -= len(data)
             if self._budget < 0:
                 raise ValueError("storages longer than the file")
@@ -169,12 +169,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _member(archive: zipfile.ZipFile, name: str, size: int | None = None) -> bytes:
-    """All bytes of a member; ValueError where they are compressed, or not `size`."""
+    """The bytes of a member. Raises ValueError if they are compressed, or their number is not `size`."""
     try:
         info = archive.getinfo(name)
     except KeyError:
         raise ValueError(f"no member {name}") from None
-    # PyTorch does not compress: a member can then not hold more than the file is long.
+    # PyTorch does not compress, and an uncompressed member cannot be longer than the file.
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name} is compressed")
     if size is not None and info.file_size != size:
@@ -183,10 +183,16 @@ def _member(archive: zipfile.ZipFile, name: str, size: int | None = None) -> byt
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict that PyTorch 1.6 or newer has saved, by their names, as read-only arrays.
+    """Reads a state dict that was saved by PyTorch 1.6 or newer.
+
+    Args:
+      path: The file, as written by `torch.save`.
+
+    Returns:
+      The tensors by name, as read-only arrays.
 
     Raises:
-      UserError: in one line, for everything else that a file can hold.
+      UserError: With a message of one line, if the file holds anything else.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -198,7 +204,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
         )
     try:
         is_archive = zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # an archive, but of several disks
+    except zipfile.BadZipFile:  # an archive that spans several disks
         is_archive = False
     if not is_archive:
         raise UserError(f"{path}: not a file of torch.save (no complete zip archive)")
@@ -221,7 +227,7 @@ def _read(archive: zipfile.ZipFile, length: int) -> dict[str, np.ndarray]:
     if archive.getinfo(pickles[0]).file_size > _MAX_PICKLE:
         raise ValueError(f"{pickles[0]} has more than {_MAX_PICKLE:,} bytes")
     data = _member(archive, pickles[0])
-    # genops checks every declared length against the bytes that follow.
+    # genops compares every declared length with the bytes that follow.
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name not in _OPCODES:
             raise ValueError(f"its pickle uses {opcode.name}, which is not allowed")
@@ -232,5 +238,5 @@ def _read(archive: zipfile.ZipFile, length: int) -> dict[str, np.ndarray]:
         raise ValueError("its content is not a dictionary")
     for name, value in content.items():
         if type(name) is not str or type(value) is not _Tensor:
-            raise ValueError("a dictionary of something else than tensors by name")
+            raise ValueError("a dictionary of something other than tensors by name")
     return {name: value.values for name, value in content.items()}
