@@ -186,7 +186,7 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_one_before(
         assert str(error) == full and left == ["4"]
         assert train(run, tmp_path / "run")
     else:
-        assert error is None and any(line.startswith(f"{full}; the run goes on") for line in said)
+        assert error is None and any(line.startswith(f"{full}; training continues") for line in said)
         assert left == [str(run.total_steps)]
     assert comparable(tmp_path / "run") == comparable(undisturbed)
     assert last_checkpoint(run, tmp_path / "run")[0] == run.total_steps
