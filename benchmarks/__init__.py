@@ -1,1 +1,1 @@
-"""How fast it is, against a plain PyTorch version and against the machine: `python -m benchmarks`."""
+"""Speed and memory, compared with a plain PyTorch version and with the machine: `python -m benchmarks`."""

@@ -1,21 +1,21 @@
-"""Measure how fast it is.
+"""Measures speed and memory.
 
     python -m benchmarks [--only=NAME[,NAME]] [--repeats=NUMBER]
 
-  step      a whole training step, against a plain PyTorch loop over clients
-  clients   the client side alone, for 10 to 1,000 clients, against the same
-  augment   views, against torchvision and PIL in one process
-  scaling   time and memory of a step over numbers of clients and of images a client
+  step      a whole training step, compared with a plain PyTorch loop over clients
+  clients   the client side alone, for 10 to 1,000 clients, compared with the same loop
+  augment   views, compared with torchvision and PIL in one process
+  scaling   time and memory of a step, for different numbers of clients and of images per client
   memory    bytes of training state on each of 1 to 8 simulated devices
-  epoch     an epoch of the quickstart, and what of it is not the compiled step
-  data      an epoch with images streamed from the host, against resident ones
-  limit     a training step as a share of what a matrix product reaches on this machine
-  eval      features and kNN, against PyTorch
+  epoch     an epoch of the quickstart, and the part of it that is outside the compiled step
+  data      an epoch with images streamed from the host, compared with resident images
+  limit     FLOP/s of a training step, compared with a matrix product on this machine
+  eval      features and kNN, compared with PyTorch
 
-A line of JSON for each case goes to stdout, a table at the end to stderr. Seconds are medians of --repeats
-(5), of both contenders in turn; ratio is baseline_s / ours_s, above 1 where we are faster. Results are
-kept in the header of each file here. PyTorch comes with the extra: pip install -e '.[bench]'. Run it from the
-root of the repository on a machine that does nothing else.
+Each case prints a line of JSON to stdout. A table of all cases follows on stderr. Seconds are medians over
+--repeats (default 5), where the contenders take turns. ratio is baseline_s / ours_s: above 1, mocosfl_jax is
+faster. The header of each file in benchmarks/ has its last results. Some benchmarks need PyTorch:
+pip install -e '.[bench]'. Run them from the root of the repository, on a machine that is otherwise idle.
 """
 
 import importlib
@@ -32,7 +32,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.runtime import compiler
 
 USAGE = "--only=NAME[,NAME], --repeats=NUMBER, --help"
-MODULES = {  # each has NEEDS, the packages beside our own, and results(repeats)
+MODULES = {  # each has NEEDS, the further packages it needs, and results(repeats)
     "step": "benchmarks.step",
     "clients": "benchmarks.clients",
     "augment": "benchmarks.augment",
@@ -46,13 +46,18 @@ MODULES = {  # each has NEEDS, the packages beside our own, and results(repeats)
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns its exit status, as `commandline.answer` has it."""
+    """The command. Returns its exit status, that of `commandline.answer`."""
     return commandline.answer(argv, __doc__ or "", measure)
 
 
 def measure(argv: Sequence[str]) -> None:
+    """Runs the benchmarks and prints their results.
+
+    Raises:
+      UserError: If an argument is wrong or a package is missing.
+    """
     names, repeats = parse(argv)
-    # Before JAX's first operation, as for training.
+    # As in training, this must precede JAX's first operation.
     compiler.set_up()
     modules = [load(name) for name in names]
     print(machine(), file=sys.stderr)
@@ -65,15 +70,15 @@ def measure(argv: Sequence[str]) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[list[str], int]:
-    """The benchmarks to run, and the repeats.
+    """Parses the arguments into the names of the benchmarks and the number of repeats.
 
     Raises:
-      UserError: naming the first argument that is not understood.
+      UserError: If an argument is wrong. The message names the first one.
     """
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("only", ",".join(MODULES), "Benchmarks to run.", flag_values=values)
-        flags.DEFINE_integer("repeats", 5, "Of each case.", lower_bound=1, flag_values=values)
+        flags.DEFINE_integer("repeats", 5, "Repeats of each case.", lower_bound=1, flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define)
     names = values.only.split(",")
@@ -84,10 +89,10 @@ def parse(argv: Sequence[str]) -> tuple[list[str], int]:
 
 
 def load(name: str) -> Any:
-    """The module of a benchmark.
+    """Imports the module of a benchmark.
 
     Raises:
-      UserError: if a package that it needs is not installed.
+      UserError: If a package that it needs is not installed.
     """
     module = importlib.import_module(MODULES[name])
     for package in module.NEEDS:

@@ -1,4 +1,4 @@
-"""Both contenders must compute the same: checked at the start of every benchmark that has a PyTorch loop."""
+"""Checks that both contenders compute the same, before every benchmark that has a PyTorch loop."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ TOLERANCE = 1e-6
 
 
 def check(tolerance: float = TOLERANCE) -> None:
-    """Train a small network from the same weights on both sides, synchronized after each step.
+    """Trains a small network with both, from the same weights and with a synchronization after each step.
 
-    The losses of the second and third step tell whether updates, momentum models, queue (which wraps
-    around) and synchronization agree too. In float64: the first steps of so small a network magnify
-    the rounding of float32 a hundredfold each.
+    The losses of the second and third step agree only if updates, momentum models, the queue (which wraps
+    around) and synchronization agree too. The check is in float64, because each of the first steps of so
+    small a network magnifies the rounding errors of float32 a hundredfold.
 
     Raises:
-      UserError: if a loss differs by more than `tolerance`.
+      UserError: If a loss differs by more than `tolerance`.
     """
     with jax.enable_x64(True):
         _check(tolerance)
@@ -51,7 +51,7 @@ def _check(tolerance: float) -> None:
         loop.clients.synchronize()
         if not abs(float(info.loss) - theirs) <= tolerance:
             raise UserError(
-                f"torch_loop computes something else: found loss {theirs:.9f} at step {number + 1}, "
+                f"torch_loop computes something different: found loss {theirs:.9f} at step {number + 1}, "
                 f"mocosfl_jax has {float(info.loss):.9f}, allowed: a difference of {tolerance:g}"
             )
 

@@ -1,6 +1,6 @@
-"""Views of 32x32 images against the official pipeline, torchvision on PIL images, in one process.
+"""Views of 32x32 images, compared with the official pipeline: torchvision on PIL images, in one process.
 
-Both make two views of every image of a step: crop, jitter, grayscale, blur (v2), flip, normalise.
+Both make two views of every image of a step: crop, colour jitter, grayscale, blur (v2), flip, normalise.
 
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=7
 
@@ -25,7 +25,7 @@ from mocosfl_jax.parallel import mesh as meshes
 NEEDS = ("torch", "torchvision")
 SIZE = 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's
-CASES = (("v1", 100), ("v2", 100), ("v2", 1000))  # version, images
+CASES = (("v1", 100), ("v2", 100), ("v2", 1000))  # version, number of images
 
 
 def pictures(count: int) -> np.ndarray:

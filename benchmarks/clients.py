@@ -1,6 +1,7 @@
-"""The client side alone against the loop over client modules of `torch_loop`.
+"""The client side alone, compared with the loop over client modules in `torch_loop`.
 
-Views in, smashed data out, gradient in, SGD, momentum update and synchronization, of ResNet-18, batch 1.
+One call maps views to smashed data, takes their gradient, and does SGD, momentum update and synchronization.
+The network is ResNet-18, the batch size 1.
 
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
@@ -76,7 +77,7 @@ def baseline(setting: Setting) -> Call:
 
 
 def smashed_gradient(setting: Setting) -> np.ndarray:
-    """[M, B, h, w, c]; random, since the time does not depend on it."""
+    """A gradient [M, B, h, w, c], random since the time does not depend on its values."""
     model, _ = settings.build(setting)
     params: Any = jax.eval_shape(model.init, jax.random.key(0))[0]
     images = jax.ShapeDtypeStruct((setting.batch, setting.image_size, setting.image_size, 3), np.float32)

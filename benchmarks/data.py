@@ -1,9 +1,10 @@
-"""Epochs of the quickstart's network on random images that are streamed from the host, against resident ones.
+"""Epochs of the quickstart's network on images streamed from the host, compared with resident images.
 
-The sets are npy files of 32 pixels, which are mapped, and JPEG files of 224 pixels, which are decoded and
-resized to 32. waiting_share is what of a streamed epoch the device waits for images: the benchmark waits
-for every step before it asks for the next images, which training does not, so it is an upper limit. The
-baseline's is the same for resident images, which are gathered on the device.
+The images are random: npy files of 32 pixels, which are memory-mapped, and JPEG files of 224 pixels, which
+are decoded and resized to 32. waiting_share is the fraction of a streamed epoch in which the device waits for
+images. It is an
+upper bound: the benchmark waits for every step before it asks for the next images, whereas training does not.
+baseline_waiting_share is the same for resident images, which are gathered on the device.
 
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
@@ -39,7 +40,7 @@ IMAGES, CLASSES = 2000, 10  # 20 steps of 100 images
 
 class Epoch(NamedTuple):
     seconds: float
-    waiting: float  # of them, for images
+    waiting: float  # seconds of these in which the device waits for images
 
 
 def write_npy(folder: Path) -> None:
@@ -50,7 +51,7 @@ def write_npy(folder: Path) -> None:
 
 
 def write_jpegs(folder: Path) -> None:
-    """Noise of 28 x 28 blocks: files of about the size of photographs."""
+    """Writes enlarged noise of 28 x 28 pixels, whose files are about as large as those of photographs."""
     rng = np.random.default_rng(0)
     for split, count in (("train", IMAGES), ("test", CLASSES)):
         for number in range(count):
@@ -62,7 +63,7 @@ def write_jpegs(folder: Path) -> None:
 
 
 def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator[Epoch]:
-    """Trains, an epoch for each that is asked for, of at most `count`."""
+    """Trains one epoch for each item of the iterator, at most `count`."""
     config = quickstart()
     config.epochs, config.data.name, config.data.dir = count, name, str(folder)
     config.data.image_size, config.data.resident = 32, resident
@@ -84,7 +85,7 @@ def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator
             curves.append(curve)
 
     programs = compiled._replace(run_steps=run_steps)
-    progress, store = Progress(), saving.Store(folder, run.replay)  # never written
+    progress, store = Progress(), saving.Store(folder, run.replay)  # never written to
     with tqdm(disable=True) as bar:
         for _ in range(count):
             waiting[0], start = 0.0, time.perf_counter()
@@ -94,7 +95,7 @@ def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator
 
 
 def measure(case: str, name: str, write: Callable[[Path], None], repeats: int) -> Result:
-    """Medians over `repeats` epochs of each kind in turn, after one of each that warms up."""
+    """Medians over `repeats` epochs of each kind, which take turns after one warm-up epoch of each."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         streamed, resident = (make_epochs(name, Path(folder), kept, repeats + 1) for kept in (False, True))
@@ -112,7 +113,7 @@ def measure(case: str, name: str, write: Callable[[Path], None], repeats: int) -
 
 
 def results(repeats: int) -> Iterator[Result]:
-    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for the results
+    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results only
         measured = measure("npy 32 px", "npy", write_npy, repeats)
     yield measured
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,9 +1,9 @@
-"""An epoch of the quickstart through the real training loop, and what of it is not the compiled step.
+"""An epoch of the quickstart in the real training loop, and the part of it that is outside the compiled step.
 
-The step gathers its images, augments them and trains. Outside are the deal of the batches on the host,
-synchronization, fetching of losses and logging. The benchmark waits for every round of steps, which
-training does not: there the host works while the device does, so the share outside is an upper limit.
-Evaluation and checkpoint, which are an epoch's too if so configured, are measured by themselves.
+The compiled step gathers images, augments them and trains. Outside it, the host draws the batches,
+synchronizes, fetches the losses and writes logs. outside_share is an upper bound: the benchmark waits for
+every round of steps, whereas in training the host works while the device does. Evaluation and checkpoints,
+which an epoch may include, are measured separately.
 
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
@@ -35,7 +35,7 @@ NEEDS = ()
 
 
 def measure(config: Config, case: str, epochs: int) -> Result:
-    """Medians over `epochs` epochs, after one that warms up."""
+    """Medians over `epochs` epochs, after a warm-up epoch."""
     config.epochs = epochs + 1
     run, state, compiled = settings.prepare(config)
     inside = [0.0]
@@ -53,7 +53,7 @@ def measure(config: Config, case: str, epochs: int) -> Result:
     times: list[tuple[float, float, float, float]] = []
     with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
         output = journal.Output(Path(folder), lambda line: None, lambda metrics: None)
-        store = saving.Store(Path(folder), run.replay)  # never written
+        store = saving.Store(Path(folder), run.replay)  # never written to
         with checkpoint.open_manager(Path(folder) / "checkpoints", 1) as manager:
             for epoch in range(1, epochs + 2):
                 inside[0], start = 0.0, time.perf_counter()
@@ -85,6 +85,6 @@ def measure(config: Config, case: str, epochs: int) -> Result:
 
 
 def results(repeats: int) -> Iterator[Result]:
-    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for the results
+    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results only
         measured = measure(quickstart(), "quickstart", repeats)
     yield measured

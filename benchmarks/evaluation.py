@@ -1,6 +1,6 @@
-"""Features of un-augmented images, and weighted kNN on them, against the same in PyTorch.
+"""Features of unaugmented images, and weighted kNN on features, compared with the same in PyTorch.
 
-kNN has the size of CIFAR-10 and the backbone features of ResNet-18: 10,000 queries among 50,000, k = 200.
+kNN has the sizes of CIFAR-10 and of ResNet-18's backbone features: 10,000 queries among 50,000, k = 200.
 
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
@@ -60,9 +60,8 @@ def baseline_features(setting: Setting, count: int) -> Call:
     return call
 
 
-Sets = tuple[
-    np.ndarray, np.ndarray, np.ndarray, np.ndarray
-]  # features and labels, to compare with and to classify
+# Training features [n, width] and labels [n], test features and labels.
+Sets = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def features_and_labels(train: int, test: int, width: int) -> Sets:
@@ -78,7 +77,7 @@ def ours_knn(sets: Sets) -> Call:
 
 
 def baseline_knn(sets: Sets) -> Call:
-    """As the official code does it: a batch of queries at a time, votes by scatter."""
+    """As in the official code: one batch of queries at a time, votes by scatter."""
     import torch
     import torch.nn.functional as F
 

@@ -1,7 +1,7 @@
-"""What the machine can do, by a matrix product in the same run, and how much of it a training step reaches.
+"""The FLOP/s of a training step, compared with those of a matrix product in the same run.
 
-FLOPs of a step are those of the algorithm (`mocosfl_jax.costs`): products and convolutions, each once,
-whatever the compiler computes again.
+The FLOPs of a step are those of the algorithm (`mocosfl_jax.costs`): each product and each convolution counts
+once, even if the compiler computes it again. share_of_peak is relative to the faster matrix product.
 
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
@@ -29,7 +29,7 @@ SETTINGS = (Setting(cut_layer=1), Setting(cut_layer=2), QUICKSTART)
 
 
 def products(side: int) -> dict[str, float]:
-    """Seconds of a float32 product of two square matrices, contender by contender."""
+    """Seconds of a float32 product of two square matrices, in JAX and in NumPy."""
     square = np.random.default_rng(0).standard_normal((side, side), np.float32)
     on_device = jnp.asarray(square)
     return medians(
@@ -42,7 +42,7 @@ def products(side: int) -> dict[str, float]:
 
 
 def measure(setting: Setting, call: Call, repeats: int, peak: float) -> Result:
-    """Of a step of this setting; `peak` in FLOP/s."""
+    """Measures a step of this setting. `peak` is in FLOP/s."""
     seconds = medians({"ours": call}, repeats)["ours"]
     flops = settings.step_flops(setting)
     numbers = {"ours_s": seconds, "gflop": flops / 1e9, "gflop_per_s": flops / seconds / 1e9}

@@ -1,9 +1,10 @@
-"""Bytes of training state on each device, over meshes of simulated devices; nothing is allocated or run.
+"""Bytes of training state on each device, for meshes of simulated devices. Nothing is allocated or run.
 
-1,000 clients, ResNet-50 whose first five layers are the clients', K = 6,000, float32. What a device holds
-between steps is what a compiled program takes as its state (`argument_size_in_bytes` of XLA's memory
-analysis): here that of synchronization, which takes all of it and compiles in a second. Of it, `clients` and
-`server` are the two sides, by the shapes of their pieces; `share` is that of what one device alone holds.
+There are 1,000 clients, ResNet-50 with its first five layers on the clients, and K = 6,000, in float32. The
+state that a device holds between steps is the state argument of a compiled program (`argument_size_in_bytes`
+in XLA's memory analysis). The program is synchronization, which takes the whole state and compiles in a
+second. `clients` and `server` are the two sides of the state, by the shapes of their shards. `share` is
+relative to what a single device holds.
 """
 
 import json
@@ -30,7 +31,7 @@ MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4)
 
 
 def held_bytes(data: int, model: int, num_clients: int = CLIENTS, width: int = 64) -> dict[str, int]:
-    """Bytes of state on each device of a mesh: of the clients, of the server and of both."""
+    """Bytes of state on each device of a mesh: clients, server, and both together."""
     network = split_model("resnet50", cut_layer=5, width=width)
     mesh = meshes.make_mesh(config.Mesh(data=data, model=model), jax.devices())
     algorithm = states.distribute(
@@ -51,18 +52,18 @@ def held_bytes(data: int, model: int, num_clients: int = CLIENTS, width: int = 6
     )
     program = jax.jit(algorithm.sync, donate_argnums=0, keep_unused=True).lower(state).compile()
 
-    def piece(leaf: Any) -> int:
+    def shard_bytes(leaf: Any) -> int:
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     analysis = program.memory_analysis()
     assert analysis is not None
-    clients, server = (sum(map(piece, jax.tree.leaves(side))) for side in (state.clients, state.server))
+    clients, server = (sum(map(shard_bytes, jax.tree.leaves(side))) for side in (state.clients, state.server))
     return {"clients": clients, "server": server, "state": analysis.argument_size_in_bytes}
 
 
 def results(repeats: int) -> Iterator[Result]:
-    """In a process of its own, since devices can only be simulated before JAX has found some."""
-    del repeats  # bytes are always the same
+    """Runs in its own process, since devices must be simulated before JAX is initialized."""
+    del repeats  # the bytes do not vary
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "benchmarks.memory"]

@@ -1,4 +1,4 @@
-"""A result as one line of JSON for programs, and all of them as a table for a person."""
+"""Results: each as a line of JSON for programs, and all of them as a table for people."""
 
 import importlib.metadata
 import importlib.util
@@ -12,15 +12,15 @@ LEADING = ("ours_s", "baseline_s", "ratio")
 
 
 class Result(NamedTuple):
-    """What was measured in one case."""
+    """The measurements of one case."""
 
     benchmark: str
     case: str
-    numbers: Mapping[str, float]  # ours_s, and where there is a baseline baseline_s and ratio; then others
+    numbers: Mapping[str, float]  # ours_s; baseline_s and ratio if there is a baseline; then others
 
 
 def result(benchmark: str, case: str, seconds: Mapping[str, float], **more: float) -> Result:
-    """Of the seconds of "ours" and, if there is one, of "baseline"."""
+    """Makes a result from the seconds of "ours" and, if there is one, of "baseline"."""
     numbers = {f"{name}_s": value for name, value in seconds.items()}
     if "baseline" in seconds:
         numbers["ratio"] = seconds["baseline"] / seconds["ours"]
@@ -33,7 +33,7 @@ def json_line(of: Result) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A line for each result; what only some benchmarks have stands at its end, with its name."""
+    """A table with one line per result. Numbers of only some benchmarks come last, with their names."""
     width = max(len(each.case) for each in results)
     lines = [f"{'benchmark':<10}{'case':<{width}}" + "".join(f"{name:>12}" for name in LEADING)]
     for each in results:
@@ -45,7 +45,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def machine() -> str:
-    """Cores and versions."""
+    """One line that describes the machine: its cores, and the versions of the packages."""
     names = ("jax", "jaxlib", "numpy", "torch", "torchvision", "pillow")
     versions = [
         f"{name} {importlib.metadata.version(name)}"

@@ -1,7 +1,7 @@
-"""Time and memory of a step for each of its images, over numbers of clients and of images a client.
+"""Time and memory per image of a step, for different numbers of clients and of images per client.
 
-The network is the quickstart's. Memory is what the compiled program holds at most: arguments, results and
-temporary arrays. Nothing to compare with: what counts is that both stay level.
+The network is the quickstart's. Memory is the most that the compiled program holds: arguments, results and
+temporary arrays. There is no baseline: both numbers should stay constant.
 
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
@@ -34,7 +34,7 @@ SETTINGS = (
 
 
 def held_bytes(program: Any) -> int:
-    """Bytes that a compiled program holds at most, on all devices; donated arguments count once."""
+    """The most bytes that a compiled program holds, on all devices. Donated arguments count once."""
     plan = program.memory_analysis()
     kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return jax.device_count() * (kept + plan.temp_size_in_bytes)

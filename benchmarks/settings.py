@@ -1,4 +1,4 @@
-"""What is trained in the benchmarks, on all devices as training does, and random data for it."""
+"""The networks and random data of the benchmarks, which use all devices as training does."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from mocosfl_jax.training.programs import Programs, compile_programs
 
 
 class Setting(NamedTuple):
-    """ResNet-18 with the paper's sizes, unless said otherwise; symmetric loss, float32."""
+    """A benchmark's setting. The default is ResNet-18 with the paper's sizes, symmetric loss, float32."""
 
     cut_layer: int = 1
     clients: int = 100
@@ -43,30 +43,32 @@ class Setting(NamedTuple):
 
     @property
     def case(self) -> str:
+        """Name of the case, for example "resnet18/16 cut1 20x5 f32": width 16, 20 clients of 5 images."""
         network = "resnet18" if self.width == 64 else f"resnet18/{self.width}"
         return f"{network} cut{self.cut_layer} {self.clients}x{self.batch} f32"
 
     @property
     def images(self) -> int:
-        """Of a step."""
+        """Number of images in a step."""
         return self.clients * self.batch
 
 
-# The network of `config.quickstart`, which halves the resolution in its first layer.
+# The network of `config.quickstart`. Its first layer halves the resolution.
 QUICKSTART = Setting(clients=20, batch=5, width=16, stem_stride=2, key_dim=128, queue_size=2000)
 
 
 def mesh() -> Mesh:
-    """Of all devices, along `data`."""
+    """The mesh of all devices, along `data`."""
     return meshes.make_mesh(config.Mesh(), jax.devices())
 
 
 def platform_forms() -> Forms:
-    """The fast forms on these devices."""
+    """The forms that are fast on these devices."""
     return platforms.forms(meshes.platform(mesh()))
 
 
 def build(setting: Setting, forms: Forms | None = None) -> tuple[SplitModel, Algorithm]:
+    """Builds the network and the algorithm of a setting. `forms` are the network's; None: the fast ones."""
     model = split_model(
         "resnet18",
         cut_layer=setting.cut_layer,
@@ -86,14 +88,14 @@ def build(setting: Setting, forms: Forms | None = None) -> tuple[SplitModel, Alg
 
 
 def views(setting: Setting, seed: int = 0) -> Views:
-    """Gaussian images [M, B, H, W, 3] on every device: what is in them does not change their time."""
+    """Gaussian images [M, B, H, W, 3] on every device. Their values do not affect the time."""
     rng = np.random.default_rng(seed)
     shape = (setting.clients, setting.batch, setting.image_size, setting.image_size, 3)
     return Views(*(meshes.replicate(mesh(), rng.standard_normal(shape, np.float32)) for _ in range(2)))
 
 
 class Training(NamedTuple):
-    """A run of the training loop, made ready."""
+    """A run that is ready to train."""
 
     run: Run
     state: TrainState
@@ -101,7 +103,7 @@ class Training(NamedTuple):
 
 
 def prepare(run_config: config.Config) -> Training:
-    """The run of a configuration, on all devices, with its first state and its programs compiled."""
+    """Prepares the run of a configuration on all devices: its initial state and its compiled programs."""
     run = experiment.prepare(config.resolve(run_config), mesh())
     rng_init, rng_views = jax.random.split(jax.random.key(0))
     state = jax.jit(run.algorithm.init)(rng_init)
@@ -118,7 +120,7 @@ class Step(NamedTuple):
 
 
 def compile_step(setting: Setting) -> Step:
-    """The step without gathering and augmentation of images; of its `StepInfo` the scalars are kept."""
+    """Compiles a step without gathering and augmenting images. It returns only the scalars of `StepInfo`."""
     _, algorithm = build(setting)
     state, both = jax.jit(algorithm.init)(jax.random.key(0)), views(setting)
 
@@ -131,7 +133,7 @@ def compile_step(setting: Setting) -> Step:
 
 
 def step_flops(setting: Setting) -> int:
-    """FLOPs of a step that the algorithm needs, whatever the compiler makes of it."""
+    """The FLOPs that the algorithm needs for a step, regardless of what the compiler does."""
     model, _ = build(setting, ACCELERATOR)
     plan = Plan(
         image_size=setting.image_size,

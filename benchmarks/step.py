@@ -1,4 +1,4 @@
-"""One whole training step, views in and new state out, against `torch_loop`.
+"""A whole training step, from views to the new state, compared with `torch_loop`.
 
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 

@@ -1,4 +1,4 @@
-"""Time of one call, of several contenders in turn, so that a slow minute of the machine hits all of them."""
+"""Times contenders in turn, so that a slow minute of the machine affects all of them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -17,10 +17,11 @@ def medians(
     clock: Callable[[], float] = time.perf_counter,
     pause: Callable[[], None] = lambda: time.sleep(0.05),
 ) -> dict[str, float]:
-    """Median seconds of a call of each contender, from `repeats` rounds in which each is called once.
+    """Median seconds of a call of each contender, over `repeats` rounds in which each is called once.
 
-    A first round warms up and is not counted. In the pauses before each call the threads of the one before
-    come to rest, which after their work look for more for a while.
+    A first round warms up and is not counted. The pause before each call lets the threads of the previous
+    contender
+    come to rest: they keep spinning for a while after their work.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(repeats + 1):
@@ -34,12 +35,12 @@ def medians(
 
 
 def finished(function: Callable[..., Any], *args: Any) -> Call:
-    """function(*args) of JAX, which returns only when its results are there."""
+    """A call of function(*args) that returns only when its results in JAX are ready."""
     return lambda: jax.block_until_ready(function(*args))
 
 
 def stepper(step: Callable[..., Any], state: Any, *args: Any) -> Call:
-    """Each call is one more step of state, *args -> state, output. The state may be donated."""
+    """A call that does one more step: state, *args -> state, output. The state may be donated."""
 
     def call() -> None:
         nonlocal state

@@ -1,8 +1,9 @@
 """MocoSFL in plain PyTorch: a Python loop over client modules and their optimizers.
 
-This is the baseline: the way of the official code, written anew, for ResNet-18 on a CPU. Nothing is done
-that the algorithm does not ask for: momentum models run without gradients, smashed data is detached at the
-cut, and the images get no gradient. `agreement.check` holds it against mocosfl_jax.
+This is the baseline: a rewrite of the official code's approach for ResNet-18 on a CPU. It does no work that
+  the
+algorithm does not need: momentum models run without gradients, smashed data is detached at the cut, and no
+gradient is computed for the images. `agreement.check` compares its losses with those of mocosfl_jax.
 """
 
 import copy
@@ -76,7 +77,7 @@ class Client(nn.Sequential):
 
 
 class Server(nn.Module):
-    """The layers after the cut, global average pool and head."""
+    """The layers after the cut, the global average pool and the head."""
 
     def __init__(self, layers: nn.Sequential, head: Head) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class Server(nn.Module):
 
 
 def split_resnet18(setting: Setting) -> tuple[Client, Server]:
-    """One client's model and the server's; layers have the names that they have in mocosfl_jax."""
+    """The models of a client and of the server. Layers have the same names as in mocosfl_jax."""
     width = setting.width
     layers: list[nn.Module] = [Stem(width, setting.stem_stride)]
     channels = width
@@ -121,7 +122,7 @@ def sgd(model: nn.Module, lr: float) -> torch.optim.SGD:
 
 
 class ClientSide:
-    """All clients: each a model, its momentum model and its optimizer."""
+    """All clients. Each has a model, a momentum model and an optimizer."""
 
     def __init__(self, model: Client, num_clients: int, *, lr: float, momentum: float) -> None:
         self.models = [copy.deepcopy(model) for _ in range(num_clients)]
@@ -141,7 +142,7 @@ class ClientSide:
         return torch.cat([output.detach() for output in self.outputs]), torch.cat(keys)
 
     def backward(self, grad: Tensor) -> None:
-        """The gradient of the smashed queries [M * B, c, h, w] -> one step of each client's SGD."""
+        """One SGD step of each client, from the gradient [M * B, c, h, w] of the smashed queries."""
         pieces = grad.split([len(output) for output in self.outputs])
         for output, piece, optimizer in zip(self.outputs, pieces, self.optimizers, strict=True):
             optimizer.zero_grad()
@@ -211,20 +212,20 @@ class Loop:
 
 
 def new_loop(setting: Setting) -> Loop:
-    """With PyTorch's own initialization: for the time it takes, the values do not matter."""
+    """A loop with PyTorch's own initialization, as the time does not depend on the values."""
     client, server = split_resnet18(setting)
     queue = F.normalize(torch.randn(setting.queue_size, setting.key_dim))
     return Loop(setting, client, server, queue)
 
 
 def images(array: Any) -> Tensor:
-    """[..., H, W, c] of JAX or numpy as [..., c, H, W]."""
+    """Converts an array [..., H, W, c] of JAX or NumPy to a tensor [..., c, H, W]."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, -3)))
 
 
 @torch.no_grad()
 def load(module: nn.Module, params: Any) -> None:
-    """Copy a tree of parameters of mocosfl_jax into the module with the same names."""
+    """Copies a tree of parameters of mocosfl_jax into a module with the same names."""
     for name, child in params.items():
         if isinstance(child, dict):
             load(module.get_submodule(name), child)

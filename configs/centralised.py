@@ -1,9 +1,9 @@
-"""Centralised MoCo V2 on CIFAR-10, the upper reference: one client with all images and no layer of its own.
+"""Centralised MoCo V2 on CIFAR-10, the upper reference: one client that holds all images and no layers.
 
     python -m mocosfl_jax.train --config=configs/centralised.py --config.data.dir=data
 
-The cut lies before the first layer, so the smashed data are the images and the server does all of MoCo.
-Not run here yet: 100,000 steps of a full ResNet-18 want an accelerator.
+The cut is before the first layer, so the smashed data is the images and the server trains the whole network.
+Not yet run with this code: it takes 100,000 steps of a full ResNet-18, which need an accelerator.
 """
 
 from mocosfl_jax.config import Clients, Config, Data, Model

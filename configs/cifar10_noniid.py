@@ -1,17 +1,20 @@
-"""Cross-client MocoSFL on CIFAR-10 (Li et al. 2023, table 3): 100 to 1,000 clients with a fifth of the
-classes each.
+"""Cross-client MocoSFL on CIFAR-10 (Li et al. 2023, table 3): 100 to 1,000 clients.
+
+Each client holds a fifth of the classes.
 
     python -m mocosfl_jax.train --config=configs/cifar10_noniid.py:1000 --config.data.dir=data
 
-The parameter is N. --config.model.cut_layer=2 gives MocoSFL-3, --config.clients.noniid_ratio=1.0 IID clients.
-From 200 clients on, about 100 of them take part in an epoch, and there are as many times more epochs.
+The parameter is N, 100 by default. The default cut layer, 1, is the paper's MocoSFL-1;
+--config.model.cut_layer=2 is its MocoSFL-3. --config.clients.noniid_ratio=1.0 gives IID clients. With 200
+clients or more, about 100 of them take part in an epoch, and the number of epochs grows accordingly.
 
-Paper's linear probe:            N = 100   N = 200  N = 1000
+Accuracy in the paper (linear probe, %):
+                                N = 100   N = 200  N = 1000
     cut layer 1, non-IID            87.71     87.39     86.46
     cut layer 2, non-IID            87.10     85.22     84.75
     cut layer 1, IID                87.29     87.38     87.51
     cut layer 2, IID                87.29     87.15     87.25
-Not run here yet: 100,000 steps of a full ResNet-18 want an accelerator.
+Not yet run with this code: it takes 100,000 steps of a full ResNet-18, which need an accelerator.
 """
 
 from mocosfl_jax.config import Checkpoint, Clients, Config, Data, Eval, resolve
@@ -19,7 +22,8 @@ from mocosfl_jax.config import Checkpoint, Clients, Config, Data, Eval, resolve
 
 def get_config(num_clients: str = "100") -> Config:
     config = Config(data=Data(name="cifar10"), clients=Clients(num=int(num_clients), noniid_ratio=0.2))
-    # Count in epochs of the whole pool: the other ones are short, and checkpoints of many clients are large.
+    # Evaluate and save once per pass of the whole pool: epochs of a cohort are short, and checkpoints of many
+    # clients are large.
     longer = resolve(config).total_epochs // config.epochs
     config.eval, config.checkpoint = Eval(every=longer), Checkpoint(every=longer)
     return config

@@ -2,9 +2,9 @@
 
     python -m mocosfl_jax.train --config=configs/cifar10_smoke.py --config.data.dir=data
 
-It shows that the whole path learns; it is far too short for the paper's numbers. Measured on 2026-11-22
-on re-encoded pictures, two CPU cores, 8 min: kNN 0.169 untrained, 0.447 trained, 0.411 on raw pixels; linear
-probe 0.452.
+It shows that training works end to end, and is far too short to reach the paper's numbers. Measured on
+2026-11-22 with JPEG-encoded images, on two CPU cores, in 8 min: kNN accuracy 0.169 untrained, 0.447 trained,
+0.411 on raw pixels; linear probe 0.452.
 """
 
 from mocosfl_jax.config import Clients, Config, Data, Moco, Model, Optim, Synchronization

@@ -3,8 +3,8 @@
     python -m mocosfl_jax.train --config=configs/deep_cut.py:mocosfl
     python -m mocosfl_jax.train --config=configs/deep_cut.py:monacosfl
 
-The quickstart's data and network with six of its nine layers on the clients; MonAcoSFL also averages the
-momentum models. The numbers are in docs/deep_cut.md.
+Data and network are those of the quickstart, with six of its nine layers on the clients. MonAcoSFL also
+averages the momentum models. docs/deep_cut.md has the results.
 """
 
 from mocosfl_jax.config import Config, quickstart

@@ -1,10 +1,11 @@
-"""FL-MoCo on CIFAR-10, the federated baseline: every client trains the whole network with MoCo by itself.
+"""FL-MoCo on CIFAR-10, the federated baseline: each client trains the whole network with MoCo on its own.
 
     python -m mocosfl_jax.train --config=configs/flmoco.py:100 --config.data.dir=data
 
-The parameter is N. An epoch is five passes over each client's images, and one synchronization.
-Memory grows with N times the network: 100 clients of a full ResNet-18 take 15 GB of parameters and buffers.
-Not run here yet: it wants an accelerator.
+The parameter is N, 5 by default. An epoch consists of five passes over each client's images and one
+synchronization. Memory grows with N: for 100 clients, the parameters and buffers of a full ResNet-18 take 15
+GB.
+Not yet run with this code: it needs an accelerator.
 """
 
 from mocosfl_jax.config import Clients, Config, Data, Moco, Synchronization

@@ -2,8 +2,8 @@
 
     python -m mocosfl_jax.train --config=configs/vgg13.py --config.data.dir=data
 
-The parameter is N, 100 if none is given.
-Not run here yet: 100,000 steps want an accelerator.
+The parameter is N, 100 by default.
+Not yet run with this code: it takes 100,000 steps, which need an accelerator.
 """
 
 from mocosfl_jax.config import Clients, Config, Data, Model, Optim
@@ -14,5 +14,5 @@ def get_config(num_clients: str = "100") -> Config:
         data=Data(name="cifar10"),
         clients=Clients(num=int(num_clients), noniid_ratio=0.2),
         model=Model(name="vgg13", cut_layer=2),
-        optim=Optim(server_lr=0.03),  # as the official code has it for VGG and MobileNetV2
+        optim=Optim(server_lr=0.03),  # as in the official code for VGG and MobileNetV2
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine with several GPUs: one process uses them all, and nothing has to be said.
+# One machine with several GPUs. One process uses all of them; no options are needed.
 #
 #     launch/one_node.sh --config=configs/FILE.py --workdir=FOLDER
 set -euo pipefail

@@ -2,10 +2,10 @@
 
     python scripts/make_fashion_mnist_sample.py FOLDER
 
-FOLDER holds the four original files, `train-images-idx3-ubyte.gz` and so on, packed or not. The Debian
-package `dataset-fashion-mnist` has them in `/usr/share/datasets/fashion-mnist`. The sample is the first
-600 training and the first 100 test images of each class, in random order. The same files give the same
-arrays, and with the same zlib the same bytes.
+FOLDER holds the four original files, `train-images-idx3-ubyte.gz` and so on, compressed or not. The Debian
+package `dataset-fashion-mnist` installs them in `/usr/share/datasets/fashion-mnist`. The sample consists of
+the first 600 training images and the first 100 test images of each class, in random order. The same files
+give the same arrays and, with the same version of zlib, the same bytes.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _SEED = 0
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
-    """An idx file of bytes: two zeros, the type 8, the rank, the sizes (big-endian int32), the values."""
+    """Reads an idx file of bytes: two zeros, type 8, rank, sizes (big-endian int32), values."""
     packed = folder / f"{name}.gz"
     data = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / name).read_bytes()
     rank = data[3]
@@ -53,7 +53,7 @@ def sample(images: np.ndarray, labels: np.ndarray, count: int) -> tuple[np.ndarr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the bundled sample of Fashion-MNIST.")
-    parser.add_argument("folder", type=Path, help="folder of the four original files")
+    parser.add_argument("folder", type=Path, help="folder with the four original files")
     parser.add_argument("--out", type=Path, default=_TARGET)
     arguments = parser.parse_args()
 
@@ -67,7 +67,7 @@ def main() -> None:
         for name, array in sorted(arrays.items()):
             contents = io.BytesIO()
             np.lib.format.write_array(contents, array, allow_pickle=False)
-            # numpy.savez would write the time of day.
+            # A fixed date keeps the bytes reproducible; numpy.savez would write the current time.
             info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             info.external_attr = 0o644 << 16
             archive.writestr(info, contents.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=9)

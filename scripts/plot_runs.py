@@ -1,4 +1,4 @@
-"""kNN accuracy and client divergence of several runs in one picture.
+"""Plots the kNN accuracy and the client divergence of several runs in one figure.
 
 python scripts/plot_runs.py OUT.png WORKDIR ...
 """

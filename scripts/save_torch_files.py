@@ -1,4 +1,4 @@
-"""Writes the PyTorch files of tests/official, as its README says. Needs torch; nothing else here does.
+"""Writes the PyTorch files in tests/official, which its README describes. This script needs torch.
 
 python scripts/save_torch_files.py FOLDER
 """
@@ -16,13 +16,13 @@ WIDTH, KEY_DIM = 4, 6
 
 
 def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """What the tests compute again."""
+    """Deterministic values, which the tests compute too."""
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
     return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
 
 
 def block(inputs: int, outputs: int) -> torch.nn.Module:
-    """A module with the parameters, and the names, of the official BasicBlock_gn."""
+    """A module that has the parameters of the official BasicBlock_gn, with the same names."""
     module = torch.nn.Module()
     module.conv1 = torch.nn.Conv2d(inputs, outputs, 3, bias=False)
     module.bn1 = torch.nn.GroupNorm(1, outputs)
@@ -35,7 +35,7 @@ def block(inputs: int, outputs: int) -> torch.nn.Module:
 
 
 def save_modules(folder: Path) -> None:
-    """State dicts of client and server, as the official code saves them."""
+    """Saves state dicts of client and server, as the official code does."""
     stem = torch.nn.Module()
     stem.conv1 = torch.nn.Conv2d(3, WIDTH, 3, bias=False)
     stem.bn1 = torch.nn.GroupNorm(1, WIDTH)
@@ -53,7 +53,7 @@ def save_modules(folder: Path) -> None:
 
 
 def save_odd(folder: Path) -> None:
-    """Tensors of other kinds, and views that share a storage."""
+    """Saves tensors of other dtypes and shapes, and views that share a storage."""
     base = values("base", (6, 5))
     tensors = OrderedDict(
         half=values("half", (3, 2)).half(),
