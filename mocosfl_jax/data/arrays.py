@@ -114,7 +114,7 @@ def _read_npz(file: IO[bytes], path: Path | None, where: str) -> Loaded:
             return _loaded(array, where)
     except UserError:
         raise
-    except Exception as error:  # zipfile raises many kinds for a broken file
+    except Exception as error:  # zipfile raises many kinds of errors for a broken file
         raise _unreadable(where, error) from error
 
 
@@ -235,7 +235,7 @@ class _Array:
                 shape, fortran, dtype = np.lib.format.read_array_header_2_0(buffer)
             else:
                 raise ValueError(f"version {version}")
-        except Exception as error:  # the header is parsed as a Python literal
+        except Exception as error:  # parsing the header, a Python literal, raises many kinds of errors
             reason = " ".join(str(error).split())
             raise UserError(f"{self.what}: malformed header ({reason})") from error
         if dtype.hasobject:
@@ -266,7 +266,7 @@ class _Array:
             for chunk in self._chunks():
                 raw[place : place + len(chunk)] = np.frombuffer(chunk, np.uint8)
                 place += len(chunk)
-        except Exception as error:  # zipfile raises many kinds for a broken file
+        except Exception as error:  # zipfile raises many kinds of errors for a broken file
             raise _unreadable(self.what, error) from error
         if place != size:
             raise UserError(f"{self.what}: truncated, {place:,} of {size:,} bytes")

@@ -48,7 +48,7 @@ def shape_of(pictures: list[Picture], image_size: int | None) -> tuple[int, int,
             with picture.open() as file, Image.open(file, formats=_FORMATS) as image:
                 _check(image)
                 return image.size[1], image.size[0], 3
-        except Exception as error:  # see tolerant
+        except Exception as error:  # as in `tolerant`: decoders raise many kinds of errors
             first_reason = first_reason or _reason(error)
     raise UserError(f"{pictures[0].where}: not a readable image ({first_reason}), nor is any other")
 
@@ -122,7 +122,7 @@ def tolerant(
                 pixels[place] = decode_one(index)
             except UserError:
                 raise
-            except Exception as error:  # decoders raise many kinds for a broken file
+            except Exception as error:  # decoders raise many kinds of errors for a broken file
                 broken[index] = _reason(error)
 
         known = len(broken)
@@ -153,7 +153,7 @@ def read(path: Path, image_size: int) -> np.ndarray | str:
     picture = Picture(str(path), partial(open_file, path), 0)
     try:
         return np.asarray(_decode(picture, image_size))
-    except Exception as error:  # see tolerant
+    except Exception as error:  # as in `tolerant`: decoders raise many kinds of errors
         return _reason(error)
 
 

@@ -63,7 +63,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"X is {x.dtype} {list(x.shape)} and y {y.dtype}")
     except UserError:
         raise
-    except Exception as error:  # scipy raises many kinds for a broken file
+    except Exception as error:  # scipy raises many kinds of errors for a broken file
         reason = one_line(error)
         raise UserError(f"{path}: truncated or malformed MATLAB file ({reason})") from error
     wrong = y[~np.isin(y, np.arange(1, 11))]

@@ -62,6 +62,6 @@ def tar_files(
                 pass
     except UserError:
         raise
-    except Exception as error:  # tarfile and gzip raise many kinds for a broken file
+    except Exception as error:  # tarfile and gzip raise many kinds of errors for a broken file
         reason = one_line(error)
         raise UserError(f"{path}: truncated or malformed archive ({reason})") from error

@@ -127,7 +127,7 @@ def _read(
         source = builder.as_data_source(split=split)
         undecoded = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         labels = np.array([undecoded[index]["label"] for index in range(len(undecoded))], np.int64)
-    except Exception as error:  # readers raise many kinds for a broken file
+    except Exception as error:  # readers raise many kinds of errors for a broken file
         raise UserError(f"{where}: not readable in {builder.data_path} ({_reason(error)})") from error
 
     def decode_one(index: int) -> np.ndarray:

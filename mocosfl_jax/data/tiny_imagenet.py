@@ -51,7 +51,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
         return _read(path, unpacked, str(path), image_size, max_broken)
     try:
         archive = zipfile.ZipFile(path)  # stays open, since its images are read later
-    except Exception as error:  # zipfile raises many kinds for a broken file
+    except Exception as error:  # zipfile raises many kinds of errors for a broken file
         raise UserError(f"{path}: truncated or malformed zip file ({one_line(error)})") from error
     members: _Files = {
         info.filename.removeprefix(f"{_FOLDER}/"): partial(_member, archive, info)
@@ -127,7 +127,7 @@ def _columns(path: Path, files: _Files, file: str) -> list[tuple[str, str]]:
             raise ValueError(f"more than {_MAX_FILE_BYTES:,} bytes")
         rows = [line.split("\t") for line in data.decode().splitlines() if line]
         return [(row[0], row[1]) for row in rows]
-    except Exception as error:  # zipfile raises many kinds for a broken file
+    except Exception as error:  # zipfile raises many kinds of errors for a broken file
         raise UserError(
             f"{path}: {file}: not readable, columns of text are needed ({one_line(error)})"
         ) from error
