@@ -41,6 +41,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A warning in a test is an error. First in the list, so that a test's own filters have the last word.
+
+    pyproject.toml says this only of the warnings of our own modules: whatever plugins are installed may warn
+    while pytest starts and ends.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("error"), append=False)
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Float64 for one test."""
