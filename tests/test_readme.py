@@ -41,5 +41,7 @@ def test_an_encoder_is_used_in_three_lines(tmp_path: pathlib.Path, monkeypatch: 
 
 def test_every_file_it_names_is_there() -> None:
     root = pathlib.Path(__file__).parents[1]
-    for name in re.findall(r"\]\(([\w./-]+)\)", README):
+    names = re.findall(r"\]\(([\w./-]+)\)", README)
+    assert names
+    for name in names:
         assert (root / name).exists(), name

@@ -160,10 +160,10 @@ def test_impossible_splits_say_why_in_one_line(fields: dict[str, Any], named: st
 
 def test_the_hardest_dirichlet_split_ends() -> None:
     # Every client must end with exactly one batch, from shares that are nearly all zero.
-    start = time.perf_counter()
+    start = time.process_time()
     parts = split(np.repeat(np.arange(10), 5000), num_clients=1000, batch_size=50, dirichlet_alpha=1e-6)
     assert {len(part) for part in parts} == {50}
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_cohorts() -> None:

@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -119,8 +118,3 @@ def test_an_undisturbed_run_is_reproducible(
     assert comparable(tmp_path) == comparable(undisturbed[0])
     for m in comparable(tmp_path):
         assert all(np.isfinite(value) for value in m.values())
-
-
-def test_jax_default_backend_is_the_cpu_here() -> None:
-    """What the tests of this file say, they say of the step-by-step path."""
-    assert jax.default_backend() == "cpu"
