@@ -11,8 +11,13 @@ from collections.abc import Iterator
 # Compiling is most of what the tests do, and their arrays are small. Read when JAX starts its backend.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
-# The commands keep what they compile in the user's cache folder, which is not theirs to fill here.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mocosfl_jax_tests_")
+# One cache of compiled programs for all workers and the processes that they start, and not the user's.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="mocosfl_jax_tests_")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["XDG_CACHE_HOME"] = _cache
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_cache}/compiled"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # Nor do they keep freed memory, of which a thousand tests leave gigabytes (glibc's own value).
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")
@@ -28,7 +33,6 @@ from tests.support.algorithms import FORMS, Build
 from tests.support.small_run import arguments, write_images
 from tests.support.toy import IMAGE, make_toy_model
 
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -73,23 +77,6 @@ def forms(request: pytest.FixtureRequest) -> Forms:
 def build(forms: Forms) -> Build:
     """MocoSFL on a network, in either of the forms."""
     return functools.partial(algorithms.build, forms)
-
-
-@pytest.fixture(scope="session")
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def compilation_cache(cache_folder: str) -> Iterator[None]:
-    """The tests of the commands compile the same programs: once is enough, also over processes."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache_folder
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    del os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,6 @@ from mocosfl_jax.commandline import load_config
 from mocosfl_jax.config import Config, Data, Model, quickstart, resolve
 from tests.support.training import prepare
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")  # some differ in the data alone
-
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 PARAMETERS = {
     "cifar10_cross_silo": ["5", "20"],

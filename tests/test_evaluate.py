@@ -19,8 +19,6 @@ from mocosfl_jax.training import checkpoint, experiment, workdir
 from tests.support.small_run import CLASSES, PER_CLASS
 from tests.support.training import single
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 KNN = ("knn_backbone", "knn_projection")
 
 

@@ -23,7 +23,7 @@ def imported(file: pathlib.Path) -> set[str]:
 
 
 def imports(room: str) -> set[str]:
-    """Rooms of the package that the room imports; a room is a folder or one of the files beside the folders."""
+    """Rooms of the package that the room imports. A room is a folder, or a file beside the folders."""
     path = PACKAGE / f"{room}.py"
     files = [path] if path.exists() else sorted((PACKAGE / room).glob("*.py"))
     names = set().union(*map(imported, files))

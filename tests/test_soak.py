@@ -18,7 +18,7 @@ from tests.support.processes import Process, arguments, assert_same, newest, sta
 from tests.support.toy import last_arrays
 from tests.support.training import comparable
 
-pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("compilation_cache")]
+pytestmark = pytest.mark.soak
 
 KILLS, SEED = int(os.environ.get("SOAK_KILLS", "200")), int(os.environ.get("SOAK_SEED", "0"))
 EPOCHS = 5 * KILLS  # so that the run is not over before the kills are

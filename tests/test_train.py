@@ -28,8 +28,6 @@ from tests.support.small_run import CLASSES, PER_CLASS, arguments, metrics
 from tests.support.toy import last_arrays
 from tests.support.training import prepare
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 
 def final_state(argv: list[str]) -> list[np.ndarray]:
     config, workdir, *_ = parse(argv)

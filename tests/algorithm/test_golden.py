@@ -1,9 +1,9 @@
 """The step equals the official PyTorch code's, number by number, in float64.
 
 Every NAME.json with its NAME.npz in the folder given by --golden-dir is one case; tests/golden/README.md
-says how inputs are made and what the numbers are. Each runs in the forms of a CPU and in those of an accelerator,
-on whatever platform the tests run; the slower networks are marked slow in the CPU's forms, which take longer to
-compile.
+says how inputs are made and what the numbers are. Each runs in the forms of a CPU and in those of an
+accelerator, on whatever platform the tests run; the slower networks are marked slow in the CPU's forms, which
+take longer to compile.
 """
 
 import json

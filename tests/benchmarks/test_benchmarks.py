@@ -282,7 +282,6 @@ def test_epoch_tells_the_steps_from_the_rest(toy_images: str, monkeypatch: pytes
     }
 
 
-@pytest.mark.usefixtures("compilation_cache")
 def test_data_measures_both_kinds_of_images(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def tiny() -> Config:
         config = quickstart()

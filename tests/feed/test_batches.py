@@ -21,8 +21,6 @@ from mocosfl_jax.training.journal import Output
 from tests.support.toy import IMAGE, make_toy_model
 from tests.support.training import comparable, prepare, train
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 S, M, B, R, EPOCHS = 7, 2, 3, 3, 4
 
 

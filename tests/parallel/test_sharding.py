@@ -433,7 +433,6 @@ def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
     np.testing.assert_allclose(ends[0][1], ends[1][1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.usefixtures("compilation_cache")
 def test_the_command_trains_on_all_devices(
     toy_images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:

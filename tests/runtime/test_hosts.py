@@ -36,9 +36,6 @@ from tests.support.processes import (
 from tests.support.toy import in_place, last_arrays
 from tests.support.training import comparable, prepare
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
-
 FATAL = "Terminating process because the JAX distributed service detected fatal errors."
 LOST = "error: lost"
 

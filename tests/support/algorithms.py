@@ -27,7 +27,7 @@ class Build(Protocol):
 def build(
     forms: Forms, model: SplitModel, num_clients: int = N, **changes: Any
 ) -> tuple[Algorithm, TrainState]:
-    """MocoSFL on `model`, compiled, with its first state; `changes` are of `MomentumContrast` or of `mocosfl`."""
+    """MocoSFL on `model`, compiled, with its first state. `changes` go to MomentumContrast or mocosfl."""
     moco = {name: changes.pop(name) for name in MomentumContrast._fields if name in changes}
     pure = mocosfl(
         model,

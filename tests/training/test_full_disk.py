@@ -29,8 +29,6 @@ from tests.support.small_run import arguments
 from tests.support.toy import IMAGE, make_toy_model
 from tests.support.training import Metrics, comparable, prepare, train
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
-
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
