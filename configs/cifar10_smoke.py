@@ -16,7 +16,7 @@ def get_config() -> Config:
         data=Data(name="cifar10"),
         clients=Clients(num=20, batch_size=5, noniid_ratio=0.2),
         sync=Synchronization(frequency=50),
-        model=Model(name="resnet18", width=16, stem_stride=2, cut_layer=1),
+        model=Model(name="resnet18", width=16, stem_stride=2, cut_layer=1, init="xavier"),
         moco=Moco(preset="v2", key_dim=128, queue_size=2000, min_crop_scale=0.2),
         optim=Optim(server_lr=0.02, client_lr=0.02),
     )

@@ -19,7 +19,7 @@ from mocosfl_jax.config.fields import (
     Synchronization,
     quickstart,
 )
-from mocosfl_jax.config.record import differences, from_dict
+from mocosfl_jax.config.record import differences, from_dict, upgraded
 from mocosfl_jax.config.resolution import Resolved, paper_settings, resolve
 
 __all__ = [
@@ -40,4 +40,5 @@ __all__ = [
     "paper_settings",
     "quickstart",
     "resolve",
+    "upgraded",
 ]

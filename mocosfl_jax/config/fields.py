@@ -108,6 +108,10 @@ class Model:
     weight_standardisation: bool = True
     # Normalization layers: group, layer or instance.
     norm: str = "group"
+    # How parameters are drawn. official: as in the official code, where weight-standardised convolutions keep
+    # PyTorch's default. xavier: all kernels by Xavier. A learning rate that suits one need not suit the
+    # other.
+    init: str = "official"
     # float32, or bfloat16 for mixed precision on accelerators: convolutions, activations and smashed data are
     # bfloat16, whereas parameters, momentum models, queue, statistics of the normalization layers, head and
     # losses stay float32.
@@ -233,7 +237,7 @@ def quickstart() -> Config:
         epochs=14,
         data=Data(name="fashion_mnist_sample"),
         clients=Clients(num=20, noniid_ratio=0.2),
-        model=Model(name="resnet18", width=16, stem_stride=2, cut_layer=1),
+        model=Model(name="resnet18", width=16, stem_stride=2, cut_layer=1, init="xavier"),
         moco=Moco(preset="v2", key_dim=128, queue_size=2000, augmentation="v1", min_crop_scale=0.5),
         optim=Optim(server_lr=0.01, client_lr=0.01),
         eval=Eval(every=2),

@@ -22,7 +22,24 @@ def from_dict(values: Any) -> Resolved:
     Raises:
       UserError: If a field is missing, unknown or has an impossible value. The message names the first one.
     """
-    return resolve(_from_dict(Config, values, "config"))
+    return resolve(_from_dict(Config, upgraded(values), "config"))
+
+
+# Fields that runs of earlier versions lack, with what those runs did.
+_ADDED = {("model", "init"): "xavier"}
+
+
+def upgraded(values: Any) -> Any:
+    """The values of a config.json, with the fields that were added after it was written.
+
+    Example:
+      >>> upgraded({"model": {"name": "resnet18"}})
+      {'model': {'name': 'resnet18', 'init': 'xavier'}}
+    """
+    for (section, field), before in _ADDED.items():
+        if isinstance(values, dict) and isinstance(values.get(section), dict):
+            values = values | {section: values[section] | {field: values[section].get(field, before)}}
+    return values
 
 
 def _from_dict(kind: Any, values: Any, path: str) -> Any:

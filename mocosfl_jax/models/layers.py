@@ -6,7 +6,8 @@ NHWC and kernels HWIO. No layer has running statistics.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -20,6 +21,9 @@ from mocosfl_jax.models.convolution import Convolution, depthwise_conv, transpos
 CHANNELS_PER_GROUP = 4
 NORMS = ("group", "layer", "instance")
 HEADS = ("linear", "mlp", "mlp_bn")
+INITS = ("official", "xavier")
+
+Initializer = Callable[..., Array]  # rng, shape, dtype -> values
 
 
 def max_pool(x: Array) -> Array:
@@ -129,14 +133,35 @@ class Options:
     norm: str  # one of NORMS
     residual: bool  # whether blocks have shortcuts
     dtype: DTypeLike | None = None  # of activations and products; None keeps that of the images
+    init: str = "official"  # one of INITS
 
     def standardised(self, yes: bool = True) -> "Options":
         """These options with, or without, weight standardisation."""
         return dataclasses.replace(self, weight_standardisation=yes)
 
+    def initializers(self, fan_in: int) -> tuple[Initializer, Initializer]:
+        """How the kernel and the bias of a convolution are drawn, as in the official code.
+
+        Its initialisation, Xavier with zero biases, passes over the weight-standardised convolutions, since
+        these are a subclass: they keep PyTorch's default, in which both are uniform in +-1 / sqrt(fan_in).
+        """
+        if self.init == "official" and self.weight_standardisation:
+            default = uniform(fan_in**-0.5)
+            return default, default
+        return nn.initializers.xavier_uniform(), nn.initializers.zeros
+
     def cast(self, x: Array) -> Array:
         """`x` in the dtype of the activations."""
         return x if self.dtype is None else x.astype(self.dtype)
+
+
+def uniform(bound: float) -> Initializer:
+    """Draws from the uniform distribution on [-bound, bound)."""
+
+    def draw(rng: Array, shape: Sequence[int], dtype: DTypeLike = float) -> Array:
+        return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+    return draw
 
 
 class Layer(NamedTuple):
@@ -162,12 +187,13 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
+        init_kernel, init_bias = self.options.initializers(fan_in=math.prod(shape[:3]))
+        kernel = self.param("kernel", init_kernel, shape)
         if self.options.weight_standardisation:
             kernel = standardise(kernel)
         x, kernel = self.options.cast(x), self.options.cast(kernel)
         x = self.options.conv(x, kernel, stride=self.stride, padding=self.kernel_size // 2)
-        return _add_bias(self, x) if self.bias else x
+        return _add_bias(self, x, init_bias) if self.bias else x
 
 
 class DepthwiseConv(nn.Module):
@@ -178,7 +204,8 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (3, 3, 1, x.shape[-1]))
+        init_kernel, _ = self.options.initializers(fan_in=3 * 3)
+        kernel = self.param("kernel", init_kernel, (3, 3, 1, x.shape[-1]))
         if self.options.weight_standardisation:
             kernel = standardise(kernel)
         return depthwise_conv(self.options.cast(x), kernel, stride=self.stride, padding=1)
@@ -195,11 +222,11 @@ class TransposedConv(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
         x, kernel = self.options.cast(x), self.options.cast(kernel)
-        return _add_bias(self, transposed_conv(x, kernel, self.options.conv))
+        return _add_bias(self, transposed_conv(x, kernel, self.options.conv), nn.initializers.zeros)
 
 
-def _add_bias(module: nn.Module, x: Array) -> Array:
-    bias = module.param("bias", nn.initializers.zeros, (x.shape[-1],))
+def _add_bias(module: nn.Module, x: Array, init: Initializer) -> Array:
+    bias = module.param("bias", init, (x.shape[-1],))
     # Rounding the sum only keeps the gradient of the bias, a sum over all pixels, in full precision.
     return (x + bias.reshape(1, 1, 1, -1)).astype(x.dtype)
 

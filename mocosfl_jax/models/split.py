@@ -13,7 +13,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import mobilenetv2, resnet, vgg
 from mocosfl_jax.models.bottleneck import ClientBottleneck, ServerBottleneck, read_bottleneck
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
-from mocosfl_jax.models.layers import HEADS, NORMS, Layer, Options, ProjectionHead
+from mocosfl_jax.models.layers import HEADS, INITS, NORMS, Layer, Options, ProjectionHead
 
 Params = Any  # a tree of arrays
 
@@ -120,6 +120,7 @@ def check_model(
     head: str = "mlp",
     bottleneck: str | None = None,
     norm: str = "group",
+    init: str = "official",
     compute_dtype: str = "float32",
 ) -> None:
     """Check the arguments of `split_model`. An `image_size` of None is not known yet, and not checked.
@@ -161,6 +162,8 @@ def check_model(
         )
     if norm not in NORMS:
         raise UserError(f"config.model.norm: found {norm!r}, allowed: {', '.join(NORMS)}")
+    if init not in INITS:
+        raise UserError(f"config.model.init: found {init!r}, allowed: {', '.join(INITS)}")
     if compute_dtype not in COMPUTE_DTYPES:
         raise UserError(
             f"config.model.compute_dtype: found {compute_dtype!r}, allowed: {', '.join(COMPUTE_DTYPES)}"
@@ -188,6 +191,7 @@ def split_model(
     client_residual: bool = True,
     weight_standardisation: bool = True,
     norm: str = "group",
+    init: str = "official",
     compute_dtype: str = "float32",
     stacked_server: bool = False,
     forms: Forms = ACCELERATOR,
@@ -228,6 +232,10 @@ def split_model(
         bottleneck blocks always are.
       norm: "group" (groups of four channels), "layer" (one group of all channels) or "instance" (one group
         per channel).
+      init: "official" draws kernels and biases of weight-standardised convolutions as PyTorch does by
+        default, uniform in +-1 / sqrt(fan_in), and other kernels by Xavier, with zero biases, as the official
+        code does. "xavier" draws all kernels by Xavier. Standardisation hides the scale of a kernel from the
+        network but not from training, so a learning rate that suits one need not suit the other.
       compute_dtype: "float32", or "bfloat16" for mixed precision on accelerators: convolutions, activations
         and smashed data are bfloat16, while parameters, statistics of norms, pooled features and the
         projection head stay float32. If JAX's float64 is enabled, "float32" computes in float64. On a CPU
@@ -248,6 +256,7 @@ def split_model(
         head=head,
         bottleneck=bottleneck,
         norm=norm,
+        init=init,
         compute_dtype=compute_dtype,
     )
     layers = _layers(name, width=width or _paper_width(name), image_size=image_size, stem_stride=stem_stride)
@@ -264,17 +273,22 @@ def split_model(
     dtype = COMPUTE_DTYPES[compute_dtype]
     client = _Client(
         tuple(client_layers),
-        Options(stacked, weight_standardisation, norm, residual=client_residual, dtype=dtype),
+        Options(stacked, weight_standardisation, norm, residual=client_residual, dtype=dtype, init=init),
     )
     server = _Server(
         tuple(server_layers),
         Options(
-            stacked if stacked_server else single, weight_standardisation, norm, residual=True, dtype=dtype
+            stacked if stacked_server else single,
+            weight_standardisation,
+            norm,
+            residual=True,
+            dtype=dtype,
+            init=init,
         ),
         ProjectionHead(key_dim, hidden_dim, batch_norm=head == "mlp_bn", name="head"),
     )
 
-    def init(rng: Array) -> tuple[Params, Params]:
+    def init_params(rng: Array) -> tuple[Params, Params]:
         rng_client, rng_server = jax.random.split(rng)
         images = jnp.zeros((1, image_size, image_size, 3))
         smashed, client_params = client.init_with_output(rng_client, images)
@@ -292,4 +306,4 @@ def split_model(
         projection: Any = server.head.apply({"params": params["head"]}, backbone)
         return projection
 
-    return SplitModel(init, apply_client, apply_backbone, apply_head, key_dim)
+    return SplitModel(init_params, apply_client, apply_backbone, apply_head, key_dim)

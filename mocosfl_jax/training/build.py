@@ -123,6 +123,7 @@ def network_arguments(config: Resolved, image_size: int) -> dict[str, Any]:
         "client_residual": model.client_residual,
         "weight_standardisation": model.weight_standardisation,
         "norm": model.norm,
+        "init": model.init,
         "compute_dtype": model.compute_dtype,
     }
 

@@ -167,6 +167,7 @@ def _check_before_data(config: Resolved, mesh: Mesh) -> None:
         stem_stride=config.model.stem_stride,
         bottleneck=config.model.bottleneck,
         norm=config.model.norm,
+        init=config.model.init,
         compute_dtype=config.model.compute_dtype,
         head=config.moco.head,
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config import Resolved, from_dict
+from mocosfl_jax.config import Resolved, from_dict, upgraded
 from mocosfl_jax.config import differences as config_differences
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.runtime.environment import Environment, differences
@@ -83,7 +83,7 @@ def claim(workdir: Path, config: Resolved, environment: Environment) -> list[str
     if not isinstance(found, dict):
         raise UserError(f"{path}: found no configuration; give another --workdir")
     there = {name: value for name, value in found.items() if name != _ENVIRONMENT}
-    changed = config_differences(there, config.as_dict())
+    changed = config_differences(upgraded(there), config.as_dict())
     if changed:
         raise UserError(
             f"--workdir: {workdir} holds a run of another configuration ({'; '.join(changed)}); "

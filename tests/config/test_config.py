@@ -1,12 +1,15 @@
 """Configurations: presets, settings of the paper, and checks with their messages."""
 
 import dataclasses
+import json
+import pathlib
 from collections.abc import Callable
 
 import pytest
 
 from mocosfl_jax.config import Clients, Config, Moco, differences, paper_settings, quickstart, resolve
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.training import workdir
 from tests.support.training import prepare
 
 
@@ -187,3 +190,17 @@ def test_flmoco_has_no_server_to_choose_for(path: str, value: object) -> None:
     setter(path, value)(config)
     with pytest.raises(UserError, match=f"config.{path}: found {value}, allowed: .* for flmoco"):
         resolve(config)
+
+
+def test_a_run_from_before_the_choice_of_initialisation_started_from_xavier(tmp_path: pathlib.Path) -> None:
+    """Its config.json has no model.init: it is read as Xavier, and resumes with that and nothing else."""
+    config = quickstart()
+    config.model.init = "xavier"
+    earlier = resolve(config).as_dict()
+    del earlier["model"]["init"]
+    (tmp_path / "config.json").write_text(json.dumps(earlier))
+    assert workdir.read_config(tmp_path) == resolve(config)
+    assert workdir.claim(tmp_path, resolve(config), {}) == []
+    config.model.init = "official"
+    with pytest.raises(UserError, match=r"config\.model\.init: 'xavier' there, 'official' now"):
+        workdir.claim(tmp_path, resolve(config), {})
