@@ -8,9 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-# Compiling is most of what the tests do, and their arrays are small. Read when JAX starts its backend.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
-
 # One cache of compiled programs for all workers and the processes that they start, and not the user's.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.mkdtemp(prefix="mocosfl_jax_tests_")
@@ -34,7 +31,6 @@ from tests.support.small_run import arguments, write_images
 from tests.support.toy import IMAGE, make_toy_model
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +39,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(pathlib.Path(__file__).parent / "golden"),
         help="folder with the NAME.json / NAME.npz cases of test_golden.py",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The tests run on the CPU, but for those of `-m accelerator`. JAX has not started its backend yet."""
+    if config.option.markexpr.split() == ["accelerator"]:
+        require_accelerator(config.getoption("numprocesses", None))
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
+    # Compiling is most of what the tests do, and their arrays are small.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+
+
+def require_accelerator(workers: int | None) -> None:
+    """End the run in one line where its tests cannot run."""
+    if workers:
+        pytest.exit("-m accelerator needs -n 0: one process at a time can hold an accelerator", 4)
+    if jax.devices()[0].platform == "cpu":
+        pytest.exit("-m accelerator needs a GPU or TPU: JAX found only a CPU", 4)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,6 +22,8 @@ from mocosfl_jax import (
 from mocosfl_jax.algorithm import optim
 from mocosfl_jax.models import mobilenetv2, vgg
 
+RTOL, ATOL = 1e-6, 1e-9
+
 
 class Case:
     """The deterministic inputs of one case, in PyTorch layout."""
@@ -174,3 +176,65 @@ def build(case: Case, forms: Forms) -> tuple[Algorithm, TrainState]:
     keys = jnp.asarray(case.queue()).reshape(state.server.queue.keys.shape)
     queue = state.server.queue._replace(keys=keys)
     return algorithm, state._replace(server=state.server._replace(queue=queue))
+
+
+def cases_in(folder: pathlib.Path) -> dict[pathlib.Path, str]:
+    """The cases in a folder, NAME of NAME.json and NAME.npz, with their architectures."""
+    settings = {p.with_suffix(""): json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    archs = {path: values["arch"] for path, values in settings.items() if "arch" in values}
+    assert archs, f"no golden cases in {folder}"
+    return archs
+
+
+def assert_equals_official(
+    case: pathlib.Path, forms: Forms, compiler_options: dict[str, Any] | None = None
+) -> None:
+    """Every number of the case, to a relative 1e-6. Call it with float64 enabled."""
+    golden = Case(case)
+    s = golden.settings
+    algorithm, state = build(golden, forms)
+    step = jax.jit(algorithm.step, compiler_options=compiler_options)
+    sync = jax.jit(algorithm.sync)
+    compared = set()
+
+    def check(name: str, value: Any) -> None:
+        np.testing.assert_allclose(value, golden.expected[name], rtol=RTOL, atol=ATOL, err_msg=name)
+        compared.add(name)
+
+    for t in range(s["steps"]):
+        cohort = None if golden.cohort(t) is None else jnp.asarray(golden.cohort(t))
+        state, info = step(state, golden.views(t), cohort)
+        if t + 1 in s["sync_after"]:
+            state, _ = sync(state, cohort)
+        check(f"step{t}.loss", info.loss)
+        check(f"step{t}.top1_percent", 100 * info.top1)
+        crossed = {
+            "smashed_query": info.smashed.query,
+            "smashed_key": info.smashed.key,
+            "smashed_query_grad": info.smashed_grad,
+        }
+        for name, value in crossed.items():
+            check(f"step{t}.{name}", summary(np.asarray(value).transpose(0, 3, 1, 2)))
+        for parameter in s["parameters"]:
+            name, path = parameter["name"], ours(parameter["name"], s)
+
+            def torch_summary(leaf: Any, name: str = name) -> np.ndarray:
+                return summary(to_torch(leaf, transposed=is_transposed(name, s)))
+
+            if parameter["side"] == "server":
+                check(f"step{t}.server.online.{name}", torch_summary(lookup(state.server.params, path)))
+                check(f"step{t}.server.momentum.{name}", torch_summary(lookup(state.server.key_params, path)))
+                continue
+            online, momentum = lookup(state.clients.params, path), lookup(state.clients.key_params, path)
+            for i in range(s["num_client"]):
+                check(f"step{t}.client{i}.online.{name}", torch_summary(online[i]))
+                check(f"step{t}.client{i}.momentum.{name}", torch_summary(momentum[i]))
+        keys, cursors = state.server.queue
+        if s["feature_sharing"]:
+            check(f"step{t}.queue", summary(np.asarray(keys)))
+            check(f"step{t}.queue_ptr", cursors)
+        else:
+            for i in range(s["num_client"]):
+                check(f"step{t}.queue{i}", summary(np.asarray(keys[i])))
+                check(f"step{t}.queue_ptr{i}", cursors[i])
+    assert compared == set(golden.expected)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from mocosfl_jax import MomentumContrast, SplitModel, TrainState, Views, mocosfl
+from mocosfl_jax import Forms, MomentumContrast, SplitModel, TrainState, Views, mocosfl, one_device
 from mocosfl_jax.feed import batches
+from mocosfl_jax.models.forms import CPU
 from mocosfl_jax.training import rounds
 from tests.support.toy import IMAGE
 
@@ -22,13 +23,19 @@ PLACE = SingleDeviceSharding(jax.devices()[0])
 
 def make_views(rng: jax.Array, images: jax.Array) -> Views:
     noise = jax.random.normal(rng, (2, *images.shape))
-    return Views(*(images[None].astype(jnp.float32) / 255 + 0.1 * noise))
+    return Views(*(images[None].astype(noise.dtype) / 255 + 0.1 * noise))
 
 
 def build(
-    model: SplitModel, *, scan: bool, whole_pool: bool, traces: list[int] | None = None
+    model: SplitModel,
+    *,
+    scan: bool,
+    whole_pool: bool,
+    traces: list[int] | None = None,
+    forms: Forms = CPU,
 ) -> tuple[RunSteps, TrainState]:
-    algorithm = mocosfl(model, num_clients=N, moco=MomentumContrast(queue_size=24, temperature=1.0))
+    moco = MomentumContrast(queue_size=24, temperature=1.0)
+    algorithm = mocosfl(model, num_clients=N, moco=moco, placement=one_device(forms))
 
     def counted(*args: Any) -> Any:
         if traces is not None:
@@ -74,10 +81,11 @@ def test_a_program_is_traced_once_whatever_comes(toy_model: SplitModel, scan: bo
 
 
 @pytest.mark.parametrize("whole_pool", [True, False])
-def test_scan_equals_loop(toy_model: SplitModel, whole_pool: bool) -> None:
+def test_scan_equals_loop(toy_model: SplitModel, whole_pool: bool, forms: Forms, x64: None) -> None:
     ends = []
     for scan in (True, False):
-        run, state = build(toy_model, scan=scan, whole_pool=whole_pool)
+        run, state = build(toy_model, scan=scan, whole_pool=whole_pool, forms=forms)
+        assert all(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(state))
         clients = N if whole_pool else M
         cohort = None if whole_pool else np.array([0, 3], np.int32)
         losses: list[float] = []
@@ -85,9 +93,9 @@ def test_scan_equals_loop(toy_model: SplitModel, whole_pool: bool) -> None:
             state, curve = run(state, indices(round_, steps, clients), cohort)
             losses += np.concatenate(jax.device_get(curve.loss)).tolist()
         ends.append((losses, jax.device_get(state)))
-    np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-5)
+    np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-9)
     for a, b in zip(*(jax.tree.leaves(end[1]) for end in ends), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_nothing_is_fetched(toy_model: SplitModel, monkeypatch: pytest.MonkeyPatch) -> None:
