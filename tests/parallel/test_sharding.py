@@ -245,7 +245,7 @@ def assert_nothing_large_is_gathered(name: str, data: int, model: int) -> None:
     case, found, state = CASES[name], train(name, data, model).step, initial(name)
     places = case.cohort or case.num_clients
     rows = sum(case.options.get("batch_sizes", [case.batch] * places))
-    rows *= 2 if case.options.get("full_symmetric") else 1
+    rows *= 2 if case.moco.get("full_symmetric") else 1
     smashed = rows * SIZE * SIZE * CHANNELS
     client = [leaf.size // case.num_clients for leaf in jax.tree.leaves(state.clients.params)]
     pool = case.num_clients * max(client)
