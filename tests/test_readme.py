@@ -1,4 +1,4 @@
-"""What README says can be done."""
+"""What README and docs/ say can be done."""
 
 import pathlib
 import re
@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import split_model
+from mocosfl_jax.config import resolve
 from mocosfl_jax.weights.encoder_file import Metadata, export_encoder
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def programs(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def test_the_program_runs() -> None:
-    program, _ = PROGRAMS
+    (program,) = programs("README.md")
     assert len([line for line in program.splitlines() if line.strip()]) <= 15
     names: dict = {}
     exec(program, names)
@@ -31,7 +36,7 @@ def test_an_encoder_is_used_in_three_lines(tmp_path: pathlib.Path, monkeypatch: 
     export_encoder(
         tmp_path / "encoder.safetensors", client, server, Metadata(network, (0.5,) * 3, (0.25,) * 3)
     )
-    _, program = PROGRAMS
+    (program,) = programs("docs/encoders.md")
     imports, *lines = [line for line in program.splitlines() if line.strip()]
     assert imports.startswith("from mocosfl_jax import") and len(lines) == 3
     names: dict = {"images": np.zeros((2, 16, 16, 3), np.uint8)}
@@ -39,9 +44,36 @@ def test_an_encoder_is_used_in_three_lines(tmp_path: pathlib.Path, monkeypatch: 
     assert names["features"].shape == (2, 32)
 
 
-def test_every_file_it_names_is_there() -> None:
-    root = pathlib.Path(__file__).parents[1]
-    names = re.findall(r"\]\(([\w./-]+)\)", README)
-    assert names
-    for name in names:
-        assert (root / name).exists(), name
+def test_readme_is_short_and_shows_the_two_commands() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    start = lines.index("```console")
+    assert [line[:2] for line in lines[start + 1 : start + 4]] == ["$ ", "$ ", "``"]
+
+
+def test_a_configuration_of_the_docs_is_one() -> None:
+    (program,) = programs("docs/experiments.md")
+    names: dict = {}
+    exec(program, names)
+    assert resolve(names["get_config"]("1000")).clients.cohort == 100
+
+
+LINK = re.compile(r"\]\(([\w./-]+)(?:#[\w-]+)?\)")
+FOLDERS = "|".join(p.name for parent in (ROOT, ROOT / "mocosfl_jax") for p in parent.iterdir() if p.is_dir())
+FILE = re.compile(rf"(?:--config=|`|pytest )((?:{FOLDERS})/[\w./]*)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_file_it_names_is_there(page: pathlib.Path) -> None:
+    for name in LINK.findall(page.read_text()):
+        assert (page.parent / name).exists(), name
+    for name in FILE.findall(page.read_text()):
+        assert any((parent / name).exists() for parent in (ROOT, ROOT / "mocosfl_jax")) or "NAME" in name, (
+            name
+        )
+
+
+def test_files_are_found_where_they_are_named() -> None:
+    architecture = (ROOT / "docs" / "architecture.md").read_text()
+    assert "algorithm/moco.py" in FILE.findall(architecture)
+    assert "reference/models.md" in LINK.findall(architecture)
