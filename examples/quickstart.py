@@ -12,7 +12,16 @@ from functools import partial
 import jax
 import numpy as np
 
-from mocosfl_jax import Features, data, mocosfl, split_model, two_views
+from mocosfl_jax import (
+    Features,
+    MomentumContrast,
+    data,
+    forms,
+    mocosfl,
+    one_device,
+    split_model,
+    two_views,
+)
 from mocosfl_jax.algorithm import optim
 from mocosfl_jax.data import Dataset
 from mocosfl_jax.evaluation.features import extract, make_encode
@@ -56,10 +65,19 @@ def main(
     print(f"client 0 holds {len(first)} images of the classes {np.unique(dataset.y_train[first]).tolist()}")
 
     # The network, cut after its first layer: that layer runs on the clients, everything else on the server.
-    # Then the algorithm, a handful of pure functions. Both sides have a learning rate that falls to 0.
-    model = split_model("resnet18", cut_layer=1, width=width, stem_stride=2, key_dim=128)
+    # Then the algorithm, a handful of pure functions. Both sides have a learning rate that falls to 0. A program
+    # that is fast on a CPU is slow on an accelerator: `forms` chooses. The numbers are the same.
+    platform = forms(jax.default_backend())
+    model = split_model("resnet18", cut_layer=1, width=width, stem_stride=2, key_dim=128, forms=platform)
     rate = optim.schedule("cosine", 0.01, epochs=epochs, steps_per_epoch=steps)
-    algorithm = mocosfl(model, num_clients=num_clients, queue_size=queue_size, server_lr=rate, client_lr=rate)
+    algorithm = mocosfl(
+        model,
+        num_clients=num_clients,
+        moco=MomentumContrast(queue_size=queue_size),
+        server_lr=rate,
+        client_lr=rate,
+        placement=one_device(platform),
+    )
 
     # The compiled programs. Donation lets a step overwrite the state that it gets.
     step = jax.jit(algorithm.step, donate_argnums=0)
@@ -67,10 +85,8 @@ def main(
     views = jax.jit(
         partial(two_views, size=32, mean=dataset.mean, std=dataset.std, version="v1", min_crop_scale=0.5)
     )
-
-    encode = make_encode(
-        algorithm, dataset.mean, dataset.std
-    )  # state, images -> features, without augmentation
+    # The encoder of whole images, without augmentation: state, images -> features.
+    encode = make_encode(algorithm, dataset.mean, dataset.std)
 
     # Training. Each step takes a batch from every client; a synchronization averages the client-side models.
     rng_init, rng_views = jax.random.split(jax.random.key(SEED))

@@ -9,6 +9,6 @@ QUICKSTART = pathlib.Path(__file__).parents[2] / "examples" / "quickstart.py"
 def test_the_quickstart_learns() -> None:
     main = runpy.run_path(str(QUICKSTART))["main"]
     untrained, *_, trained = main(
-        epochs=2, num_clients=10, batch_size=5, syncs_per_epoch=4, width=4, queue_size=400, max_images=1000
+        epochs=3, num_clients=10, batch_size=5, syncs_per_epoch=4, width=4, queue_size=400, max_images=1000
     )
     assert trained["kNN"] > untrained["kNN"] + 0.05
