@@ -65,8 +65,8 @@ def main(
     print(f"client 0 holds {len(first)} images of the classes {np.unique(dataset.y_train[first]).tolist()}")
 
     # The network, cut after its first layer: that layer runs on the clients, everything else on the server.
-    # Then the algorithm, a handful of pure functions. Both sides have a learning rate that falls to 0. A program
-    # that is fast on a CPU is slow on an accelerator: `forms` chooses. The numbers are the same.
+    # Then the algorithm, a handful of pure functions. Both sides have a learning rate that falls to 0.
+    # A program that is fast on a CPU is slow on an accelerator: `forms` chooses. The numbers are the same.
     platform = forms(jax.default_backend())
     model = split_model("resnet18", cut_layer=1, width=width, stem_stride=2, key_dim=128, forms=platform)
     rate = optim.schedule("cosine", 0.01, epochs=epochs, steps_per_epoch=steps)

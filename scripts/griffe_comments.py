@@ -1,31 +1,31 @@
-"""An extension of Griffe: a field's comment in a NamedTuple or dataclass is its description in the reference.
+"""An extension of Griffe, which reads the docstrings of the package for the reference. mkdocs.yml names it.
 
-    name: str = "resnet18"  # on the same line,
-
-or on the lines directly above. mkdocs.yml names this file.
+- The comment of a field or a constant is its description: `name: str  # on the same line`, or on the lines
+  directly above.
+- `Example:` is a section of examples, as `Examples:` is.
 """
 
-import ast
+import re
 from typing import Any
 
 import griffe
 
 
 class Comments(griffe.Extension):
-    """Gives attributes that have no docstring their comment."""
+    """Gives attributes that have no docstring their comment, and examples their section."""
 
-    def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **kwargs: Any) -> None:
-        if not isinstance(node, ast.AnnAssign) or attr.docstring is not None or attr.parent is None:
-            return
-        if not attr.parent.is_class or attr.lineno is None or attr.endlineno is None:
-            return
-        lines = attr.lines_collection[attr.filepath]
-        comment = field_comment(lines, attr.lineno, attr.endlineno)
-        if comment:
-            attr.docstring = griffe.Docstring(comment, lineno=attr.lineno, parent=attr)
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
+        if attr.docstring is None and attr.lineno is not None and attr.endlineno is not None:
+            comment = comment_of(attr.lines_collection[attr.filepath], attr.lineno, attr.endlineno)
+            if comment:
+                attr.docstring = griffe.Docstring(comment, lineno=attr.lineno, parent=attr)
 
 
-def field_comment(lines: list[str], first: int, last: int) -> str:
+def comment_of(lines: list[str], first: int, last: int) -> str:
     """The comment of the statement in lines `first` to `last`, counted from 1."""
     _, mark, behind = lines[last - 1].partition("  # ")
     if mark:
