@@ -59,8 +59,9 @@ def test_a_configuration_of_the_docs_is_one() -> None:
 
 
 LINK = re.compile(r"\]\(([\w./-]+)(?:#[\w-]+)?\)")
-FOLDERS = "|".join(p.name for parent in (ROOT, ROOT / "mocosfl_jax") for p in parent.iterdir() if p.is_dir())
-FILE = re.compile(rf"(?:--config=|`|pytest )((?:{FOLDERS})/[\w./]*)")
+FOLDERS = [p.parent.name for p in (ROOT / "mocosfl_jax").glob("*/__init__.py")]
+FOLDERS += ["benchmarks", "configs", "docs", "examples", "launch", "scripts", "tests"]
+FILE = re.compile(rf"(?:--config=|`|pytest )((?:{"|".join(FOLDERS)})/[\w./]*)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
