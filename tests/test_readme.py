@@ -61,7 +61,7 @@ def test_a_configuration_of_the_docs_is_one() -> None:
 LINK = re.compile(r"\]\(([\w./-]+)(?:#[\w-]+)?\)")
 FOLDERS = [p.parent.name for p in (ROOT / "mocosfl_jax").glob("*/__init__.py")]
 FOLDERS += ["benchmarks", "configs", "docs", "examples", "launch", "scripts", "tests"]
-FILE = re.compile(rf"(?:--config=|`|pytest )((?:{"|".join(FOLDERS)})/[\w./]*)")
+FILE = re.compile(rf"(?:--config=|`|pytest )((?:{'|'.join(FOLDERS)})/[\w./]*)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
