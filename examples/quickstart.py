@@ -68,7 +68,9 @@ def main(
     # Then the algorithm, a handful of pure functions. Both sides have a learning rate that falls to 0.
     # A program that is fast on a CPU is slow on an accelerator: `forms` chooses. The numbers are the same.
     platform = forms(jax.default_backend())
-    model = split_model("resnet18", cut_layer=1, width=width, stem_stride=2, key_dim=128, forms=platform)
+    model = split_model(
+        "resnet18", cut_layer=1, width=width, stem_stride=2, key_dim=128, init="xavier", forms=platform
+    )
     rate = optim.schedule("cosine", 0.01, epochs=epochs, steps_per_epoch=steps)
     algorithm = mocosfl(
         model,

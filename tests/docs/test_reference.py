@@ -1,6 +1,7 @@
 """The reference has every public name, and its examples give what they show."""
 
 import doctest
+import importlib
 import pathlib
 import pkgutil
 import re
@@ -10,9 +11,12 @@ import pytest
 import mocosfl_jax
 
 PAGES = sorted((pathlib.Path(__file__).parents[2] / "docs" / "reference").glob("*.md"))
-EXAMPLES = {
-    page.stem: "".join(re.findall(r"```pycon\n(.*?)```", page.read_text(), re.DOTALL)) for page in PAGES
-}
+PACKAGE = pathlib.Path(mocosfl_jax.__path__[0])
+MODULES = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if ">>> " in path.read_text()
+]
 
 
 def test_every_public_name_is_documented() -> None:
@@ -24,8 +28,7 @@ def test_every_public_name_is_documented() -> None:
         assert any(entry is value or entry is module for entry in documented), name
 
 
-@pytest.mark.parametrize("page", [name for name, example in EXAMPLES.items() if example])
-def test_the_examples_are_true(page: str) -> None:
-    test = doctest.DocTestParser().get_doctest(EXAMPLES[page], {}, page, f"docs/reference/{page}.md", 0)
-    results = doctest.DocTestRunner().run(test)
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_docstrings_are_true(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(name))
     assert results.attempted > 0 and results.failed == 0
