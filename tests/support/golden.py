@@ -178,12 +178,11 @@ def build(case: Case, forms: Forms) -> tuple[Algorithm, TrainState]:
     return algorithm, state._replace(server=state.server._replace(queue=queue))
 
 
-def cases_in(folder: pathlib.Path) -> dict[pathlib.Path, str]:
-    """The cases in a folder, NAME of NAME.json and NAME.npz, with their architectures."""
-    settings = {p.with_suffix(""): json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
-    archs = {path: values["arch"] for path, values in settings.items() if "arch" in values}
-    assert archs, f"no golden cases in {folder}"
-    return archs
+def cases_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The cases in a folder, as NAME of NAME.json and NAME.npz."""
+    cases = [p.with_suffix("") for p in sorted(folder.glob("*.json")) if "arch" in json.loads(p.read_text())]
+    assert cases, f"no golden cases in {folder}"
+    return cases
 
 
 def assert_equals_official(
