@@ -7,9 +7,10 @@
   --probe_epochs=N     epochs of the linear probe and the semi-supervised classifiers, 0 to skip them;
                        default: config.eval.probe_epochs of the run
   --semi_supervised    also train a small network on the features with 10 % and with 1 % of the labels
+  --data_dir=FOLDER    where the data set is now; default: config.data.dir of the run
+  --accept_other_data  evaluate on the data set even if it is not the one that the run was trained on
 
-Prints the accuracies and writes them to FOLDER/evaluation.json. Nothing else in the folder changes. The data
-set must be where the run found it.
+Prints the accuracies and writes them to FOLDER/evaluation.json. Nothing else in the folder changes.
 """
 
 import sys
@@ -25,7 +26,10 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
-USAGE = "--workdir=FOLDER, --checkpoint=STEP, --probe_epochs=N, --semi_supervised, --help"
+USAGE = (
+    "--workdir=FOLDER, --checkpoint=STEP, --probe_epochs=N, --semi_supervised, --data_dir=FOLDER, "
+    "--accept_other_data, --help"
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,12 +49,16 @@ def evaluate(argv: Sequence[str]) -> None:
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
         flags.DEFINE_integer("probe_epochs", None, "Epochs of the probes.", lower_bound=0, flag_values=values)
         flags.DEFINE_bool("semi_supervised", False, "Also with few labels.", flag_values=values)
+        flags.DEFINE_string("data_dir", None, "Folder of the data set.", flag_values=values)
+        flags.DEFINE_bool("accept_other_data", False, "Evaluate on other data.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir"])
     folder = Path(values.workdir)
     config = workdir.read_config(folder)
     if values.probe_epochs is not None:
         config.eval.probe_epochs = values.probe_epochs
+    if values.data_dir is not None:
+        config.data.dir = values.data_dir
     if values.semi_supervised and not config.eval.probe_epochs:
         raise UserError("--probe_epochs: found 0, allowed: 1 or more with --semi_supervised")
 
@@ -63,6 +71,8 @@ def evaluate(argv: Sequence[str]) -> None:
 
     device = jax.devices()[0]
     run = experiment.prepare(config, one_device(device))
+    if not values.accept_other_data:
+        workdir.require_same_data(folder, run.fingerprint)
     state, progress = checkpoint.restore(
         folder / "checkpoints", values.checkpoint, run.algorithm.init, device
     )

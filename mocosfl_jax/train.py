@@ -1,7 +1,7 @@
 """Train MocoSFL.
 
     python -m mocosfl_jax.train [--config=FILE[:PARAMETER]] [--config.FIELD=VALUE ...]
-                                [--workdir=FOLDER] [--tensorboard]
+                                [--workdir=FOLDER] [--tensorboard] [--accept_other_data]
                                 [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 Without arguments, this trains the quickstart on the bundled sample of images and writes to runs/quickstart.
@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -29,10 +30,11 @@ from mocosfl_jax.commandline import fail, say
 from mocosfl_jax.config import Config, resolve
 from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
 from mocosfl_jax.runtime import compiler, hosts
+from mocosfl_jax.training import workdir
 
 USAGE = (
-    "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --tensorboard, --coordinator=HOST:PORT, "
-    "--num_processes=N, --process_id=I, --help"
+    "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --tensorboard, --accept_other_data, "
+    "--coordinator=HOST:PORT, --num_processes=N, --process_id=I, --help"
 )
 
 
@@ -47,38 +49,40 @@ def main(argv: list[str]) -> int:
         say(commandline.help_text(__doc__))
         return 0
     try:
-        config, folder, tensorboard, address = parse(argv)
+        options = parse(argv)
         compiler.set_up()
-        hosts.join(address)
+        hosts.join(options.address)
     except UserError as error:
         return fail(2, error)
+    folder = options.folder
     on_all = True  # until training starts, a UserError is raised on all processes
     try:
         # Imported lazily, so that argument errors precede slow imports.
         from mocosfl_jax.parallel import mesh as meshes
         from mocosfl_jax.runtime.environment import environment
-        from mocosfl_jax.training import experiment, journal, loop, workdir
+        from mocosfl_jax.training import experiment, journal, loop
 
         first = hosts.first()
         report = say if first else lambda line: None
         with hosts.together():
-            if tensorboard:
+            if options.tensorboard:
                 require_tensorboard()
-            resolved = resolve(config)
+            resolved = resolve(options.config)
             mesh = meshes.make_mesh(resolved.mesh, jax.devices())
             run = experiment.prepare(resolved, mesh)
         with contextlib.ExitStack() as stack:
-            changed: list[str] = []
             with hosts.together():
                 if first:
                     stack.enter_context(workdir.locked(folder))
-                    changed = workdir.claim(folder, resolved, environment(meshes.first_device(mesh)))
-            if changed:
-                say(
-                    f"{folder}: the run started in another environment, so results may differ in the last "
-                    f"bits: {'; '.join(changed)}"
-                )
-            write_metrics = stack.enter_context(tensorboard_writer(folder, tensorboard and first))
+                    claim = workdir.claim(
+                        folder,
+                        resolved,
+                        environment(meshes.first_device(mesh)),
+                        run.fingerprint,
+                        accept_other_data=options.accept_other_data,
+                    )
+                    report_claim(folder, claim)
+            write_metrics = stack.enter_context(tensorboard_writer(folder, options.tensorboard and first))
             stop, received = stack.enter_context(stop_on_signals())
             on_all = False
             finished = loop.train(run, stop, journal.Output(folder, report, write_metrics, first))
@@ -110,6 +114,17 @@ def main(argv: list[str]) -> int:
     return 128 + number
 
 
+def report_claim(folder: Path, claim: workdir.Claim) -> None:
+    """Print what is different from the run that the workdir held."""
+    if claim.emptied:
+        say(f"{folder}: held a run of which no step was trained; it makes way for this one")
+    if claim.environment:
+        say(
+            f"{folder}: the run started in another environment, so results may differ in the last "
+            f"bits: {'; '.join(claim.environment)}"
+        )
+
+
 def fail_alone(status: int, error: object) -> int:
     """Like `fail`, for an error that the other processes of the run do not have."""
     fail(status, error)
@@ -125,25 +140,32 @@ def fail_alike(status: int, error: object) -> int:
     return status
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, Path, bool, hosts.Address | None]:
-    """Parse the command line.
+class Options(NamedTuple):
+    """A parsed command line."""
 
-    Returns:
-      The configuration, the workdir, whether --tensorboard is given, and the address at which the processes
-      of the run connect, or None.
+    config: Config
+    folder: Path  # the workdir
+    tensorboard: bool = False
+    accept_other_data: bool = False
+    address: hosts.Address | None = None  # at which the processes of the run connect
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Parse the command line.
 
     Raises:
       UserError: names the first invalid argument.
 
     Example:
-      >>> config, workdir, tensorboard, address = parse(["train", "--config.epochs=2"])
-      >>> config.epochs, str(workdir), tensorboard, address
-      (2, 'runs/quickstart', False, None)
+      >>> options = parse(["train", "--config.epochs=2"])
+      >>> options.config.epochs, str(options.folder), options.tensorboard
+      (2, 'runs/quickstart', False)
     """
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
         flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
+        flags.DEFINE_bool("accept_other_data", False, "Resume on other data.", flag_values=values)
         flags.DEFINE_string("coordinator", None, "Address of process 0.", flag_values=values)
         flags.DEFINE_integer("num_processes", None, "Number of processes in the run.", flag_values=values)
         flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
@@ -152,7 +174,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path, bool, hosts.Address | None
     folder = Path(arguments.flags.workdir or f"runs/{arguments.name}")
     values = arguments.flags
     address = hosts.address(values.coordinator, values.num_processes, values.process_id)
-    return arguments.config, folder, values.tensorboard, address
+    return Options(arguments.config, folder, values.tensorboard, values.accept_other_data, address)
 
 
 def last_checkpoint(folder: Path) -> str:

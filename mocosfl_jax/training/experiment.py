@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from mocosfl_jax import data
 from mocosfl_jax.algorithm.interface import Algorithm
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.data.fingerprint import Fingerprint, fingerprint
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.feed import augment, batches, partition
 from mocosfl_jax.feed.partition import Rich
@@ -29,6 +30,7 @@ class Run(NamedTuple):
 
     config: Resolved
     dataset: data.Dataset
+    fingerprint: Fingerprint  # of the data set
     residence: batches.Residence  # where the training images are kept
     parts: list[np.ndarray]  # indices of each client's images
     rich: Rich | None  # None: all clients are equal
@@ -104,7 +106,7 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
     _check_before_data(config, mesh)
     pool = config.clients
     rich = Rich(max(1, round(pool.rich * pool.num)), pool.rich_data, pool.rich_batch) if pool.rich else None
-    dataset, residence = _load(config, mesh)
+    dataset, data_fingerprint, residence = _load(config, mesh)
     parts = partition.partition(
         dataset.y_train,
         num_clients=pool.num,
@@ -140,6 +142,7 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
     run = Run(
         config=config,
         dataset=dataset,
+        fingerprint=data_fingerprint,
         residence=residence,
         parts=parts,
         rich=rich,
@@ -175,7 +178,7 @@ def _check_before_data(config: Resolved, mesh: Mesh) -> None:
         meshes.check_queue(mesh, config.moco.queue_size)
 
 
-def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, batches.Residence]:
+def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, Fingerprint, batches.Residence]:
     """Load the data set, with its training images in memory if they will be resident on the device."""
     dataset = data.load(
         config.data.name, config.data.dir, config.data.image_size, max_broken=config.data.max_broken
@@ -185,7 +188,9 @@ def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, batches.Residence
         raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
     size = math.prod(dataset.x_train.shape)
     residence = batches.residence(config.data.resident, size, mesh.local_devices[0])
-    return data.in_memory(dataset) if residence.resident else dataset, residence
+    # Before all images are read into memory, so that it does not depend on where they are kept.
+    data_fingerprint = fingerprint(dataset)
+    return data.in_memory(dataset) if residence.resident else dataset, data_fingerprint, residence
 
 
 def _check_queue(config: Resolved, places: np.ndarray, rich: Rich | None) -> None:

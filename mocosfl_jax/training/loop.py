@@ -12,7 +12,7 @@ from jax import Array
 from tqdm import tqdm
 
 from mocosfl_jax.algorithm.interface import TrainState
-from mocosfl_jax.errors import DiskFullError, NonFiniteError
+from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import Encode, make_encode
 from mocosfl_jax.runtime import hosts
@@ -53,20 +53,25 @@ def _train(run: Run, stop: Stop, output: Output) -> bool:
     output.say(report.header(run, state))
     dataset, folder = run.dataset, output.folder
     encode = make_encode(run.algorithm, dataset.mean, dataset.std)
-    preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
-    if output.writes:
-        workdir.write_preprocessing(folder, preprocessing)
     store = saving.Store(folder, run.replay)
     if run.config.saving.loss_threshold:
         store.require_space()
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
         restored = checkpoint.restore_newest(manager, state)
         state, progress = restored or (state, Progress())
+        if progress.step > run.total_steps:
+            raise UserError(
+                f"{folder}: found a checkpoint of step {progress.step:,}, allowed: at most "
+                f"{run.total_steps:,}, the steps of the run on these data"
+            )
         ended = progress.step == run.total_steps
         # Only the line of the linear probe follows the last checkpoint. It may stay.
         with hosts.together():
             if output.writes:
                 workdir.rewind_metrics(folder, progress.metrics_lines, optional=int(ended))
+        if output.writes and not workdir.has_preprocessing(folder):
+            preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
+            workdir.write_preprocessing(folder, preprocessing)
         if restored is None:
             progress = start(run, state, encode, output)
             save(run, manager, state, progress, output)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any, NamedTuple
 
 from mocosfl_jax.config import Resolved, from_dict, upgraded
 from mocosfl_jax.config import differences as config_differences
+from mocosfl_jax.data.fingerprint import Fingerprint, changes
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.runtime.environment import Environment, differences
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
+_DATA = "data_fingerprint"  # in config.json, beside the fields of the configuration
 _ENVIRONMENT = "environment"  # in config.json, next to the fields of the configuration
 
 
@@ -48,23 +51,38 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def claim(workdir: Path, config: Resolved, environment: Environment) -> list[str]:
-    """Create `workdir` and write config.json, or check that an existing one has the same configuration.
+class Claim(NamedTuple):
+    """How a workdir was claimed."""
 
-    Fields that do not change results may differ (`config.INDIFFERENT`), and so may the environment.
+    environment: list[str]  # differences between the environment at the start and this one; [] for a new run
+    emptied: bool  # whether another run, of which no step was trained, made way
+
+
+def claim(
+    workdir: Path,
+    config: Resolved,
+    environment: Environment,
+    data: Fingerprint | None = None,
+    *,
+    accept_other_data: bool = False,
+) -> Claim:
+    """Create `workdir` and write config.json, or check an existing one.
+
+    Fields that do not change results may differ (`config.INDIFFERENT`), and so may the environment. The
+    folder of the same data may differ too. A workdir in which no step was trained is free for any run.
 
     Args:
       workdir: the folder of the run.
       config: the configuration of the run.
       environment: from `runtime.environment.environment`. config.json keeps that of the start of the run.
-
-    Returns:
-      The differences between the environment at the start and this one; [] for a new run.
+      data: fingerprint of the data set; None is not compared.
+      accept_other_data: resume even if the data set has changed.
 
     Raises:
-      UserError: if the folder holds a run of another configuration, or cannot be written to.
+      UserError: if the folder holds a run of another configuration or on other data, or cannot be written to.
     """
     path = workdir / "config.json"
+    record = config.as_dict() | {_ENVIRONMENT: environment} | ({} if data is None else {_DATA: data})
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -73,8 +91,8 @@ def claim(workdir: Path, config: Resolved, environment: Environment) -> list[str
                     raise UserError(
                         f"--workdir: {workdir} holds {other} but no config.json; give another --workdir"
                     )
-            _write_json(path, config.as_dict() | {_ENVIRONMENT: environment})
-            return []
+            _write_json(path, record)
+            return Claim([], emptied=False)
         found = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"--workdir: {error}") from error
@@ -82,15 +100,57 @@ def claim(workdir: Path, config: Resolved, environment: Environment) -> list[str
         raise UserError(f"{path}: not JSON ({error}); give another --workdir") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: found no configuration; give another --workdir")
-    there = {name: value for name, value in found.items() if name != _ENVIRONMENT}
+    there = {name: value for name, value in found.items() if name not in (_ENVIRONMENT, _DATA)}
+    other_data = _other_data(found, data)
     changed = config_differences(upgraded(there), config.as_dict())
+    if _DATA in found and not other_data:
+        changed = [line for line in changed if not line.startswith("config.data.dir:")]
+    if (changed or other_data) and not _was_trained(workdir):
+        _empty(workdir)
+        _write_json(path, record)
+        return Claim([], emptied=True)
     if changed:
         raise UserError(
             f"--workdir: {workdir} holds a run of another configuration ({'; '.join(changed)}); "
             "give another --workdir"
         )
+    if other_data and not accept_other_data:
+        raise UserError(_refusal(workdir, other_data))
     started = found.get(_ENVIRONMENT)
-    return differences(started, environment) if isinstance(started, dict) else []
+    return Claim(differences(started, environment) if isinstance(started, dict) else [], emptied=False)
+
+
+def require_same_data(workdir: Path, data: Fingerprint) -> None:
+    """Raise UserError if the run in `workdir` started on other data. Runs of earlier versions do not say."""
+    if other_data := _other_data(_read_json(workdir / "config.json"), data):
+        raise UserError(_refusal(workdir, other_data))
+
+
+def _other_data(record: Any, data: Fingerprint | None) -> list[str]:
+    recorded = record.get(_DATA) if isinstance(record, dict) else None
+    return changes(recorded, data) if isinstance(recorded, dict) and data is not None else []
+
+
+def _refusal(workdir: Path, other_data: list[str]) -> str:
+    return (
+        f"config.data: found other data than those of the run in {workdir} ({'; '.join(other_data)}), "
+        "allowed: the same data; --accept_other_data takes them all the same"
+    )
+
+
+def _was_trained(workdir: Path) -> bool:
+    """Whether a step was trained: a checkpoint after step 0, or anything that may be one."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return any(name != "0" for name in names) or any(
+        line.get("step", 1) > 0 for line in read_metrics(workdir)
+    )
+
+
+def _empty(workdir: Path) -> None:
+    """Remove what a run has written before its first step."""
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    for name in ("config.json", "preprocessing.json", "metrics.jsonl", "partition.png", "curves.png"):
+        (workdir / name).unlink(missing_ok=True)
 
 
 def read_config(workdir: Path) -> Resolved:
@@ -105,6 +165,7 @@ def read_config(workdir: Path) -> Resolved:
     values = _read_json(path)
     if isinstance(values, dict):
         values.pop(_ENVIRONMENT, None)
+        values.pop(_DATA, None)
     try:
         return from_dict(values)
     except UserError as error:
@@ -122,6 +183,11 @@ class Preprocessing(NamedTuple):
 def write_preprocessing(workdir: Path, preprocessing: Preprocessing) -> None:
     """Write preprocessing.json, with which images can be encoded without the data set."""
     _write_json(workdir / "preprocessing.json", preprocessing._asdict())
+
+
+def has_preprocessing(workdir: Path) -> bool:
+    """Whether preprocessing.json was written. A run that resumes never writes it again."""
+    return (workdir / "preprocessing.json").exists()
 
 
 def read_preprocessing(workdir: Path) -> Preprocessing:

@@ -1,8 +1,9 @@
 """The step equals the official PyTorch code's, number by number, in float64.
 
-Every NAME.json with its NAME.npz in the folder given by --golden-dir is one case; tests/golden/README.md says how
-inputs are made and what the numbers are. Each case runs in the forms of an accelerator and in those of a CPU, on
-whatever platform the tests run. Most are slow in the forms of a CPU, which take twice as long to compile.
+Every NAME.json with its NAME.npz in the folder given by --golden-dir is one case; tests/golden/README.md says
+how inputs are made and what the numbers are. Each case runs in the forms of an accelerator and in those of a
+CPU, on whatever platform the tests run. Most are slow in the forms of a CPU, which take twice as long to
+compile.
 """
 
 import pathlib

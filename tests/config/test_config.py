@@ -200,7 +200,8 @@ def test_a_run_from_before_the_choice_of_initialisation_started_from_xavier(tmp_
     del earlier["model"]["init"]
     (tmp_path / "config.json").write_text(json.dumps(earlier))
     assert workdir.read_config(tmp_path) == resolve(config)
-    assert workdir.claim(tmp_path, resolve(config), {}) == []
+    assert workdir.claim(tmp_path, resolve(config), {}) == ([], False)
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
     config.model.init = "official"
     with pytest.raises(UserError, match=r"config\.model\.init: 'xavier' there, 'official' now"):
         workdir.claim(tmp_path, resolve(config), {})

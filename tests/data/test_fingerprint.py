@@ -1,0 +1,91 @@
+"""A data set is recognised wherever it is and however it is read, and any change of it is noticed."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mocosfl_jax.data import in_memory, load
+from mocosfl_jax.data.fingerprint import changes, fingerprint
+from mocosfl_jax.data.images import OnDisk
+from tests.support.data_files import small
+
+Arrays = Any  # name -> array, as np.savez takes them
+
+
+def write_npy(folder: pathlib.Path, arrays: Arrays) -> pathlib.Path:
+    folder.mkdir()
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+def test_a_copy_is_the_same_data(tmp_path: pathlib.Path) -> None:
+    folders = [write_npy(tmp_path / name, small()) for name in ("one", "other")]
+    one, other = (load("npy", str(folder), None) for folder in folders)
+    assert changes(fingerprint(one), fingerprint(other)) == []
+
+
+def swap_two_images(arrays: Arrays) -> None:
+    arrays["x_train"][[0, 1]] = arrays["x_train"][[1, 0]]
+
+
+def flip_a_bit(arrays: Arrays) -> None:
+    arrays["x_test"][-1, -1, -1, -1] ^= 1
+
+
+def swap_two_labels(arrays: Arrays) -> None:
+    first = arrays["y_train"][0]
+    other = int(np.flatnonzero(arrays["y_train"] != first)[0])
+    arrays["y_train"][[0, other]] = arrays["y_train"][[other, 0]]
+
+
+def add_an_image(arrays: Arrays) -> None:
+    arrays["x_train"] = np.concatenate([arrays["x_train"], arrays["x_train"][:1]])
+    arrays["y_train"] = np.concatenate([arrays["y_train"], arrays["y_train"][:1]])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (swap_two_images, ["other pixels"]),
+        (flip_a_bit, ["other pixels"]),
+        (swap_two_labels, ["other labels"]),
+        (add_an_image, ["training images: {} there, {} now", "other labels", "other pixels"]),
+    ],
+)
+def test_a_change_is_named(
+    tmp_path: pathlib.Path, change: Callable[[Arrays], None], words: list[str]
+) -> None:
+    before, after = small(), {name: array.copy() for name, array in small().items()}
+    change(after)
+    prints = []
+    for name, arrays in (("before", before), ("after", after)):
+        np.savez_compressed(str(tmp_path / f"{name}.npz"), **dict[str, Any](arrays))
+        prints.append(fingerprint(load("npz", str(tmp_path / f"{name}.npz"), None)))
+    count = len(before["x_train"])
+    assert changes(*prints) == [line.format(count, count + 1) for line in words]
+    assert changes(prints[0], prints[0]) == []
+
+
+def test_images_on_disk_are_not_all_read(tmp_path: pathlib.Path) -> None:
+    """64 of each split, evenly spaced with the first and the last; in memory it would be another number."""
+    x = np.random.default_rng(0).integers(0, 256, (1000, 4, 4, 3)).astype(np.uint8)
+    y = np.arange(1000) % 3
+    folder = write_npy(tmp_path / "set", {"x_train": x, "y_train": y, "x_test": x[:9], "y_test": y[:9]})
+    dataset = load("npy", str(folder), None)
+    images = dataset.x_train
+    assert isinstance(images, OnDisk)
+    read: list[int] = []
+
+    def reading(rows: np.ndarray) -> np.ndarray:
+        read.extend(rows.tolist())
+        return images.read(rows)
+
+    recording = OnDisk(images.shape, reading, images.load)
+    found = fingerprint(dataset._replace(x_train=recording))
+    assert len(read) == 64 and (min(read), max(read)) == (0, 999)
+    assert found == fingerprint(dataset)
+    assert found["labels"] == fingerprint(in_memory(dataset))["labels"]

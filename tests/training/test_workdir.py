@@ -1,0 +1,114 @@
+"""What a workdir is claimed for: the same run on the same data, wherever these are, or no training yet."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from mocosfl_jax import evaluate
+from mocosfl_jax.train import main
+from tests.support.small_run import arguments, metrics, write_images
+from tests.support.toy import IMAGE, in_place
+
+
+@pytest.fixture
+def data(tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(write_images(tmp_path / "images.npz", IMAGE))
+
+
+@pytest.fixture
+def run(data: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The workdir of a finished run of the toy network on `data`."""
+    assert train(data, tmp_path / "run") == 0
+    return tmp_path / "run"
+
+
+def train(data: pathlib.Path, folder: pathlib.Path, *more: str) -> int:
+    with in_place():
+        return main(arguments(str(data), folder, *more))
+
+
+def exchange(data: pathlib.Path, images: int) -> None:
+    """Replace the data set by another one of so many training images."""
+    rng = np.random.default_rng(9)
+    labels = np.arange(images) % 4
+    pictures = rng.integers(100, 256, (images, *IMAGE)).astype(np.uint8)
+    np.savez(data, x_train=pictures, y_train=labels, x_test=pictures[:12], y_test=labels[:12])
+
+
+@pytest.mark.parametrize("images", [24, 48, 90])
+def test_a_run_does_not_go_on_with_other_data(
+    data: pathlib.Path, run: pathlib.Path, capsys: pytest.CaptureFixture, images: int
+) -> None:
+    kept = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    exchange(data, images)
+    assert train(data, run) == 2
+    error = capsys.readouterr().err
+    assert "config.data: found other data than those of the run" in error and error.count("\n") == 1
+    assert (f"training images: 48 there, {images} now" in error) == (images != 48)
+    with in_place():
+        assert evaluate.main(["evaluate", f"--workdir={run}"]) == 2
+    assert "other pixels" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == kept
+
+
+def test_other_data_are_taken_if_the_user_says_so(
+    data: pathlib.Path, run: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    preprocessing, lines = (run / "preprocessing.json").read_bytes(), metrics(run)
+    exchange(data, 90)
+    assert train(data, run, "--accept_other_data") == 0
+    assert (run / "preprocessing.json").read_bytes() == preprocessing
+    assert metrics(run)[: len(lines) - 1] == lines[:-1]  # each epoch stays, and stays once
+    with in_place():
+        assert evaluate.main(["evaluate", f"--workdir={run}", "--accept_other_data"]) == 0
+    capsys.readouterr()
+    exchange(data, 24)  # 3 epochs of 3 steps, where the checkpoint is at step 18
+    assert train(data, run, "--accept_other_data") == 2
+    error = capsys.readouterr().err
+    assert "found a checkpoint of step" in error and error.count("\n") == 1
+
+
+def test_the_same_data_may_be_elsewhere(
+    data: pathlib.Path, run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = metrics(run)
+    moved = tmp_path / "elsewhere.npz"
+    shutil.move(data, moved)
+    monkeypatch.chdir(tmp_path)
+    for place in (moved, pathlib.Path("elsewhere.npz")):
+        assert train(place, run) == 0
+    assert metrics(run) == before
+    with in_place():
+        assert evaluate.main(["evaluate", f"--workdir={run}"]) == 2  # where the run found them
+        assert evaluate.main(["evaluate", f"--workdir={run}", f"--data_dir={moved}"]) == 0
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["knn_backbone"] == before[-2]["knn_backbone"]
+
+
+def test_a_run_that_never_trained_makes_way(
+    data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Here the loss is not finite in the first step, so that only the untrained network was saved."""
+    folder = tmp_path / "run"
+    assert train(data, folder, "--config.optim.server_lr=1e38", "--config.optim.client_lr=1e38") == 1
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0"]
+    capsys.readouterr()
+    assert train(data, folder) == 0
+    assert "held a run of which no step was trained" in capsys.readouterr().out
+    assert [line["epoch"] for line in metrics(folder)] == [0, 1, 2, 3, 3]
+    assert json.loads((folder / "config.json").read_text())["optim"]["server_lr"] == 0.01
+
+
+def test_a_run_from_before_data_were_recorded_is_compared_by_its_folder(
+    data: pathlib.Path, run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    record = json.loads((run / "config.json").read_text())
+    del record["data_fingerprint"]
+    (run / "config.json").write_text(json.dumps(record))
+    assert train(data, run) == 0
+    shutil.move(data, tmp_path / "elsewhere.npz")
+    assert train(tmp_path / "elsewhere.npz", run) == 2
+    assert "config.data.dir: " in capsys.readouterr().err
