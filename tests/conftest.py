@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import Forms, SplitModel
+from mocosfl_jax.models import resnet
 from mocosfl_jax.train import main
 from tests.support import algorithms
 from tests.support.algorithms import FORMS, Build
@@ -81,6 +82,12 @@ def x64() -> Iterator[None]:
 @pytest.fixture
 def toy_model() -> SplitModel:
     return make_toy_model()
+
+
+@pytest.fixture
+def short_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet-18 with two blocks, which compiles in seconds."""
+    monkeypatch.setitem(resnet.DEPTHS, "resnet18", ((1, 1), False))
 
 
 @pytest.fixture(params=FORMS)

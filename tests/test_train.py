@@ -25,7 +25,7 @@ from mocosfl_jax.train import main, parse, tensorboard_writer
 from mocosfl_jax.training import checkpoint, experiment, loop
 from mocosfl_jax.training.workdir import locked
 from tests.support.small_run import CLASSES, PER_CLASS, arguments, metrics
-from tests.support.toy import last_arrays
+from tests.support.toy import in_place, last_arrays
 from tests.support.training import prepare
 
 
@@ -277,10 +277,11 @@ def test_a_mistake_that_one_of_several_processes_meets_in_training_ends_it_at_on
 
 
 def test_a_loss_that_is_no_number_stops_the_run(
-    images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+    toy_images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
-    argv = arguments(images, tmp_path, "--config.optim.server_lr=1e30", "--config.optim.client_lr=1e30")
-    assert main(argv) == 1
+    argv = arguments(toy_images, tmp_path, "--config.optim.server_lr=1e38", "--config.optim.client_lr=1e38")
+    with in_place():
+        assert main(argv) == 1
     error = capsys.readouterr().err
     assert re.search(r"error: .* step \d+ .*; the last good checkpoint is .*checkpoints/0", error)
     assert error.count("\n") == 1
@@ -445,7 +446,12 @@ def test_workdir_is_named_after_the_config_file() -> None:
     ids=["heterogeneous", "frozen", "flmoco", "centralised"],
 )
 def test_kinds_of_run(
-    images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, options: list[str], shown: list[str]
+    images: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    short_resnet: None,
+    options: list[str],
+    shown: list[str],
 ) -> None:
     """Each trains to its end, resumes from nothing but its files, and says what it is."""
     argv = arguments(images, tmp_path, *(f"--config.{option}" for option in options), "--config.epochs=1")

@@ -390,12 +390,12 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--image_size=PIXELS" in capsys.readouterr().out
 
 
-def test_readme_shows_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_docs_show_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the arrays that are kept for the backward pass, which are JAX's choice."""
     monkeypatch.chdir(ROOT)
     (arguments, shown) = re.findall(
-        r"```console\n\$ python -m mocosfl_jax.costs (.+?)\n(.*?)```",
-        (ROOT / "README.md").read_text(),
+        r"```console\n\$ python -m mocosfl_jax.costs (\S+\.py.*?)\n(.*?)```",
+        (ROOT / "docs" / "costs.md").read_text(),
         re.DOTALL,
     )[0]
     config = resolve(commandline.parse(["costs", *arguments.split()], "").config)

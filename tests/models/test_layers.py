@@ -14,6 +14,7 @@ from mocosfl_jax.models.convolution import direct_conv, patches_conv
 from mocosfl_jax.models.layers import Options
 
 OPTIONS = Options(patches_conv, weight_standardisation=True, norm="group", residual=True)
+XAVIER = dataclasses.replace(OPTIONS, init="xavier")
 
 
 def test_standardise_equals_numpy(x64: None) -> None:
@@ -119,10 +120,10 @@ def test_convolution_adds_its_bias_and_standardises_on_request(weight_standardis
 @pytest.mark.parametrize(
     "module, fan_in, fan_out",
     [
-        (layers.Conv(64, 3, 1, OPTIONS, bias=True), 9 * 32, 9 * 64),
-        (layers.TransposedConv(64, OPTIONS), 9 * 32, 9 * 64),
+        (layers.Conv(64, 3, 1, XAVIER, bias=True), 9 * 32, 9 * 64),
+        (layers.TransposedConv(64, XAVIER), 9 * 32, 9 * 64),
         # PyTorch takes both from a weight of shape [32, 1, 3, 3].
-        (layers.DepthwiseConv(1, OPTIONS), 9, 9 * 32),
+        (layers.DepthwiseConv(1, XAVIER), 9, 9 * 32),
     ],
 )
 def test_kernels_start_xavier_uniform_and_biases_at_zero(

@@ -30,7 +30,7 @@ from mocosfl_jax import (
 )
 from mocosfl_jax.config import quickstart, resolve
 from mocosfl_jax.costs import accounting
-from mocosfl_jax.models import layers, resnet
+from mocosfl_jax.models import layers
 from mocosfl_jax.models.convolution import cpu_conv, depthwise_conv, direct_conv
 from mocosfl_jax.models.forms import ACCELERATOR
 from mocosfl_jax.training import workdir
@@ -132,12 +132,6 @@ def test_fl_moco_and_queues_per_client_keep_float32() -> None:
         assert info.loss.dtype == jnp.float32
 
 
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ResNet of two blocks, which compiles in seconds."""
-    monkeypatch.setitem(resnet.DEPTHS, "resnet18", ((1, 1), False))
-
-
 def trained(compute_dtype: str) -> tuple[TrainState, TrainState, np.ndarray]:
     """First and last state, and the losses, of `STEPS` steps with FedAvg after every fifth."""
     _, algorithm = build(compute_dtype)
@@ -160,7 +154,7 @@ def flat(tree: Any) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-def test_fifty_steps_drift_little_from_float32(short: None) -> None:
+def test_fifty_steps_drift_little_from_float32(short_resnet: None) -> None:
     """Losses stay together, and parameters arrive at the same place: what parts them is a small share of the
     way that they have gone. The bounds are two to ten times the largest that five seeds gave.
 
@@ -243,7 +237,9 @@ def test_half_the_traffic_is_counted() -> None:
     assert rounded.server.memory.activations < 0.75 * exact.server.memory.activations
 
 
-def test_commands_train_replay_encode_and_export(short: None, images: str, tmp_path: pathlib.Path) -> None:
+def test_commands_train_replay_encode_and_export(
+    short_resnet: None, images: str, tmp_path: pathlib.Path
+) -> None:
     folder = tmp_path / "run"
     fields = {"model.compute_dtype": "bfloat16", "saving.loss_threshold": 1e6, "saving.warmup_epochs": 1}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
