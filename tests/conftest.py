@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
     os.environ["XDG_CACHE_HOME"] = _cache
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_cache}/compiled"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # Nor do they keep freed memory, of which a thousand tests leave gigabytes (glibc's own value).
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")
@@ -33,6 +33,11 @@ from tests.support.toy import IMAGE, make_toy_model
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Compiling is most of what the tests do, and their arrays are small. The workers keep all cores busy.
+QUICK_TO_COMPILE = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):  # XLA stops at a flag that it does not know, as later versions this one
+    QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -48,8 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
         require_accelerator(config.getoption("numprocesses", None))
         return
     os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
-    # Compiling is most of what the tests do, and their arrays are small.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *QUICK_TO_COMPILE]).strip()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 
