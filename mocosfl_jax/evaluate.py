@@ -1,6 +1,7 @@
 """Evaluate a checkpoint of a run: kNN, a linear probe and, on request, classifiers trained on few labels.
 
     python -m mocosfl_jax.evaluate --workdir=FOLDER [--checkpoint=STEP] [--probe_epochs=N] [--semi_supervised]
+                                   [--data_dir=FOLDER] [--accept_other_data]
 
   --workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not
   --checkpoint=STEP    a number in FOLDER/checkpoints; default: the newest
