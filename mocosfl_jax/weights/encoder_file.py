@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import SplitModel, split_model
+from mocosfl_jax.models.forms import ACCELERATOR, Forms
 
 FORMAT = "mocosfl_jax encoder 1"
 
@@ -72,7 +73,7 @@ def describe(client_params: Params, server_params: Params, metadata: Metadata) -
     return f"{name} cut at {cut_layer}, {parameters}, from {metadata.source}"
 
 
-def load_encoder(path: Path | str) -> Encoder:
+def load_encoder(path: Path | str, forms: Forms = ACCELERATOR) -> Encoder:
     """Loads an encoder and its network from a file that `export_encoder` has written.
 
     Example:
@@ -88,6 +89,7 @@ def load_encoder(path: Path | str) -> Encoder:
 
     Args:
       path: The file.
+      forms: Of the platform on which the encoder will run, as for `split_model`.
 
     Returns:
       The model, the client-side and server-side parameters (NumPy arrays), and the metadata.
@@ -100,7 +102,7 @@ def load_encoder(path: Path | str) -> Encoder:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = _metadata(file.metadata() or {})
-            model = split_model(**metadata.network)
+            model = split_model(**metadata.network, forms=forms)
             like = jax.eval_shape(model.init, jax.random.key(0))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except UserError as error:
