@@ -1,4 +1,9 @@
+# ruff: noqa: E402
 """MocoSFL: self-supervised learning across many small clients, in JAX (Li et al., ICLR 2023)."""
+
+from mocosfl_jax.runtime import import_path
+
+import_path.leave_current_folder()  # before anything else is imported
 
 from mocosfl_jax.algorithm.clients import Sync
 from mocosfl_jax.algorithm.flmoco import flmoco

@@ -12,6 +12,7 @@
   --accept_other_data  evaluate on the data set even if it is not the one that the run was trained on
 
 Prints the accuracies and writes them to FOLDER/evaluation.json. Nothing else in the folder changes.
+Nothing is downloaded: a data set that is missing is reported.
 """
 
 import sys
@@ -23,6 +24,7 @@ from absl import flags
 
 from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
+from mocosfl_jax.data import download
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
@@ -71,7 +73,8 @@ def evaluate(argv: Sequence[str]) -> None:
     from mocosfl_jax.training import checkpoint, experiment, report
 
     device = jax.devices()[0]
-    run = experiment.prepare(config, one_device(device))
+    with download.forbidden():
+        run = experiment.prepare(config, one_device(device))
     if not values.accept_other_data:
         workdir.require_same_data(folder, run.fingerprint)
     state, progress = checkpoint.restore(

@@ -1,11 +1,13 @@
 """Downloads a published file and verifies its size and SHA-256."""
 
 import contextlib
+import contextvars
 import hashlib
 import http.client
 import os
 import tempfile
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import logging
@@ -14,6 +16,17 @@ from mocosfl_jax.errors import UserError
 
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 60
+_forbidden = contextvars.ContextVar("_forbidden", default=False)
+
+
+@contextlib.contextmanager
+def forbidden() -> Iterator[None]:
+    """Make `download` refuse, for data that are named by a file that somebody else may have written."""
+    token = _forbidden.set(True)
+    try:
+        yield
+    finally:
+        _forbidden.reset(token)
 
 
 def _sha256(path: Path) -> str:
@@ -45,9 +58,13 @@ def download(url: str, target: Path, size: int, expected: str) -> None:
       expected: SHA-256 of the published file.
 
     Raises:
-      UserError: If the file cannot be downloaded or written, or differs. The message says which file to put
-        where. No partial file is left behind.
+      UserError: If the file cannot be downloaded or written, or differs, or within `forbidden`. The
+        message says which file to put where. No partial file is left behind.
     """
+    if _forbidden.get():
+        raise UserError(
+            f"config.data.dir: {target} is missing, and only training downloads; get {url} and put it there"
+        )
     by_hand = f"get {url} by other means and put it there"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

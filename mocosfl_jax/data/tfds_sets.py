@@ -1,8 +1,12 @@
 """Image classification data sets prepared by tensorflow-datasets, read without TensorFlow."""
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,8 @@ def load(
 
     The data set needs the features `image` (uint8, 1 or 3 channels) and `label`, and files in array_record or
     parquet, the formats that tensorflow-datasets reads without TensorFlow. Nothing is downloaded or prepared
-    here. Labels are read at once, images on demand (see `decode.tolerant` for images that do not decode).
+    here, and no code of the data set is imported. Labels are read at once, images on demand (see
+    `decode.tolerant` for images that do not decode).
 
     Args:
       name: The data set, optionally with a configuration and a version, as in `imagenette/160px:1.0.0`.
@@ -37,23 +42,13 @@ def load(
     """
     unknown = f"config.data.name: {name!r} is none of {', '.join(own_names)}"
     tfds = _import(unknown)
+    folder = _prepared(tfds, name, directory, own_names, unknown)
+    _check_features(tfds, name, folder / "features.json")
     try:
-        builder = tfds.builder(name, data_dir=str(directory))
-    except tfds.core.DatasetNotFoundError as error:
-        close = difflib.get_close_matches(
-            name, [*own_names, *tfds.list_builders(with_community_datasets=False)], n=3
-        )
-        guess = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(
-            f"{unknown}, and tensorflow-datasets has no such set, neither built in nor prepared in "
-            f"{directory}{guess}"
-        ) from error
-    except Exception as error:  # versions, configurations and arguments in the name are checked by TFDS
-        raise UserError(f"{unknown}, and tensorflow-datasets refuses it: {_reason(error)}") from error
-    if not builder.info.splits:
-        raise UserError(
-            f"config.data.dir: {directory} does not hold {name} prepared; {_how_to(name, directory)}"
-        )
+        # Not `tfds.builder`, which imports the set's code, asks a server, and runs code of the community.
+        builder = tfds.builder_from_directory(str(folder))
+    except Exception as error:  # damaged files raise nearly any exception
+        raise UserError(f"config.data.dir: {folder} is not readable ({_reason(error)})") from error
     formats = {kind.value for kind in builder.info.available_file_formats()}
     if not formats.intersection(_FORMATS):
         raise UserError(
@@ -82,6 +77,90 @@ def _import(unknown: str) -> Any:
             f"{unknown}; to read the sets of tensorflow-datasets: "
             f"pip install tensorflow-datasets importlib_resources pillow ({_reason(error)})"
         ) from error
+
+
+_NAME = re.compile(r"([a-z0-9_]+)(?:/([A-Za-z0-9_.-]+))?(?::(\d+\.\d+\.\d+))?")  # NAME[/CONFIG][:VERSION]
+
+
+def _prepared(tfds: Any, name: str, directory: Path, own_names: tuple[str, ...], unknown: str) -> Path:
+    """The folder of the newest prepared version of a data set. Raises UserError if there is none.
+
+    Names of the community (`namespace:name`) and arguments in names are refused, since tensorflow-datasets
+    downloads and runs code for them.
+    """
+    parts = _NAME.fullmatch(name)
+    if parts is None or ".." in name:
+        raise UserError(f"{unknown}, and no NAME[/CONFIG][:VERSION] of tensorflow-datasets (in lower case)")
+    base, config, version = parts.groups()
+    home = directory / base
+    found = [
+        path.parent
+        for pattern in ("*/features.json", "*/*/features.json")
+        for path in home.glob(pattern)
+        if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)
+    ]
+    fitting = [
+        folder
+        for folder in found
+        if config in (None, folder.parent.relative_to(home).as_posix()) and version in (None, folder.name)
+    ]
+    if len({folder.parent for folder in fitting}) > 1:
+        configs = sorted(folder.parent.relative_to(home).as_posix() for folder in fitting)
+        raise UserError(
+            f"config.data.name: found {name}, allowed: one configuration of those prepared in {directory}: "
+            f"{', '.join(base if each == '.' else f'{base}/{each}' for each in dict.fromkeys(configs))}"
+        )
+    if fitting:
+        return max(fitting, key=lambda folder: tuple(map(int, folder.name.split("."))))
+    known = tfds.list_builders(with_community_datasets=False)
+    if found or base in known:
+        others = ", ".join(sorted(folder.relative_to(directory).as_posix() for folder in found))
+        raise UserError(
+            f"config.data.dir: {directory} does not hold {name} prepared"
+            f"{f' (but {others})' if others else ''}; {_how_to(name, directory)}"
+        )
+    close = difflib.get_close_matches(base, [*own_names, *known], n=3)
+    guess = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise UserError(
+        f"{unknown}, and tensorflow-datasets has no such set, neither built in nor prepared in "
+        f"{directory}{guess}"
+    )
+
+
+def _check_features(tfds: Any, name: str, path: Path) -> None:
+    """Raises UserError if a features.json names a class that is not of tensorflow-datasets.
+
+    To restore a feature, tensorflow-datasets imports the module that the file names.
+    """
+    allowed: set[str] = set()
+    for feature in vars(tfds.features).values():
+        if isinstance(feature, type) and issubclass(feature, tfds.features.FeatureConnector):
+            allowed |= {f"{feature.__module__}.{feature.__name__}", *getattr(feature, "ALIASES", [])}
+    try:
+        named = list(_classes(json.loads(path.read_text())))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"config.data.dir: {path} is not readable ({_reason(error)})") from error
+    if foreign := [each for each in named if each not in allowed]:
+        raise UserError(
+            f"config.data.name: {name} has the feature {str(foreign[0])[:200]!r} ({path}), "
+            "allowed: features of tensorflow_datasets itself, since others would run code"
+        )
+
+
+def _classes(value: Any) -> Iterator[Any]:
+    """Whatever a features.json names as a class, in either of its two forms, also in JSON within strings."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ("type", "pythonClassName", "python_class_name") and not isinstance(inner, dict):
+                yield inner
+            else:
+                yield from _classes(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _classes(inner)
 
 
 def _how_to(name: str, directory: Path) -> str:

@@ -5,8 +5,10 @@ import gzip
 import hashlib
 import http.client
 import io
+import json
 import os
 import pickle
+import shutil
 import struct
 import sys
 import tarfile
@@ -1147,12 +1149,80 @@ def test_tfds_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = refuses("tensorflow-datasets has no such set", "cifar11", tmp_path)
     assert all(own in message for own in NAMES) and "cifar10" in message.split("did you mean")[1]
     assert "did you mean svhn_cropped" in refuses("no such set", "svhn_croped", tmp_path)
-    for odd in ("no such name!", "a:b:c", "mnist:9.9.9", "mnist/config"):
-        refuses("config.data.name: .*tensorflow-datasets", odd, tmp_path)
+    for odd in ("no such name!", "a:b:c", "huggingface:mnist", "mnist/data_dir=x", "mnist/..", "../mnist"):
+        refuses("config.data.name: .*NAME.*of tensorflow-datasets", odd, tmp_path)
+    for absent in ("mnist:9.9.9", "mnist/config"):
+        refuses(f"config.data.dir: {tmp_path} does not hold {absent} prepared", absent, tmp_path)
     message = refuses(f"{tmp_path} does not hold beans prepared", "beans", tmp_path)
     assert f"tfds build beans --data_dir={tmp_path} --file_format=array_record" in message
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     assert "pip install tensorflow-datasets" in refuses("config.data.name: 'beans'", "beans", tmp_path)
+
+
+def test_tfds_picks_the_newest_version_and_a_named_configuration(tmp_path: Path) -> None:
+    prepare(tmp_path, "array_record")
+    one = tmp_path / "tiny_pictures" / "1.0.0"
+    for other in ("1.10.0", "1.9.0"):
+        shutil.copytree(one, tmp_path / "tiny_pictures" / other)
+        info = tmp_path / "tiny_pictures" / other / "dataset_info.json"
+        info.write_text(info.read_text().replace("1.0.0", other))
+    assert "tiny_pictures/1.10.0" in load("tiny_pictures", str(tmp_path), None).source
+    assert "tiny_pictures/1.9.0" in load("tiny_pictures:1.9.0", str(tmp_path), None).source
+    message = refuses("does not hold tiny_pictures:2.0.0 prepared", "tiny_pictures:2.0.0", tmp_path)
+    assert "tiny_pictures/1.9.0" in message
+    shutil.move(one, tmp_path / "tiny_pictures" / "large" / "1.0.0")
+    refuses(
+        "found tiny_pictures, allowed: one configuration .*: tiny_pictures, tiny_pictures/large",
+        "tiny_pictures",
+        tmp_path,
+    )
+    assert len(load("tiny_pictures/large", str(tmp_path), None).x_train) == 12
+
+
+@pytest.mark.parametrize("form", ["proto", "snake_case", "legacy", "in_a_string"])
+def test_tfds_features_of_other_modules_are_not_imported(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each form is first shown to run code when tensorflow-datasets reads it."""
+    tfds = tfds_module()
+    prepare(tmp_path, "array_record")
+    (path,) = tmp_path.glob("tiny_pictures/*/features.json")
+    ran = tmp_path / "ran"
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"foreign_{form}"  # imported once
+    (tmp_path / module).mkdir()  # without __init__.py: a namespace package
+    foreign = {"type": f"{module}.code.Feature", "content": {}}
+    features = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    written = {
+        "proto": {"pythonClassName": f"{module}.code.Feature", "jsonFeature": {"json": "{}"}},
+        "snake_case": {"python_class_name": f"{module}.code.Feature", "json_feature": {"json": "{}"}},
+        "legacy": {"type": features, "content": {"image": foreign}},
+        "in_a_string": {
+            "pythonClassName": features,
+            "jsonFeature": {"json": json.dumps({"image": foreign})},
+        },
+    }
+    path.write_text(json.dumps(written[form]))
+    (tmp_path / module / "code.py").write_text(f"import pathlib; pathlib.Path({str(ran)!r}).touch()")
+    message = refuses(f"has the feature '{module}.code.Feature'", "tiny_pictures", tmp_path)
+    assert "allowed: features of tensorflow_datasets itself" in message
+    assert not ran.exists()
+    with pytest.raises(Exception, match=module):
+        tfds.builder_from_directory(str(path.parent))
+    assert ran.exists()
+
+
+def test_the_code_of_a_tfds_set_is_not_imported(tmp_path: Path) -> None:
+    prepare(tmp_path, "array_record")
+    shutil.move(tmp_path / "tiny_pictures", tmp_path / "beans")
+    for file in list((tmp_path / "beans").rglob("*")):
+        if file.suffix == ".json":
+            file.write_text(file.read_text().replace("tiny_pictures", "beans"))
+        elif file.is_file():
+            file.rename(file.with_name(file.name.replace("tiny_pictures", "beans")))
+    before = set(sys.modules)
+    assert len(load("beans", str(tmp_path), None).x_train) == 12
+    assert not [name for name in set(sys.modules) - before if "beans" in name]
 
 
 def test_tfds_in_a_format_that_needs_tensorflow(tmp_path: Path) -> None:
