@@ -4,6 +4,7 @@
 --config.FIELD=VALUE         one field of the configuration
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -176,7 +177,7 @@ def check_field(argument: str) -> None:
 
 
 def load_config(file: str, parameter: Sequence[str] = ()) -> Config:
-    """Return the configuration from get_config(*parameter) of a Python file.
+    """Return the configuration from get_config(*parameter) of a Python file, which may import its neighbours.
 
     Raises:
       UserError: if the file does not exist, fails, or returns something else.
@@ -184,12 +185,32 @@ def load_config(file: str, parameter: Sequence[str] = ()) -> Config:
     if not Path(file).is_file():
         raise UserError(f"--config: found no file {file}, allowed: a Python file with get_config()")
     try:
-        config = runpy.run_path(file)["get_config"](*parameter)
+        with _importable(Path(file).resolve().parent):
+            config = runpy.run_path(file)["get_config"](*parameter)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise UserError(f"{file}: {one_line(error)}") from error
     if not isinstance(config, Config):
         raise UserError(f"{file}: get_config() returned {type(config).__name__}, allowed: a Config")
     return config
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Make the modules in `folder` importable.
+
+    They are forgotten at the end, since another folder may have modules of the same names.
+    """
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in sorted(set(sys.modules) - before):
+            top = name.partition(".")[0]
+            neighbour = (folder / f"{top}.py").exists() or (folder / top).is_dir()
+            if neighbour and top not in before:
+                del sys.modules[name]
 
 
 def explain(error: BaseException) -> str:

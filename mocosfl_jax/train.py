@@ -226,20 +226,35 @@ def require_tensorboard() -> None:
 
 @contextlib.contextmanager
 def tensorboard_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Yield a function that writes a line of metrics as TensorBoard scalars, or does nothing."""
+    """Yield a function that writes a line of metrics as TensorBoard scalars, or does nothing.
+
+    A run that resumes repeats the steps after its checkpoint. So with the first line, when metrics.jsonl was
+    taken back to the checkpoint, the events are written anew from it.
+    """
     if not enabled:
         yield lambda metrics: None
         return
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
+    writers: list[SummaryWriter] = []
 
-        def write(metrics: Mapping[str, float]) -> None:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, int(metrics["step"]))
-            writer.flush()
+    def write(metrics: Mapping[str, float]) -> None:
+        lines = [metrics]
+        if not writers:
+            for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
+                events.unlink()
+            lines = [*workdir.read_metrics(folder), metrics]
+            writers.append(SummaryWriter(str(folder / "tensorboard")))
+        for line in lines:
+            for name, value in line.items():
+                writers[0].add_scalar(name, value, int(line["step"]))
+        writers[0].flush()
 
+    try:
         yield write
+    finally:
+        for writer in writers:
+            writer.close()
 
 
 if __name__ == "__main__":

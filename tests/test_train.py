@@ -409,6 +409,52 @@ def test_tensorboard_gets_every_metric(tmp_path: pathlib.Path) -> None:
     assert b"loss" in content and b"knn_backbone" in content and struct.pack("<f", 0.75) in content
 
 
+def scalars(folder: pathlib.Path) -> list[tuple[str, int, float]]:
+    """All scalars in the event files, read as TensorBoard reads them."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir()):
+        content = path.read_bytes()
+        while content:  # length, its checksum, the event, its checksum
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            content = content[16 + length :]
+    return found
+
+
+def test_tensorboard_has_every_step_once_after_a_kill(images: str, tmp_path: pathlib.Path) -> None:
+    assert main(arguments(images, tmp_path, "--tensorboard")) == 0
+    once = scalars(tmp_path)
+    lines = metrics(tmp_path)
+    assert {(tag, step) for tag, step, _ in once} >= {(tag, line["step"]) for line in lines for tag in line}
+    assert len({(tag, step) for tag, step, _ in once if tag == "loss"}) == 3
+    shutil.rmtree(tmp_path / "checkpoints" / "18")  # as if killed just before the last save
+    assert main(arguments(images, tmp_path, "--tensorboard")) == 0
+    again = scalars(tmp_path)
+    assert [each for each in again if each[0] != "images_per_s"] == [
+        each for each in once if each[0] != "images_per_s"
+    ]
+
+
+def test_a_config_file_imports_its_neighbours(tmp_path: pathlib.Path) -> None:
+    for folder, epochs in (("a", 7), ("b", 8)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "neighbour.py").write_text(f"EPOCHS = {epochs}\n")
+        (tmp_path / folder / "mine.py").write_text(
+            "from mocosfl_jax.config import Config\n"
+            "import neighbour\n"
+            "def get_config():\n"
+            "    import neighbour as again\n"
+            "    assert again is neighbour\n"
+            "    return Config(epochs=neighbour.EPOCHS)\n"
+        )
+        before = list(sys.path)
+        assert parse(["train", f"--config={tmp_path / folder / 'mine.py'}"])[0].epochs == epochs
+        assert sys.path == before and "neighbour" not in sys.modules
+
+
 def test_help_lists_every_field(capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out

@@ -20,6 +20,7 @@ from mocosfl_jax.errors import UserError
 _MAX_PICKLE = 1 << 24  # bytes; the names and shapes of the largest network here take a hundredth of this
 # A memo is an array as long as its largest index, so a single opcode could allocate gigabytes.
 _MAX_MEMO = 1 << 20
+_PARALLEL = "module."  # precedes all names of a network in nn.DataParallel
 _OPCODES = {
     *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "NONE", "NEWTRUE", "NEWFALSE"),
     *(
@@ -33,6 +34,7 @@ _OPCODES = {
         "BININT2",
         "LONG1",
     ),
+    *("BINFLOAT", "EMPTY_LIST", "APPEND", "APPENDS"),  # beside a wrapped state dict: losses, an optimizer
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "SETITEM", "SETITEMS"),
 }
 _KINDS = {
@@ -185,6 +187,9 @@ def _member(archive: zipfile.ZipFile, name: str, size: int | None = None) -> byt
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     """Reads a state dict that was saved by PyTorch 1.6 or newer.
 
+    It may be the entry `state_dict` of a dictionary, whose other entries are dropped, and all names may start
+    with `module.`, which is dropped too.
+
     Args:
       path: The file, as written by `torch.save`.
 
@@ -236,7 +241,12 @@ def _read(archive: zipfile.ZipFile, length: int) -> dict[str, np.ndarray]:
     content = _Unpickler(data, archive, folder, length).load()
     if type(content) not in (_Dict, dict):
         raise ValueError("its content is not a dictionary")
+    if "state_dict" in content:
+        content = content["state_dict"]
+        if type(content) not in (_Dict, dict):
+            raise ValueError("its state_dict is not a dictionary")
     for name, value in content.items():
         if type(name) is not str or type(value) is not _Tensor:
             raise ValueError("a dictionary of something other than tensors by name")
-    return {name: value.values for name, value in content.items()}
+    prefix = _PARALLEL if content and all(name.startswith(_PARALLEL) for name in content) else ""
+    return {name.removeprefix(prefix): value.values for name, value in content.items()}

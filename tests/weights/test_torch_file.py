@@ -194,6 +194,23 @@ def test_the_writer_of_these_tests_is_understood(tmp_path: pathlib.Path) -> None
     np.testing.assert_array_equal(state["t"], np.arange(6).reshape(2, 3).T)
 
 
+def test_a_wrapped_state_dict_of_a_parallel_network(tmp_path: pathlib.Path) -> None:
+    expected = np.arange(6).reshape(2, 3)
+    names = {"module.a.weight": tensor(), "module.module.b": tensor()}
+    rest = {
+        "epoch": 3,
+        "best": 0.25,
+        "optimizer": {"state": {0: {"buffer": tensor()}}, "groups": [{"lr": 0.1}]},
+    }
+    for content in (names, {"state_dict": names}, {**rest, "state_dict": names}):
+        state = read_state_dict(write(tmp_path / "a", content))
+        assert list(state) == ["a.weight", "module.b"]
+        for value in state.values():
+            np.testing.assert_array_equal(value, expected)
+    state = read_state_dict(write(tmp_path / "a", {**names, "other": tensor()}))
+    assert list(state) == ["module.a.weight", "module.module.b", "other"]
+
+
 def test_a_pickle_runs_nothing(tmp_path: pathlib.Path) -> None:
     class Malicious:
         def __reduce__(self) -> tuple[Callable, tuple[str]]:
@@ -229,7 +246,10 @@ def test_a_pickle_runs_nothing(tmp_path: pathlib.Path) -> None:
         ({"w": 1}, "something other than tensors by name"),
         ({1: tensor()}, "something other than tensors by name"),
         (tensor(), "not a dictionary"),
-        ([tensor()], "uses EMPTY_LIST"),
+        ([tensor()], "not a dictionary"),
+        ({"state_dict": [tensor()]}, "its state_dict is not a dictionary"),
+        ({"state_dict": {"w": 1}}, "something other than tensors by name"),
+        ({"state_dict": tensor(), "w": tensor()}, "its state_dict is not a dictionary"),
         ({"w": FLOATS}, "something other than tensors by name"),
         (Call("torch", "FloatStorage"), "TypeError"),
     ],
