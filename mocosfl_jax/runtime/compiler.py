@@ -6,9 +6,11 @@ All commands and the benchmarks take them from here. They never override what th
 import ctypes
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
+from absl import logging
 
 # Flag: value, and the last version of JAX that knows the flag. XLA aborts on unknown flags.
 _FLAGS = {
@@ -62,10 +64,22 @@ def set_cache() -> None:
     """Keep compiled programs for the next start, in mocosfl_jax/ of the user's cache folder.
 
     JAX_COMPILATION_CACHE_DIR sets another folder; JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
+    Without a home folder, or if the folder cannot be written to, there is no cache, and a warning says so.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mocosfl_jax"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: neither HOME nor a passwd entry
+        logging.warning("Compiled programs are not kept for the next start: %s", " ".join(f"{error}".split()))
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def keep_memory() -> None:

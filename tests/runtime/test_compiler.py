@@ -42,7 +42,29 @@ def run(code: str, home: pathlib.Path, **variables: str) -> list[str]:
 
 def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path: pathlib.Path) -> None:
     assert run(SHOW, tmp_path)[0] == str(tmp_path / ".cache" / "mocosfl_jax")
-    assert run(SHOW, tmp_path, XDG_CACHE_HOME="/cache")[0] == "/cache/mocosfl_jax"
+    assert run(SHOW, tmp_path, XDG_CACHE_HOME=f"{tmp_path}/x")[0] == f"{tmp_path}/x/mocosfl_jax"
+
+
+NO_PASSWD_ENTRY = """
+import pwd
+def missing(uid):
+    raise KeyError(uid)
+pwd.getpwuid = missing
+"""
+
+
+@pytest.mark.parametrize("case", ["no home", "unwritable"])
+def test_without_a_cache_folder_there_is_no_cache_and_one_line(case: str, tmp_path: pathlib.Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XDG_"))}
+    environment |= {"JAX_PLATFORMS": "cpu", "HOME": "/proc/nowhere"}
+    code = SHOW
+    if case == "no home":
+        del environment["HOME"]
+        code = NO_PASSWD_ENTRY + SHOW
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "None")
+    assert "Compiled programs are not kept for the next start" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_users_own_settings_stay(tmp_path: pathlib.Path) -> None:
