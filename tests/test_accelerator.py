@@ -1,6 +1,6 @@
-"""On a real GPU or TPU: `pytest -m accelerator -n 0`. Elsewhere the other tests run its forms on a CPU.
+"""Tests for a real GPU or TPU: `pytest -m accelerator -n 0`. Other tests run its forms on a CPU.
 
-Goldens, a training by the command, and a run that is stopped and resumed.
+The golden cases, training by the command, and a run that is stopped and resumed.
 """
 
 import json
@@ -41,7 +41,7 @@ def test_the_command_trains_here(images: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_a_stopped_run_resumes_where_it_was(images: str, tmp_path: pathlib.Path) -> None:
-    """Some kernels of accelerators add in an order that changes, so the end is equal up to rounding."""
+    """Some kernels of accelerators add in a varying order, so the end is equal up to rounding."""
     run = prepare(
         Config(
             epochs=2,

@@ -49,9 +49,9 @@ def test_the_default_run_has_a_file() -> None:
 
 
 def step_and_sync(name: str, generated: str) -> tuple[Callable[..., tuple[Array, Any, Any]], np.ndarray]:
-    """Of a configuration as it stands, but for generated images and a network narrow enough for a test.
+    """A configuration with generated images and a network narrow enough for a test; otherwise unchanged.
 
-    A function that gives a step's loss and the states before and after it, and its images.
+    Returns a function that gives a step's loss and the states before and after it, and the step's images.
     """
     config = load(name)
     width = 16 if config.model.name == "mobilenetv2" else 4
@@ -73,7 +73,7 @@ def step_and_sync(name: str, generated: str) -> tuple[Callable[..., tuple[Array,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_has_a_step(name: str, generated: str) -> None:
-    """Its shapes only, which is where options that do not fit each other meet."""
+    """Only shapes are computed; this is where incompatible options meet."""
     one_step, images = step_and_sync(name, generated)
     loss, start, end = jax.eval_shape(one_step, jax.random.key(0), images)
     assert (loss.shape, loss.dtype) == ((), np.float32)
@@ -93,7 +93,7 @@ def test_every_parameter_resolves(name: str, parameter: str) -> None:
     config = resolve(load(name, parameter))
     if parameter.isdigit():
         assert config.clients.num == int(parameter)
-    # The paper trains on 100 images a step and 200 passes over the data.
+    # The paper trains on 100 images per step for 200 passes over the data.
     assert config.clients.cohort is not None and config.clients.batch_size is not None
     if "deep_cut" not in name:
         assert config.clients.cohort * config.clients.batch_size == 100

@@ -34,7 +34,7 @@ def run_evaluate(folder: pathlib.Path, *more: str) -> dict[str, float]:
 
 
 def files(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
-    """Time of change and content of everything below."""
+    """Modification time and content of all files below the folder."""
     paths = [path for path in sorted(folder.rglob("*")) if path.name != "evaluation.json"]
     return {
         str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
@@ -46,7 +46,7 @@ def files(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
 def test_the_newest_checkpoint_has_the_numbers_of_the_run(
     run: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
-    (run / "checkpoints" / "24.orbax-checkpoint-tmp").mkdir()  # as of a training that is saving
+    (run / "checkpoints" / "24.orbax-checkpoint-tmp").mkdir()  # left by a training that is saving
     before = files(run)
     found = run_evaluate(run)
     first, *_, last, probe = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
@@ -82,13 +82,13 @@ def test_few_labels(run: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     found = run_evaluate(run, "--semi_supervised", "--probe_epochs=40")
     ten, one = (f"semi_supervised_{percent}_percent" for percent in (10, 1))
     assert 0 <= found[ten] <= found[f"{ten}_best_on_test"] <= 1
-    assert found[ten] == found[one]  # of 12 images a class, both are one image
+    assert found[ten] == found[one]  # of 12 images per class, both fractions are one image
     out = capsys.readouterr().out
     assert "10 % of the labels" in out and "\n1 % of the labels" in out and "untrained" not in out
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint_is_left_where_it_is(
+def test_a_damaged_checkpoint_is_not_moved(
     run: pathlib.Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
 ) -> None:
     for file in (run / "checkpoints" / "18").rglob("*"):
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_left_where_it_is(
     assert evaluate.main(["evaluate", f"--workdir={run}", "--checkpoint=18"]) == 2
     assert "none of the checkpoints can be read: 18" in capsys.readouterr().err
     assert files(run) == before
-    gc.collect()  # Orbax leaves coroutines behind where a restore fails
+    gc.collect()  # Orbax leaves coroutines behind when a restore fails
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_help_names_every_flag(command: object, capsys: pytest.CaptureFixture) -
     assert command.main(["command", "--help"]) == 0  # type: ignore[attr-defined]
     out = capsys.readouterr().out
     for flag in command.USAGE.split(", ")[:-1]:  # type: ignore[attr-defined]
-        assert out.count(flag) >= 2, flag  # in the call and by itself
+        assert out.count(flag) >= 2, flag  # in the synopsis and in the list of flags
 
 
 @pytest.fixture
 def pictures(images: str, run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """The training images as PNG files in folders, and no data set where the run found it."""
+    """The training images as PNG files in folders; the data set of the run's configuration is missing."""
     folder = tmp_path / "pictures"
     with np.load(images) as arrays:
         for i, (picture, label) in enumerate(zip(arrays["x_train"], arrays["y_train"], strict=True)):
@@ -211,7 +211,7 @@ def test_encoded_files_have_the_features_of_the_run(
     assert not np.allclose(run_encode(run, pictures)["backbone"], got["backbone"], rtol=1e-3)
 
 
-def test_files_are_fitted_or_left_out(
+def test_files_are_fitted_or_skipped(
     run: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "wild"
@@ -270,7 +270,7 @@ def test_a_mistake_of_encode_is_one_line(
 def test_a_configuration_of_another_network_is_refused(
     run: pathlib.Path, capsys: pytest.CaptureFixture, name: str, other: int
 ) -> None:
-    """Arrays of other shapes are neither cut nor filled with zeros, and none is left out."""
+    """Arrays of other shapes are neither truncated nor padded with zeros, and none is skipped."""
     path = run / "config.json"
     values = json.loads(path.read_text())
     assert values["model"][name] != other

@@ -1,6 +1,6 @@
-"""Whatever a configuration or a file holds: it is used, or refused in one line, without filling the memory.
+"""Any configuration or file is used, or refused in one line, with bounded memory.
 
-A few inputs of each kind by default, the same every time; many, and others every time, under -m soak.
+A few inputs of each kind by default, the same in every run; with -m soak, many that differ between runs.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from mocosfl_jax.weights.torch_file import read_state_dict
 from tests.support import data_files
 from tests.support.encoders import METADATA, random_params
 
-# Bytes beside the file itself: a few images of the largest size that is decoded, and what libraries take.
+# Bytes besides the file itself: a few images of the largest size that is decoded, and libraries' own memory.
 MEMORY = 1 << 29
 OFFICIAL = Path(__file__).parent / "official"
 
 
 def trials(few: int, many: int) -> Any:
-    """Runs a test with few inputs by default and with many of them under -m soak."""
+    """Run a test with few inputs by default and with many under -m soak."""
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.soak)])
 
 
 def try_out(count: int, strategy: st.SearchStrategy, body: Callable[[Any], None]) -> None:
-    """`body` with `count` inputs; the same ones every time unless they are many."""
+    """Run `body` on `count` inputs; they are the same in every run unless there are many."""
     profile = settings(
         max_examples=count,
         derandomize=count < 100,
@@ -50,10 +50,10 @@ def try_out(count: int, strategy: st.SearchStrategy, body: Callable[[Any], None]
 
 
 def growth(use: Callable[[], object]) -> int:
-    """Bytes of memory that `use()` takes at most beyond those that the process holds before.
+    """The most bytes of memory that `use()` holds beyond what the process held before.
 
-    What is only asked for and never touched does not count. Linux alone can forget an earlier peak; elsewhere
-    this is the growth of the peak of the whole process, so below an earlier one it is zero.
+    Memory that is reserved but never touched does not count. Only Linux can reset an earlier peak; elsewhere
+    this is the growth of the peak of the whole process, so it is zero below an earlier peak.
     """
     before = peak(forget=True)
     use()
@@ -61,7 +61,7 @@ def growth(use: Callable[[], object]) -> int:
 
 
 def peak(forget: bool = False) -> int:
-    """The most memory in bytes that this process has held; `forget`: from now on."""
+    """The most memory in bytes that this process has held; `forget` resets it."""
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if forget:
@@ -77,7 +77,7 @@ class Outcomes:
         self.used, self.refused, self.most = 0, 0, 0
 
     def of(self, use: Callable[[], object]) -> None:
-        """Use something: it works, or raises a UserError of one line; with bounded memory in either case."""
+        """Use something: it works or raises a UserError of one line, with bounded memory in both cases."""
         grown = growth(lambda: self.count(use))
         assert grown < MEMORY
         self.most = max(self.most, grown)
@@ -107,7 +107,7 @@ def test_memory_is_measured_below_an_earlier_peak(monkeypatch: pytest.MonkeyPatc
         outcomes.of(lambda: np.ones(1 << 27, np.uint8))
 
 
-# The configuration
+# --- the configuration
 
 
 def fields(node: Any, path: str = "") -> list[str]:
@@ -194,7 +194,7 @@ def test_any_argument(count: int) -> None:
 
 @trials(100, 20_000)
 def test_any_value_in_a_configuration_file(count: int) -> None:
-    """config.json, and what a Python file may have set."""
+    """config.json, and the values that a Python file may set."""
     outcomes = Outcomes()
 
     def read(values: list[tuple[str, Any]]) -> None:
@@ -230,18 +230,18 @@ def test_any_configuration_file(count: int, tmp_path: Path) -> None:
     print(f"config.json: {outcomes}")
 
 
-# Files
+# --- files
 
 
 class Change(NamedTuple):
-    """A place of a file, from its start or from its end, and what becomes of it."""
+    """A position in a file, counted from its start or its end, and the change made there."""
 
     kind: str
     place: int
     content: bytes
 
 
-# Headers and directories stand at the ends, so most of the changes are made there.
+# Headers and directories are at the ends of files, so most of the changes are made there.
 CHANGES = st.builds(
     Change,
     st.sampled_from(["flip", "flip", "cut", "overwrite", "remove", "double"]),
@@ -275,7 +275,7 @@ def damaged(whole: bytes, changes: list[Change]) -> bytes:
 
 @dataclasses.dataclass
 class Case:
-    """A data set of which one file is damaged."""
+    """A data set with one damaged file."""
 
     name: str
     directory: Path
@@ -316,7 +316,7 @@ def make_cifar_pickles(folder: Path) -> Case:
 
 
 def make_cifar_pickle(folder: Path) -> Case:
-    """Without the archive, whose checksum finds nearly everything."""
+    """Without the archive, whose checksum detects nearly all damage."""
     layout = cifar_files.LAYOUTS["cifar10"][1]
     data_files.unpack(folder / layout.folder, data_files.files("cifar10", "4", data_files.written("cifar10")))
     return Case("cifar10", folder, folder / layout.folder / layout.train[0])
@@ -359,7 +359,7 @@ MAKERS = [
 
 @pytest.fixture
 def small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Official archives with a few images, nothing downloaded."""
+    """Official archives with a few images; downloads are disabled."""
     data_files.shrink("cifar10", monkeypatch)
     monkeypatch.setattr(stl10, "_ROWS", {"train": 20, "test": 10})
 

@@ -1,4 +1,4 @@
-"""Imports run one way, and the two sides of the cut do not know each other."""
+"""Imports follow one order, and neither side of the cut imports the other."""
 
 import ast
 import graphlib
@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "mocosfl_jax"
 
 
 def imported(file: pathlib.Path) -> set[str]:
-    """Full names of all modules that the file imports, wherever in it."""
+    """Full names of all modules that the file imports, at any place in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -31,13 +31,13 @@ def imports(room: str) -> set[str]:
 
 
 def modules(folder: str, name: str) -> set[str]:
-    """Modules of the same folder that one of them imports."""
+    """Modules of the same folder that one of its modules imports."""
     prefix = f"mocosfl_jax.{folder}."
     names = imported(PACKAGE / folder / f"{name}.py")
     return {found.removeprefix(prefix).split(".")[0] for found in names if found.startswith(prefix)}
 
 
-# Each room may use those in earlier lines, and rooms in the same line do not know each other.
+# Each room may import those in earlier lines; rooms in the same line do not import each other.
 ROOMS = [
     {"errors"},
     {"config", "data", "models", "runtime"},
@@ -55,7 +55,7 @@ def test_every_room_has_its_place() -> None:
     assert rooms - {"__init__"} == set().union(*ROOMS)
 
 
-def test_imports_run_one_way() -> None:
+def test_imports_follow_the_order() -> None:
     earlier: set[str] = set()
     for rooms in ROOMS:
         for room in rooms:
@@ -64,7 +64,7 @@ def test_imports_run_one_way() -> None:
 
 
 @pytest.mark.parametrize("folder", sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py")))
-def test_no_folder_has_a_circle(folder: str) -> None:
+def test_no_folder_has_an_import_cycle(folder: str) -> None:
     arrows = {p.stem: modules(folder, p.stem) for p in (PACKAGE / folder).glob("*.py")}
     tuple(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError
 

@@ -1,4 +1,4 @@
-"""What README and docs/ say can be done."""
+"""The programs, commands and links in README and docs/ work."""
 
 import pathlib
 import re
@@ -51,7 +51,7 @@ def test_readme_is_short_and_shows_the_two_commands() -> None:
     assert [line[:2] for line in lines[start + 1 : start + 4]] == ["$ ", "$ ", "``"]
 
 
-def test_a_configuration_of_the_docs_is_one() -> None:
+def test_a_configuration_in_the_docs_is_valid() -> None:
     (program,) = programs("docs/experiments.md")
     names: dict = {}
     exec(program, names)
@@ -65,7 +65,7 @@ FILE = re.compile(rf"(?:--config=|`|pytest )((?:{'|'.join(FOLDERS)})/[\w./]*)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_file_it_names_is_there(page: pathlib.Path) -> None:
+def test_every_named_file_exists(page: pathlib.Path) -> None:
     for name in LINK.findall(page.read_text()):
         assert (page.parent / name).exists(), name
     for name in FILE.findall(page.read_text()):
@@ -74,7 +74,7 @@ def test_every_file_it_names_is_there(page: pathlib.Path) -> None:
         )
 
 
-def test_files_are_found_where_they_are_named() -> None:
+def test_names_of_files_are_recognised() -> None:
     architecture = (ROOT / "docs" / "architecture.md").read_text()
     assert "algorithm/moco.py" in FILE.findall(architecture)
     assert "reference/models.md" in LINK.findall(architecture)

@@ -1,7 +1,7 @@
-"""One run of two processes that is killed again and again: `pytest -m soak -n 0 -s tests/test_soak.py`.
+"""One run of two processes that is killed repeatedly: `pytest -m soak -n 0 -s tests/test_soak.py`.
 
-SOAK_KILLS says how often (200), SOAK_SEED by which random numbers. Where processes are halted for a while, a
-larger TOY_HEARTBEAT (20 s) keeps them from taking each other for dead.
+SOAK_KILLS sets the number of kills (200), SOAK_SEED the seed of their random numbers. Where processes are
+halted for a while, a larger TOY_HEARTBEAT (20 s) keeps them from considering each other dead.
 """
 
 import collections
@@ -21,19 +21,19 @@ from tests.support.training import comparable
 pytestmark = pytest.mark.soak
 
 KILLS, SEED = int(os.environ.get("SOAK_KILLS", "200")), int(os.environ.get("SOAK_SEED", "0"))
-EPOCHS = 5 * KILLS  # so that the run is not over before the kills are
-STARTING, TRAINING, SAVING = 10.0, 2.0, 0.05  # seconds within which a kill comes
+EPOCHS = 5 * KILLS  # so that the run does not end before the last kill
+STARTING, TRAINING, SAVING = 10.0, 2.0, 0.05  # a kill comes within this many seconds
 PATIENCE = 120  # seconds in which the other process has to end by itself
 FIELDS = {"epochs": EPOCHS, "eval.every": 0, "eval.probe_epochs": 0, "checkpoint.keep": 2}
 
 
 def saving(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint is begun and not complete."""
+    """Whether a checkpoint has been started and is not complete."""
     return any((folder / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
 def training(processes: list[Process]) -> bool:
-    """Whether an epoch has ended since the start, after which nothing is compiled any more."""
+    """Whether an epoch has ended since the start, after which nothing more is compiled."""
     return "images/s" in processes[0].out.read_text()
 
 
@@ -42,7 +42,7 @@ def over(processes: list[Process]) -> bool:
 
 
 def wait_for_moment(processes: list[Process], folder: pathlib.Path, rng: np.random.Generator) -> None:
-    """A random moment during the start, in training, or while a checkpoint is written."""
+    """Wait for a random moment during the start, in training, or while a checkpoint is written."""
     moment, part = rng.choice(["start", "training", "save"]), rng.random()
     clock = time.monotonic()
     if moment == "start":
@@ -60,7 +60,7 @@ def wait_for_moment(processes: list[Process], folder: pathlib.Path, rng: np.rand
 
 
 def where(processes: list[Process], folder: pathlib.Path) -> str:
-    """What the run is doing now."""
+    """What the run is doing now, in words."""
     if over(processes):
         return "after the end"
     if not training(processes):
@@ -69,7 +69,7 @@ def where(processes: list[Process], folder: pathlib.Path) -> str:
 
 
 def steps_saved(folder: pathlib.Path) -> int:
-    """Of the newest complete checkpoint; -1 before the first."""
+    """The step of the newest complete checkpoint; -1 before the first."""
     try:
         return newest(folder)
     except (FileNotFoundError, ValueError):
@@ -77,7 +77,7 @@ def steps_saved(folder: pathlib.Path) -> int:
 
 
 def test_a_run_survives_kills(two_process_images: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """No completed save is lost, each epoch is told once, and the end is that of an undisturbed run."""
+    """No completed save is lost, each epoch is reported once, and the end is that of an undisturbed run."""
     more = [f"--config.{name}={value}" for name, value in FIELDS.items()]
     undisturbed = arguments(two_process_images, tmp_path / "undisturbed", *more)
     for process in start(undisturbed, tmp_path):
@@ -101,13 +101,13 @@ def test_a_run_survives_kills(two_process_images: pathlib.Path, tmp_path: pathli
         other = processes[1 - victim].end(PATIENCE)
         slowest = max(slowest, time.monotonic() - clock)
         alone[f"{kind.name} {moment}: status {hit.status}, the other {other.status}"] += 1
-        if kind == signal.SIGTERM:  # which ends the process where it comes before they have met
+        if kind == signal.SIGTERM:  # it kills the process if it comes before the processes have connected
             assert hit.status in (0, 128 + kind, -kind) and "Traceback" not in hit.err, hit
-        told = [line for line in other.err.splitlines() if line.startswith("error: ")]
-        assert len(told) == (other.status not in (0, 128 + signal.SIGTERM)), other
+        reported = [line for line in other.err.splitlines() if line.startswith("error: ")]
+        assert len(reported) == (other.status not in (0, 128 + signal.SIGTERM)), other
         assert "Traceback" not in other.err and "stack trace" not in other.err, other
 
-        # Nothing is behind what was saved before, and the start was from there.
+        # No completed save is lost, and the run resumed from the newest one.
         after = steps_saved(folder)
         assert after >= before, (number, before, after)
         out = processes[0].out.read_text()

@@ -1,4 +1,4 @@
-"""The command as a user meets it: files, screen, mistakes, kills, signals and damaged checkpoints."""
+"""The command from a user's view: files, output, mistakes, kills, signals and damaged checkpoints."""
 
 import gc
 import json
@@ -40,7 +40,7 @@ def final_state(argv: list[str]) -> list[np.ndarray]:
 
 
 def assert_same_run(argv: list[str], workdir: pathlib.Path, reference: pathlib.Path) -> None:
-    """Bit for bit the same metrics and the same last state."""
+    """Compare metrics and the last state, bit for bit."""
     assert metrics(workdir) == metrics(reference)
     swap = [f"--workdir={reference}" if a.startswith("--workdir") else a for a in argv]
     for ours, theirs in zip(final_state(argv), final_state(swap), strict=True):
@@ -58,7 +58,7 @@ def test_a_run_leaves_what_is_promised(finished: pathlib.Path) -> None:
     first, *epochs, last = lines
     assert (first["step"], first["epoch"]) == (0, 0)
     assert {"knn_projection", "knn_backbone", "knn_raw_pixels"} <= set(first)
-    assert first["knn_raw_pixels"] == 1.0  # the colours give the classes away
+    assert first["knn_raw_pixels"] == 1.0  # the colours alone identify the classes
     steps = PER_CLASS * CLASSES // (4 * 2)
     assert [(line["step"], line["epoch"]) for line in epochs] == [(steps * e, e) for e in (1, 2, 3)]
     for line in epochs:
@@ -86,7 +86,7 @@ def test_the_same_command_again_shows_the_result_and_changes_nothing(
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_other_versions_are_told_and_other_ways_to_run_are_not(
+def test_other_versions_are_reported_and_other_ways_to_run_are_not(
     images: str, finished: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
     workdir = shutil.copytree(finished, tmp_path / "run")
@@ -117,7 +117,7 @@ def test_another_configuration_is_refused(
 
 
 def start(argv: list[str], *program: str) -> subprocess.Popen[str]:
-    """A program of Python, or the command with the toy network."""
+    """Start a Python program, or the command with the toy network."""
     command = [sys.executable, *(program or ["-m", "tests.support.toy_command"]), *argv[1:]]
     return subprocess.Popen(
         command,
@@ -154,7 +154,7 @@ def test_a_killed_and_resumed_run_equals_an_undisturbed_one(
     toy_images: str, undisturbed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     argv = arguments(toy_images, tmp_path, *LONG)
-    # Before the first checkpoint, and twice later; the soak test kills at random moments.
+    # Before the first checkpoint, and two later moments; the soak test kills at random moments.
     for lines, seconds in ((1, 0.02), (6, 0.08), (17, 0.05)):
         process = start(argv)
         wait_for_lines(tmp_path, lines, process)
@@ -201,7 +201,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
 @pytest.fixture
 def restore_may_fail() -> Iterator[None]:
-    """Orbax leaves coroutines behind where a restore fails; collect them in the test that they belong to."""
+    """Orbax leaves coroutines behind when a restore fails; collect them in the test that caused them."""
     yield
     gc.collect()
 
@@ -264,7 +264,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
 def test_a_mistake_that_one_of_several_processes_meets_in_training_ends_it_at_once(
     images: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """A usual end would wait for the others, which wait for this one."""
+    """A normal exit would wait for the other processes, which wait for this one."""
     left: list[int] = []
 
     def train(run: experiment.Run, *rest: object) -> bool:
@@ -410,7 +410,7 @@ def test_tensorboard_gets_every_metric(tmp_path: pathlib.Path) -> None:
 
 
 def scalars(folder: pathlib.Path) -> list[tuple[str, int, float]]:
-    """All scalars in the event files, read as TensorBoard reads them."""
+    """All scalars in the event files, as TensorBoard reads them."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -472,7 +472,7 @@ def test_workdir_is_named_after_the_config_file() -> None:
     "options, shown",
     [
         (
-            # Rich clients, each with a queue of its own, all shortcuts and averages at once.
+            # Rich clients, a queue per client, and all shortcuts and averages together.
             [
                 *("clients.rich=0.25", "clients.rich_data=0.5", "clients.rich_batch=2"),
                 *("clients.noniid_ratio=1.0", "moco.feature_sharing=False", "moco.queue_size=64"),
@@ -499,7 +499,7 @@ def test_kinds_of_run(
     options: list[str],
     shown: list[str],
 ) -> None:
-    """Each trains to its end, resumes from nothing but its files, and says what it is."""
+    """Each run trains to its end, resumes from its files alone, and reports what it is."""
     argv = arguments(images, tmp_path, *(f"--config.{option}" for option in options), "--config.epochs=1")
     assert main(argv) == 0
     out = capsys.readouterr().out

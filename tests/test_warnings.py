@@ -1,4 +1,4 @@
-"""A warning in a test is an error, whatever plugins of pytest are installed."""
+"""A warning in a test is an error, regardless of the installed plugins of pytest."""
 
 import warnings
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""FL-MoCo against each client trained by itself, as centralised MoCo."""
+"""FL-MoCo against centralised MoCo trained on each client separately."""
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,8 @@ N, B, K = 3, 2, 12
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_client_is_a_centralised_moco_of_its_own(
-    toy_model: SplitModel, symmetric: bool, forms: Forms
-) -> None:
-    """Three steps of the clients 2 and 0, compared with a MocoSFL of one client that does not sync."""
+def test_each_client_equals_centralised_moco(toy_model: SplitModel, symmetric: bool, forms: Forms) -> None:
+    """Three steps of clients 2 and 0, compared with a MocoSFL of one client that never synchronizes."""
     algorithm = flmoco(
         toy_model,
         num_clients=N,
@@ -72,7 +70,7 @@ def test_a_client_is_a_centralised_moco_of_its_own(
     assert state.step == 3
 
 
-def test_views_of_other_clients_than_the_cohort_are_refused(toy_model: SplitModel) -> None:
+def test_views_of_clients_outside_the_cohort_are_refused(toy_model: SplitModel) -> None:
     algorithm = flmoco(toy_model, num_clients=N, moco=MomentumContrast(queue_size=K))
     state = algorithm.init(jax.random.key(0))
     with pytest.raises(AssertionError):

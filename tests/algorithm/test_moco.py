@@ -1,4 +1,4 @@
-"""Queue, loss and momentum against deque, numpy and plain formulas."""
+"""The queue, the loss and the momentum update against a deque, NumPy and explicit formulas."""
 
 import collections
 

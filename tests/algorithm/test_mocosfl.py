@@ -1,4 +1,4 @@
-"""The algorithm on a toy network against loops, end-to-end gradients and what the paper says of it."""
+"""The algorithm on a toy network against loops, end-to-end gradients and statements of the paper."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def test_all_start_from_the_same_weights(build: Build, toy_model: SplitModel) ->
 def test_step_equals_a_loop_over_clients_with_end_to_end_gradients(
     build: Build, toy_model: SplitModel, symmetric: bool, x64: None
 ) -> None:
-    """One step by the book: no vmap, no split, one gradient through client and server together."""
+    """One reference step without vmap or a split: one gradient through client and server together."""
     algorithm, state = build(toy_model, symmetric=symmetric)
     state = diverse(jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, state))
     views = Views(*(x.astype(float) for x in random_views(1, N, B)))
@@ -68,7 +68,7 @@ def test_step_equals_a_loop_over_clients_with_end_to_end_gradients(
     value, (client_grads, server_grads) = jax.value_and_grad(loss, (0, 1))(online, state.server.params)
     np.testing.assert_allclose(info.loss, value, rtol=1e-12)
 
-    # The server's buffers start at zero; those of the diverse clients do not.
+    # The server's buffers start at zero; the diverse clients' buffers do not.
     expected = jax.tree.map(lambda p, g: p - LR * (g + 5e-4 * p), state.server.params, server_grads)
     assert_trees_close(new.server.params, expected, rtol=1e-9, atol=1e-12)
     assert_trees_close(new.server.key_params, server_momentum, rtol=1e-12)
@@ -102,7 +102,7 @@ def test_loss_does_not_depend_on_the_order_of_clients(build: Build, toy_model: S
     np.testing.assert_allclose(permuted.smashed_grad, merge(pieces), rtol=1e-4, atol=1e-7)
 
 
-def test_a_cohort_trains_as_a_pool_of_its_own_and_nobody_else(build: Build, toy_model: SplitModel) -> None:
+def test_a_cohort_trains_like_a_separate_pool_and_others_stay(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     state, cohort = diverse(state), jnp.array([3, 1])
     views = random_views(3, 2, B)
@@ -130,7 +130,7 @@ def test_sync_averages_the_cohort_and_loads_the_mean_into_all(build: Build, toy_
     )
 
 
-def test_sync_of_equals_is_itself(build: Build, toy_model: SplitModel) -> None:
+def test_sync_of_equal_clients_changes_nothing(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     synced, info = algorithm.sync(state)
     assert_trees_close(synced, state, rtol=1e-6)
@@ -149,7 +149,7 @@ def test_encode_is_the_first_client_and_the_server(build: Build, toy_model: Spli
 
 
 def test_learning_rates_follow_their_schedules(build: Build, toy_model: SplitModel) -> None:
-    """A rate of zero from step 1 on: weights stay, momentum models and the queue go on."""
+    """Rates are zero from step 1 on: the weights stay, while momentum models and the queue still change."""
 
     def stopping(step: jax.Array) -> jax.Array:
         return jnp.where(step < 1, LR, 0.0)
@@ -163,7 +163,7 @@ def test_learning_rates_follow_their_schedules(build: Build, toy_model: SplitMod
     assert np.any(second.server.queue.keys != first.server.queue.keys)
 
 
-def test_what_does_not_fit_together_is_refused(build: Build, toy_model: SplitModel) -> None:
+def test_incompatible_settings_are_refused(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
     with pytest.raises(AssertionError):
         algorithm.step(state, random_views(1, N - 1, B))
@@ -184,5 +184,5 @@ def test_training_lowers_the_loss_of_the_same_views(build: Build, toy_model: Spl
         losses.append(float(info.loss))
         if i % 5 == 4:
             state, _ = algorithm.sync(state)
-    # The queue soon holds keys of these very views, so the loss has a floor: compare once it is full.
+    # The queue soon holds keys of these same views, so the loss has a lower bound: compare once it is full.
     assert losses[-1] < losses[K // (2 * N * B) + 1] - 0.05

@@ -17,7 +17,7 @@ from mocosfl_jax.costs.flops import forward_flops
 from tests.support.algorithms import B, Build, K, N, assert_trees_close, client, diverse
 from tests.support.toy import KEY_DIM, random_views
 
-TAU = 0.99  # of the momentum models, mocosfl's default
+TAU = 0.99  # momentum coefficient, mocosfl's default
 
 
 def in_float64(state: TrainState, views: Views) -> tuple[TrainState, Views]:
@@ -25,7 +25,7 @@ def in_float64(state: TrainState, views: Views) -> tuple[TrainState, Views]:
     return wide[0], Views(*wide[1])
 
 
-def test_concatenation_drops_the_padding_and_back() -> None:
+def test_concatenation_drops_the_padding_and_restores_it() -> None:
     real = real_rows([1, 3, 2])
     x = jnp.arange(18.0).reshape(3, 3, 2)
     expected = np.concatenate([x[0, :1], x[1, :3], x[2, :2]])
@@ -38,7 +38,7 @@ def test_concatenation_drops_the_padding_and_back() -> None:
 
 
 def test_queues_per_client_equal_deques_under_sampling(build: Build, toy_model: SplitModel) -> None:
-    """Whoever takes part enqueues its own keys, queries' before keys'; nobody else's queue changes."""
+    """Each member of the cohort enqueues its own keys, queries' before keys'; no other queue changes."""
     algorithm, state = build(toy_model, feature_sharing=False)
     deques = [collections.deque(np.asarray(keys), maxlen=K // N) for keys in state.server.queue.keys]
     assert state.server.queue.keys.shape == (N, K // N, KEY_DIM)
@@ -62,10 +62,10 @@ def test_queues_per_client_equal_deques_under_sampling(build: Build, toy_model: 
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_queue_per_client_contrasts_only_with_its_own(
+def test_a_client_contrasts_only_with_its_own_queue(
     build: Build, toy_model: SplitModel, symmetric: bool, x64: None
 ) -> None:
-    """The loss is the mean over the clients of what each has by itself with its queue."""
+    """The loss is the mean of the losses that each client has when trained alone with its queue."""
     algorithm, state = build(toy_model, feature_sharing=False, symmetric=symmetric)
     state, views = in_float64(diverse(state), random_views(1, N, B))
     _, info = algorithm.step(state, views)
@@ -86,10 +86,10 @@ def test_queue_per_client_contrasts_only_with_its_own(
 @pytest.mark.parametrize(
     "options", [{}, {"symmetric": False}, {"feature_sharing": False}, {"full_symmetric": True}]
 )
-def test_padding_has_no_effect_at_all(
+def test_padding_has_no_effect(
     build: Build, toy_model: SplitModel, options: dict[str, Any], x64: None
 ) -> None:
-    """Other padding, same bits: loss, gradients, every parameter and the queue. nan would show anywhere."""
+    """Different padding gives the same bits of loss, gradients, parameters and queue. nan would spread."""
     algorithm, state = build(toy_model, batch_sizes=[3, 3, 1, 2], **options)
     state, views = in_float64(diverse(state), random_views(1, N, 3))
     real = real_rows([3, 3, 1, 2])[..., None, None, None]
@@ -101,7 +101,7 @@ def test_padding_has_no_effect_at_all(
 
 
 def test_uneven_batches_equal_a_loop_over_clients(build: Build, toy_model: SplitModel, x64: None) -> None:
-    """The gradient of the mean over all 9 rows through each client by itself."""
+    """Against the gradient of the mean over all 9 rows, computed client by client."""
     sizes = [3, 3, 1, 2]
     algorithm, state = build(toy_model, batch_sizes=sizes, symmetric=False)
     state, views = in_float64(state, random_views(1, N, 3))
@@ -112,7 +112,7 @@ def test_uneven_batches_equal_a_loop_over_clients(build: Build, toy_model: Split
         return jnp.concatenate(pieces)
 
     online = [client(state.clients.params, i) for i in range(N)]
-    # All momentum models are copies of the online ones at the start.
+    # All momentum models start as copies of the online models.
     keys = moco.normalise(toy_model.server(state.server.params, smash(online, views.key)).projection)
 
     def loss(params: list[Any]) -> jax.Array:
@@ -130,14 +130,14 @@ def test_uneven_batches_equal_a_loop_over_clients(build: Build, toy_model: Split
     assert int(new.server.queue.cursor) == sum(sizes)
 
 
-def test_equal_batch_sizes_are_the_plain_step(build: Build, toy_model: SplitModel) -> None:
+def test_equal_batch_sizes_give_the_plain_step(build: Build, toy_model: SplitModel) -> None:
     plain, state = build(toy_model)
     named, _ = build(toy_model, batch_sizes=[B] * N)
     state, views = diverse(state), random_views(2, N, B)
     assert_trees_close(named.step(state, views), plain.step(state, views), rtol=1e-5, atol=1e-7)
 
 
-# Symmetric on the clients' side.
+# Symmetric loss on the clients' side.
 
 
 def test_full_symmetric_is_the_gradient_of_both_views(build: Build, toy_model: SplitModel, x64: None) -> None:
@@ -182,7 +182,7 @@ def test_full_symmetric_is_the_gradient_of_both_views(build: Build, toy_model: S
 # Frozen clients, withheld gradients and replay.
 
 
-def test_frozen_clients_get_nothing_and_never_change(build: Build, toy_model: SplitModel) -> None:
+def test_frozen_clients_receive_no_gradient_and_never_change(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model, client_lr=0.0)
     new, info = algorithm.step(state, random_views(1, N, B))
     synced, _ = algorithm.sync(new)
@@ -194,10 +194,10 @@ def test_frozen_clients_get_nothing_and_never_change(build: Build, toy_model: Sp
 
 
 def test_frozen_clients_have_no_backward_pass(build: Build, toy_model: SplitModel) -> None:
-    """A step has no gradient of the clients' kernels, and once compiled none of the smashed data either."""
+    """A step has no gradient of the clients' kernels; once compiled, none of smashed data either."""
 
     def flops(client_lr: float) -> tuple[int, float]:
-        """Of products, as the algorithm has them, and of all that the compiled step does."""
+        """FLOPs of the products in the traced algorithm, and of the whole compiled step."""
         algorithm, state = build(toy_model, client_lr=client_lr)
         step, arguments = jax.jit(algorithm.step), (state, random_views(1, N, B))
         analysis = step.lower(*arguments).compile().cost_analysis()
@@ -205,9 +205,9 @@ def test_frozen_clients_have_no_backward_pass(build: Build, toy_model: SplitMode
         return forward_flops(step, *arguments), analysis["flops"]
 
     (frozen, compiled_frozen), (training, compiled_training) = flops(0.0), flops(0.1)
-    of_kernels = 2 * (N * B * 4 * 4) * (3 * 5)  # 16 pixels an image, 3 channels to 5
+    of_kernels = 2 * (N * B * 4 * 4) * (3 * 5)  # 16 pixels per image, 3 channels to 5
     of_smashed = 2 * (N * B) * (16 * 5) * 12
-    # Twice where a backward pass computes the forward pass again.
+    # Twice as many where a backward pass recomputes the forward pass.
     assert training - frozen in (of_kernels, 2 * of_kernels)
     assert compiled_training - compiled_frozen > of_kernels + of_smashed
 
@@ -295,8 +295,10 @@ def test_divergence_is_the_summed_distance_to_the_mean(build: Build, toy_model: 
 
 
 @pytest.mark.parametrize("strength", [0.05, 100.0])
-def test_divergence_aware_averaging_by_the_book(build: Build, toy_model: SplitModel, strength: float) -> None:
-    """Twice over: the first time scales each client's lambda, where mu was clipped."""
+def test_divergence_aware_averaging_equals_its_definition(
+    build: Build, toy_model: SplitModel, strength: float
+) -> None:
+    """Two rounds: the first sets each client's lambda, which is smaller where mu was clipped."""
     algorithm, state = build(toy_model, sync=Sync(divergence_lambda=strength))
     state = diverse(state)._replace(clients=diverse(state).clients._replace(scales=jnp.zeros(N)))
     scales = np.zeros(N)
@@ -323,7 +325,7 @@ def test_divergence_aware_averaging_by_the_book(build: Build, toy_model: SplitMo
 
 
 def test_without_client_layers_it_is_centralised_moco(build: Build, toy_model: SplitModel) -> None:
-    """One client whose model is the identity: the server alone does MoCo on the images."""
+    """One client whose model is the identity: the server alone runs MoCo on the images."""
 
     def init(rng: jax.Array) -> tuple[Any, Any]:
         return {}, toy_model.init(rng)
@@ -341,7 +343,7 @@ def test_without_client_layers_it_is_centralised_moco(build: Build, toy_model: S
     synced, divergence = algorithm.sync(new)
     assert_trees_close(synced, new, rtol=0)
     assert divergence.divergence.shape == (1,)
-    # Its first step has the loss of one MocoSFL client with the same weights.
+    # The loss of its first step equals that of one MocoSFL client with the same weights.
     cut, cut_state = build(toy_model, num_clients=1)
     cut_state = cut_state._replace(
         clients=cut_state.clients._replace(

@@ -1,4 +1,4 @@
-"""SGD against PyTorch's definition written out, schedules against their values."""
+"""SGD against PyTorch's definition written out, and schedules against known values."""
 
 import jax.numpy as jnp
 import numpy as np

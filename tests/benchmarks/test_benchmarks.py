@@ -1,7 +1,7 @@
-"""The benchmarks without PyTorch: clock, lines, command, and our side of each on a tiny network.
+"""The benchmarks without PyTorch: the clock, the output lines, the command, and our side on a tiny network.
 
-That the PyTorch loop computes what we do, the benchmarks check themselves whenever they run, since PyTorch
-is not among the packages of the tests (`benchmarks/agreement.py`).
+PyTorch is not among the packages of the tests. The benchmarks themselves check, each time they run, that the
+PyTorch loop computes the same as ours (`benchmarks/agreement.py`).
 """
 
 import importlib
@@ -34,12 +34,12 @@ def compiled() -> settings.Step:
 
 
 def fresh(step: settings.Step) -> settings.Step:
-    """With a copy of the state, which a call donates."""
+    """The step with a copy of its state, because a call donates the state."""
     return step._replace(state=jax.tree.map(jnp.copy, step.state))
 
 
 class Clock:
-    """Time that passes only where a test says so: by `pass_`, and by `tick` seconds with each look at it."""
+    """A clock that a test advances: by `pass_`, and by `tick` seconds each time it is read."""
 
     def __init__(self, tick: float = 0.0) -> None:
         self.now, self.tick = 0.0, tick
@@ -53,7 +53,7 @@ class Clock:
 
 
 def take(seconds: dict[str, float]) -> Callable[..., dict[str, float]]:
-    """In place of `medians`: every contender is called once and has taken as long as it says here."""
+    """A replacement for `medians`: it calls every contender once and reports the seconds given here."""
 
     def medians(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
         for call in contenders.values():
@@ -81,7 +81,7 @@ def test_medians_leave_out_the_warm_up_and_the_pauses() -> None:
     assert order == 4 * ["ours", "baseline"]
 
 
-def test_a_stepper_goes_on_from_its_last_state() -> None:
+def test_a_stepper_continues_from_its_last_state() -> None:
     seen = []
 
     def add(state: jax.Array, more: int) -> tuple[jax.Array, jax.Array]:
@@ -143,7 +143,7 @@ def test_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, *needs: str) -> None:
-    """A benchmark called `fake`."""
+    """Register a benchmark called `fake`."""
     module = types.SimpleNamespace(
         NEEDS=needs,
         results=lambda repeats: iter([results.result("fake", "one", {"ours": float(repeats)})]),
@@ -166,7 +166,7 @@ def test_the_command_prints_lines_and_a_table(
     assert captured.err.splitlines()[-1].split() == ["fake", "one", "7"]
 
 
-def test_a_package_that_is_missing_is_named_before_anything_is_measured(
+def test_a_missing_package_is_named_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake(monkeypatch, "no_such_package")
@@ -177,7 +177,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_measured(
     assert "fake: found no no_such_package, allowed: pip install -e '.[bench]'" in captured.err
 
 
-def test_every_benchmark_is_there() -> None:
+def test_every_benchmark_is_registered() -> None:
     for name in command.MODULES.values():
         module = importlib.import_module(name)
         assert callable(module.results) and set(module.NEEDS) <= {"torch", "torchvision"}
@@ -192,31 +192,31 @@ def test_our_side_of_the_smaller_benchmarks_runs() -> None:
     assert query.shape == key.shape == (3, 1, 32, 32, 3)
 
 
-def test_knn_of_the_benchmark_can_be_wrong_and_right() -> None:
+def test_knn_of_the_benchmark_can_succeed_and_fail() -> None:
     accuracy = evaluation.ours_knn(evaluation.features_and_labels(600, 50, 64))()
     assert 2 / evaluation.CLASSES < accuracy < 1
 
 
 def test_scaling_is_per_image(compiled: settings.Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the six images of a step."""
+    """A step has six images."""
     monkeypatch.setattr(scaling, "medians", take({"ours": 0.3}))
     monkeypatch.setattr(scaling, "held_bytes", lambda program: 12 * 2**20)
     numbers = scaling.measure(TINY, fresh(compiled), repeats=1).numbers
     assert numbers == pytest.approx({"ours_s": 0.3, "ms_per_image": 50.0, "mib_per_image": 2.0})
 
 
-def test_a_program_holds_a_donated_argument_once() -> None:
-    """On each of eight devices: 4 MiB of state, which its successor replaces, and 1 MiB in and out."""
+def test_a_donated_argument_is_counted_once() -> None:
+    """On each of eight devices: 4 MiB of state, which the new state replaces, and 1 MiB in and out."""
     state, images = (jax.ShapeDtypeStruct((mib, 2**18), "float32") for mib in (4, 1))
     program = jax.jit(lambda state, images: (state + 1, 2 * images), donate_argnums=0)
     held = scaling.held_bytes(program.lower(state, images).compile())
     assert held == pytest.approx(8 * (4 + 1 + 1) * 2**20, rel=1e-4)  # and the addresses of two results
 
 
-def test_memory_is_that_of_the_compiled_program() -> None:
+def test_memory_equals_the_compiled_programs() -> None:
     one, many = (memory.held_bytes(*sizes, num_clients=16, width=4) for sizes in ((1, 1), (4, 2)))
     for held in (one, many):
-        assert held["state"] == held["clients"] + held["server"] + 4  # and the number of the step
+        assert held["state"] == held["clients"] + held["server"] + 4  # and the step counter
     assert many["clients"] * 8 == one["clients"]
     assert many["server"] == pytest.approx(one["server"] / 2, rel=0.01)
 
@@ -228,7 +228,7 @@ def test_limit_is_a_share_of_the_peak(compiled: settings.Step, monkeypatch: pyte
     assert numbers == {"ours_s": 2.0, "gflop": 500.0, "gflop_per_s": 250.0, "share_of_peak": 0.25}
 
 
-def test_the_peak_is_that_of_one_product_by_jax_and_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_measured_with_one_product_by_jax_and_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Mapping[str, Callable[[], np.ndarray]]] = []
     monkeypatch.setattr(limit, "medians", lambda contenders, repeats: found.append(contenders))
     limit.products(32)
@@ -237,7 +237,7 @@ def test_the_peak_is_that_of_one_product_by_jax_and_numpy(monkeypatch: pytest.Mo
     np.testing.assert_allclose(contenders["jax"](), contenders["numpy"](), rtol=1e-4, atol=1e-4)
 
 
-def test_the_quickstart_network_is_that_of_the_quickstart() -> None:
+def test_the_quickstart_benchmark_uses_the_network_of_the_quickstart() -> None:
     config = resolve(quickstart())
     model, _ = settings.build(QUICKSTART)
     shapes = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, build_model(config, 32))]
@@ -246,8 +246,8 @@ def test_the_quickstart_network_is_that_of_the_quickstart() -> None:
     assert QUICKSTART.queue_size == config.moco.queue_size
 
 
-def test_epoch_tells_the_steps_from_the_rest(toy_images: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock on which a round of steps takes 3 s, a look at the clock 1 s, and all else no time."""
+def test_epoch_separates_the_steps_from_the_rest(toy_images: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock where a round of steps takes 3 s, reading the clock 1 s, and everything else no time."""
     clock, rounds, prepare = Clock(tick=1.0), [0], settings.prepare
 
     def prepared(run_config: Config) -> settings.Training:
@@ -269,8 +269,8 @@ def test_epoch_tells_the_steps_from_the_rest(toy_images: str, monkeypatch: pytes
     config.eval.knn_k = 5
     with in_place():
         numbers = epoch.measure(config, "tiny", epochs=1).numbers
-    # Two epochs, of which the first warms up, of six steps and as many rounds. Each round looks twice at the
-    # clock, the second time after 3 + 1 s, and the epoch once more.
+    # Two epochs of six steps, each step a round of its own; the first epoch warms up. Each round reads the
+    # clock twice, the second time after 3 + 1 s, and the epoch reads it once more.
     assert rounds == [2 * 6]
     assert numbers == {
         "ours_s": 6 * 5 + 1,
@@ -296,8 +296,8 @@ def test_data_measures_both_kinds_of_images(tmp_path: pathlib.Path, monkeypatch:
     monkeypatch.setattr(toy, "make_toy_model", lambda: sparse)  # for images of 32 pixels
     monkeypatch.setattr(data, "time", types.SimpleNamespace(perf_counter=Clock(tick=1.0)))
     data.write_npy(tmp_path)
-    # Five steps and as many rounds. Each waits for its images, and for the end of them: two looks at a clock
-    # on which a look takes 1 s, and 1 s of waiting. The epoch looks once more.
+    # Five steps, each a round of its own. Each round waits for its images and for their end: two readings of
+    # a clock where a reading takes 1 s, and 1 s of waiting. The epoch reads the clock once more.
     for resident in (True, False):
         with in_place():
             epochs = list(data.make_epochs("npy", tmp_path, resident, 2))

@@ -1,4 +1,4 @@
-"""Costs against hand counts, Li et al. 2023's table 1, and the arrays and programs of training itself."""
+"""Costs against hand counts, table 1 of Li et al. 2023, and the arrays and programs of training itself."""
 
 import json
 import math
@@ -80,7 +80,7 @@ def transposed(x: Array, kernel: Array) -> Array:
 def test_products_and_convolutions_by_hand(
     function: Any, x: tuple[int, ...], kernel: tuple[int, ...], multiply_adds: int
 ) -> None:
-    """Either gradient costs as much as the forward pass."""
+    """Each of the two gradients costs as much as the forward pass."""
 
     def model(kernel: Array, x: Array) -> Array:
         return function(x, kernel)
@@ -91,7 +91,7 @@ def test_products_and_convolutions_by_hand(
     assert flops.backward_flops(model, *shapes, of_input=True) == 4 * multiply_adds
 
 
-def test_calls_are_looked_into() -> None:
+def test_called_functions_are_counted() -> None:
     x = shape(4, 4)
     square = 2 * 4**3
 
@@ -125,13 +125,13 @@ CONV = 2 * (32 * 32 * 64) * (3 * 3 * 64)
     ("cut_layer", "forward", "backward"), [(1, STEM, STEM), (2, STEM + 2 * CONV, STEM + 4 * CONV)]
 )
 def test_client_of_resnet18_by_hand(cut_layer: int, forward: int, backward: int) -> None:
-    """The stem needs no gradient of the images."""
+    """The stem needs no gradient with respect to the images."""
     model = split_model("resnet18", cut_layer=cut_layer, forms=ACCELERATOR)
     assert accounting.client_flops(model, plan(image_size=32)) == (forward, forward, backward, 0)
 
 
 def test_server_of_resnet18_by_hand() -> None:
-    """Strides and shortcuts in; the first block's input is smashed data, whose gradient the clients want."""
+    """Includes strides and shortcuts; the gradient of the first block's input goes back to the clients."""
     model = split_model("resnet18", cut_layer=1, key_dim=128, head="linear", forms=ACCELERATOR)
     maps = {64: 32 * 32, 128: 16 * 16, 256: 8 * 8, 512: 4 * 4}
     forward = 2 * 512 * 128 + 2 * maps[64] * 4 * 9 * 64 * 64
@@ -149,7 +149,7 @@ def test_server_of_resnet18_by_hand() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("option", [{}, {"symmetric": False}, {"feature_sharing": False, "queue_size": 38}])
-def test_flops_are_those_of_the_training_step(model: str, option: dict[str, Any]) -> None:
+def test_flops_equal_the_training_steps(model: str, option: dict[str, Any]) -> None:
     split, size = MODELS[model]
     numbers = plan(image_size=size, **option)
     state, views, cohort, step = training(split, numbers)
@@ -173,7 +173,7 @@ def test_traffic_is_what_training_exchanges(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("option", [{}, {"feature_sharing": False, "queue_size": 38}])
-def test_memory_is_that_of_the_training_state(model: str, option: dict[str, Any]) -> None:
+def test_memory_equals_the_training_states(model: str, option: dict[str, Any]) -> None:
     split, size = MODELS[model]
     numbers = plan(image_size=size, **option)
     state, *_ = training(split, numbers)
@@ -189,7 +189,7 @@ def test_memory_is_that_of_the_training_state(model: str, option: dict[str, Any]
 
 
 def training(model: SplitModel, numbers: Plan) -> tuple[Any, Any, Any, Any]:
-    """Shapes of state, views and cohort, and the step itself, in which nothing is computed twice."""
+    """Shapes of state, views and cohort, and the step itself, which computes nothing twice."""
     algorithm = mocosfl(
         model,
         num_clients=numbers.num_clients,
@@ -218,7 +218,7 @@ def test_a_backward_pass_keeps_the_input_of_each_layer() -> None:
 
 
 def test_activations_grow_with_the_batch() -> None:
-    """Beside the standardised kernels, which one image needs as much as a batch."""
+    """Except for the standardised kernels, which take the same memory for one image as for a batch."""
     batches = [
         accounting.client_memory(NARROW, plan(image_size=8, batch_size=b)).activations for b in (1, 2, 3)
     ]
@@ -279,7 +279,7 @@ def test_options_change_what_a_client_pays() -> None:
     assert both.client.flops_per_image == (2 * forward, 2 * forward, 2 * forward, 0)
     assert frozen.client.flops_per_image == (forward, forward, 0, 0)
     assert frozen.client.memory == (weights, 0, 0, 0, 0, 0)
-    assert both.server.flops_per_image == plain.server.flops_per_image  # symmetric as it is
+    assert both.server.flops_per_image == plain.server.flops_per_image  # symmetric by default
 
 
 def c4s2(model: SplitModel) -> SplitModel:
@@ -299,7 +299,7 @@ def c4s2(model: SplitModel) -> SplitModel:
     ("cut_layer", "parameters", "megabytes"), [(1, 1_856, "1.416"), (2, 75_840, "57.86")]
 )
 def test_table_1_of_the_paper(cut_layer: int, parameters: int, megabytes: str) -> None:
-    """1,000 clients of 50 images, 100 in an epoch, synchronized once an epoch; 200 epochs a client."""
+    """1,000 clients of 50 images, 100 of them and one synchronization per epoch; 200 epochs per client."""
     model = split_model("resnet18", cut_layer=cut_layer, forms=ACCELERATOR)
     result = accounting.paper_costs(model, 32, images=50, epochs=200, syncs=200)
     forward = STEM // 2 + (cut_layer - 1) * CONV
@@ -319,7 +319,7 @@ def test_table_1_of_the_paper_with_a_bottleneck_and_frozen_clients() -> None:
 
 
 def test_a_configuration_gives_the_plan_of_its_run() -> None:
-    """Also the size of the data set, which is not read here."""
+    """This includes the size of the data set, which is not read here."""
     config = quickstart()
     config.sync.frequency = 7
     config.sync.buffers = "average"
@@ -336,7 +336,7 @@ def test_a_configuration_gives_the_plan_of_its_run() -> None:
     assert result.server.memory.parameters == nbytes(jax.eval_shape(run.model.init, jax.random.key(0))[1])
 
 
-def test_sizes_that_are_not_known_are_asked_for() -> None:
+def test_unknown_sizes_are_requested() -> None:
     config = quickstart()
     config.data = Data(name="food")
     with pytest.raises(UserError, match=r"^--images: found None for food, allowed: "):
@@ -377,7 +377,7 @@ def test_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> N
         ("--workdir=x", "workdir"),
     ],
 )
-def test_command_answers_a_mistake_in_one_line(
+def test_command_reports_a_mistake_in_one_line(
     argument: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main(["costs", argument]) == 2
@@ -391,7 +391,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_docs_show_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the arrays that are kept for the backward pass, which are JAX's choice."""
+    """Except for the arrays kept for the backward pass, which JAX chooses."""
     monkeypatch.chdir(ROOT)
     (arguments, shown) = re.findall(
         r"```console\n\$ python -m mocosfl_jax.costs (\S+\.py.*?)\n(.*?)```",

@@ -1,4 +1,4 @@
-"""A data set is recognised wherever it is and however it is read, and any change of it is noticed."""
+"""A data set is recognised in any location and format, and any change to it is noticed."""
 
 import pathlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from mocosfl_jax.data.fingerprint import changes, fingerprint
 from mocosfl_jax.data.images import OnDisk
 from tests.support.data_files import small
 
-Arrays = Any  # name -> array, as np.savez takes them
+Arrays = Any  # name -> array, as accepted by np.savez
 
 
 def write_npy(folder: pathlib.Path, arrays: Arrays) -> pathlib.Path:
@@ -22,7 +22,7 @@ def write_npy(folder: pathlib.Path, arrays: Arrays) -> pathlib.Path:
     return folder
 
 
-def test_a_copy_is_the_same_data(tmp_path: pathlib.Path) -> None:
+def test_a_copy_has_the_same_fingerprint(tmp_path: pathlib.Path) -> None:
     folders = [write_npy(tmp_path / name, small()) for name in ("one", "other")]
     one, other = (load("npy", str(folder), None) for folder in folders)
     assert changes(fingerprint(one), fingerprint(other)) == []
@@ -71,7 +71,7 @@ def test_a_change_is_named(
 
 
 def test_images_on_disk_are_not_all_read(tmp_path: pathlib.Path) -> None:
-    """64 of each split, evenly spaced with the first and the last; in memory it would be another number."""
+    """Reads 64 images of each split, evenly spaced from first to last; in memory the fingerprint differs."""
     x = np.random.default_rng(0).integers(0, 256, (1000, 4, 4, 3)).astype(np.uint8)
     y = np.arange(1000) % 3
     folder = write_npy(tmp_path / "set", {"x_train": x, "y_train": y, "x_test": x[:9], "y_test": y[:9]})

@@ -1,4 +1,4 @@
-"""kNN and BatchNorm against a loop, the probes on features of known quality."""
+"""kNN and batch norm against loops, and the probes on features of known quality."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def plain_knn(
 
 @pytest.mark.parametrize("k", [1, 7, 200])
 @pytest.mark.parametrize("block_bytes", [4 * 60 * 7, 2**28])
-def test_knn_equals_a_loop_whatever_the_block(
+def test_knn_equals_a_loop_for_any_block_size(
     monkeypatch: pytest.MonkeyPatch, k: int, block_bytes: int
 ) -> None:
     monkeypatch.setattr(knn, "BLOCK_BYTES", block_bytes)
@@ -47,7 +47,7 @@ def test_extract_keeps_order_and_drops_padding() -> None:
 
     @jax.jit
     def encode(batch: jax.Array) -> Features:
-        shapes.add(batch.shape)  # once a trace
+        shapes.add(batch.shape)  # runs once per trace
         flat = batch.reshape(len(batch), -1).astype(jnp.float32)
         return Features(flat, 2 * flat)
 
@@ -57,7 +57,7 @@ def test_extract_keeps_order_and_drops_padding() -> None:
     assert shapes == {(3, 2, 2, 1)}
 
 
-def test_linear_probe_separates_what_is_separable_and_nothing_else() -> None:
+def test_linear_probe_learns_only_separable_classes() -> None:
     rng = np.random.default_rng(0)
     labels, truth = rng.integers(0, 3, 600), rng.integers(0, 3, 300)
     centres = 4 * np.eye(3, 5)
@@ -82,14 +82,14 @@ def test_stratified_counts_of_each_class() -> None:
         return classifiers.stratified(jax.random.key(seed), labels, fraction)
 
     indices = draw(0, 0.1)
-    assert np.bincount(labels[indices]).tolist() == [20, 3, 1, 1]  # 20, 2.6, 0.8 and 0.1 of an image
+    assert np.bincount(labels[indices]).tolist() == [20, 3, 1, 1]  # 20, 2.6, 0.8 and 0.1 images
     assert (np.diff(indices) > 0).all()
     np.testing.assert_array_equal(draw(0, 0.1), indices)
     assert draw(1, 0.1).tolist() != indices.tolist()
     np.testing.assert_array_equal(draw(0, 1.0), np.arange(len(labels)))
 
 
-def test_stratified_draws_every_image_of_a_class_as_often() -> None:
+def test_stratified_draws_every_image_of_a_class_equally_often() -> None:
     labels = np.repeat([0, 1], [4, 8])
     draws = [classifiers.stratified(jax.random.key(seed), labels, 0.5) for seed in range(400)]
     shares = np.bincount(np.concatenate(draws), minlength=12) / 400
@@ -97,7 +97,7 @@ def test_stratified_draws_every_image_of_a_class_as_often() -> None:
 
 
 def test_batch_norm_equals_numpy_over_a_few_batches() -> None:
-    """PyTorch's definition: the batch's biased variance, running unbiased variance, momentum 0.1."""
+    """PyTorch's definition: the batch's biased variance, the running unbiased variance, momentum 0.1."""
     rng = np.random.default_rng(0)
     scale, bias = rng.normal(size=(2, 5))
     params = {"scale": jnp.asarray(scale, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
@@ -118,8 +118,8 @@ def test_batch_norm_equals_numpy_over_a_few_batches() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.01])
-def test_semi_supervised_learns_what_few_labels_show(fraction: float) -> None:
-    """Classes are far apart, and no line separates them: each lies on both sides of the origin."""
+def test_semi_supervised_learns_from_few_labels(fraction: float) -> None:
+    """Classes are far apart but not linearly separable: each lies on both sides of the origin."""
     rng = np.random.default_rng(0)
 
     def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +143,7 @@ def test_semi_supervised_learns_what_few_labels_show(fraction: float) -> None:
 
 
 def test_semi_supervised_uses_the_drawn_labels_only() -> None:
-    """The labels that were not drawn may say anything."""
+    """Labels that were not drawn may have any value."""
     rng = np.random.default_rng(0)
     train, test = rng.normal(size=(2, 40, 4)).astype(np.float32)
     labels, truth = np.arange(40) % 2, np.arange(40) % 2
@@ -164,7 +164,7 @@ def test_semi_supervised_uses_the_drawn_labels_only() -> None:
 
 
 def test_knn_of_50_000_by_10_000_fits_in_2_gb() -> None:
-    """By the compiler's own account of arguments and temporaries, for features of ResNet-50's width."""
+    """According to the compiler's count of arguments and temporaries, for features as wide as ResNet-50's."""
     rows = knn.BLOCK_BYTES // (4 * 50_000)
     compiled = knn._knn_predict.lower(
         jax.ShapeDtypeStruct((50_000, 2048), jnp.float32),

@@ -1,7 +1,7 @@
-"""Views against PIL and torchvision: each operation on its own, then the statistics of 20,000 draws.
+"""Views against PIL and torchvision: each operation separately, then the statistics of 20,000 draws.
 
-`golden/augmentations` holds what torchvision's transforms on PIL images give for six 32x32 images. PIL rounds
-each step to uint8, so an exact result differs by up to 1 / 255, on average by 0.4 / 255 where it truncates.
+`golden/augmentations` holds the results of torchvision's transforms on six 32x32 PIL images. PIL rounds each
+step to uint8, so an exact result differs by up to 1 / 255, and by 0.4 / 255 on average where PIL truncates.
 """
 
 import colorsys
@@ -50,17 +50,17 @@ def error(image: ArrayLike, golden: np.ndarray) -> np.ndarray:
     return np.abs(np.asarray(image) * 255 - golden)
 
 
-# --- one operation
+# --- single operations
 
 
-def test_resized_crop_is_pils(arrays: Arrays, settings: dict[str, Any], images: np.ndarray) -> None:
+def test_resized_crop_equals_pil(arrays: Arrays, settings: dict[str, Any], images: np.ndarray) -> None:
     for i, box in enumerate(settings["crop_boxes_top_left_height_width"]):
         cropped = aug.resized_crop(images[i], aug.Box(*box), 32)
         assert error(cropped, arrays[f"resized_crop.{i}"]).max() <= 1.01
 
 
 def test_resized_crop_shrinks_with_antialiasing() -> None:
-    # Stripes much narrower than an output pixel average to gray; without antialiasing two pixels count.
+    # Stripes much narrower than an output pixel average to gray; without antialiasing only two pixels count.
     stripes = np.indices((32, 48)).sum(0) % 4 < 2
     board = jnp.asarray(np.broadcast_to(stripes[..., None], (32, 48, 3)), jnp.float32)
     small = np.asarray(aug.resized_crop(board, aug.Box(0, 0, 32, 48), 4))
@@ -69,9 +69,10 @@ def test_resized_crop_shrinks_with_antialiasing() -> None:
     np.testing.assert_allclose(whole, board[:, 8:40], atol=1e-6)
 
 
-# Measured, in 1 / 255. Blends: 1.09 at most. Hue: 9.8 at most, 0.82 on average, as PIL keeps hue, saturation
-# and value in a byte each and one step of hue is up to 6 / 255 of a channel; test_hue_is_that_of_colorsys is
-# exact. Blur: 11.9 at most, 0.9 on average, as PIL's is three box filters, each of which extends the edge.
+# Measured, in 1 / 255. Blends: at most 1.09. Hue: at most 9.8, 0.82 on average, because PIL keeps hue,
+# saturation and value in one byte each, and one step of hue is up to 6 / 255 of a channel. The hue test
+# against colorsys is exact. Blur: at most 11.9, 0.9 on average, because PIL uses three box filters, each of
+# which extends the edge.
 @pytest.mark.parametrize(
     ("name", "adjust", "largest", "average"),
     [
@@ -82,7 +83,7 @@ def test_resized_crop_shrinks_with_antialiasing() -> None:
         ("gaussian_blur", aug.gaussian_blur, 12, 1.0),
     ],
 )
-def test_adjustments_are_pils(
+def test_adjustments_equal_pil(
     arrays: Arrays,
     settings: dict[str, Any],
     images: np.ndarray,
@@ -98,17 +99,17 @@ def test_adjustments_are_pils(
         assert wrong.max() <= largest and wrong.mean() <= average, case
 
 
-def test_grayscale_and_flip_are_pils(arrays: Arrays, images: np.ndarray) -> None:
+def test_grayscale_and_flip_equal_pil(arrays: Arrays, images: np.ndarray) -> None:
     for i, image in enumerate(images):
         assert error(aug.grayscale(image), arrays[f"grayscale.{i}"]).max() <= 0.51
         np.testing.assert_array_equal(error(aug.horizontal_flip(jnp.asarray(image)), arrays[f"hflip.{i}"]), 0)
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.03, 0.1])
-def test_hue_is_that_of_colorsys(shift: float) -> None:
+def test_hue_equals_colorsys(shift: float) -> None:
     grid = np.array(
         list(itertools.product((0.0, 0.2, 0.5, 0.9, 1.0), repeat=3)), np.float32
-    )  # ties and grays too
+    )  # includes ties and grays
     expected = []
     for pixel in grid.tolist():
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
@@ -131,7 +132,7 @@ def test_blur_is_a_gaussian_with_extended_edges(sigma: float, shape: tuple[int, 
 
 
 def test_color_jitter_can_apply_its_four_adjustments_in_every_order(images: np.ndarray) -> None:
-    # Stretched so that every adjustment clips, or some would commute.
+    # The values are stretched so that every adjustment clips; otherwise some would commute.
     image = jnp.clip(2 * images[0] - 0.5, 0, 1)
     factors, shift = (1.4, 1.3, 1.4), 0.1
     adjust = [aug.adjust_brightness, aug.adjust_contrast, aug.adjust_saturation, aug.adjust_hue]
@@ -151,7 +152,7 @@ def test_color_jitter_can_apply_its_four_adjustments_in_every_order(images: np.n
 
 
 def test_flip_commutes_with_what_follows_it(images: np.ndarray) -> None:
-    # Why one place of the flip serves both versions, though torchvision's v2 has it last.
+    # One position of the flip therefore serves both versions, though torchvision's v2 has it last.
     image = jnp.asarray(images[3])
     jitter = partial(
         aug.color_jitter, factors=jnp.array([0.7, 1.4, 1.2]), hue_shift=0.1, order=jnp.arange(3), hue_slot=1
@@ -161,7 +162,7 @@ def test_flip_commutes_with_what_follows_it(images: np.ndarray) -> None:
         np.testing.assert_allclose(then(aug.horizontal_flip(image)), flipped_last, atol=1e-6)
 
 
-# --- what is drawn
+# --- random draws
 
 
 def sample_boxes(height: int, width: int, min_scale: float = 0.08) -> np.ndarray:
@@ -169,19 +170,19 @@ def sample_boxes(height: int, width: int, min_scale: float = 0.08) -> np.ndarray
     return np.stack(draw(jax.random.split(jax.random.key(3), DRAWS)), axis=1)
 
 
-def test_crop_boxes_have_torchvisions_law(settings: dict[str, Any]) -> None:
+def test_crop_boxes_have_torchvisions_distribution(settings: dict[str, Any]) -> None:
     golden = settings["statistics"]
     boxes = sample_boxes(32, 32)
     assert boxes.dtype == np.int32
     top, left, height, width = boxes.T
     assert (boxes >= [0, 0, 1, 1]).all() and (top + height <= 32).all() and (left + width <= 32).all()
     std = np.array(golden["crop_top_left_height_width_std"])
-    # Four standard errors of the difference of two samples; a side off by half a pixel is eight.
+    # Four standard errors of the difference between two samples; half a pixel on a side would be eight.
     error_mean = std * math.sqrt(2 / DRAWS)
     assert (abs(boxes.mean(0) - golden["crop_top_left_height_width_mean"]) < 4 * error_mean).all()
     assert (abs(boxes.std(0) - std) < 4 * error_mean).all()
     quantiles = (0.1, 0.5, 0.9)
-    # Boxes are of whole pixels: quantiles move in steps.
+    # Boxes have whole pixels, so quantiles move in steps.
     area = np.quantile(height * width / 32**2, quantiles)
     np.testing.assert_allclose(area, golden["crop_area_fraction_quantiles_10_50_90"], atol=0.015)
     aspect = np.quantile(width / height, quantiles)
@@ -200,8 +201,8 @@ def test_crop_boxes_have_torchvisions_law(settings: dict[str, Any]) -> None:
 def test_boxes_that_cannot_fit_become_the_largest_centred_one(
     height: int, width: int, centred: tuple[int, int, int, int]
 ) -> None:
-    # No box of an allowed ratio has the area of a long image. In the others only the whole image has, or one
-    # that a side rounded down by a pixel.
+    # No box of an allowed ratio has the area of a long image. In the other cases only the whole image fits,
+    # or a box whose side was rounded down by a pixel.
     boxes = sample_boxes(height, width, min_scale=1.0)
     np.testing.assert_allclose(boxes, np.broadcast_to(centred, boxes.shape), atol=1 if height == 30 else 0)
 
@@ -213,7 +214,7 @@ def view_sampler(size: int, version: str, min_crop_scale: float) -> Callable[...
 
 
 def draw_views(image: Array, version: str, min_crop_scale: float = 0.08) -> np.ndarray:
-    """Views of one image, 1,000 at a time."""
+    """Draw views of one image, 1,000 at a time."""
     sampler = view_sampler(image.shape[0], version, min_crop_scale)
     rngs = jax.random.split(jax.random.key(5), (DRAWS // 1000, 1000))
     return np.concatenate([np.asarray(sampler(chunk, image)) for chunk in rngs])
@@ -227,18 +228,18 @@ def test_probability_and_strength_of_brightness() -> None:
 
 
 def assert_jitter_law(factors: np.ndarray) -> None:
-    """With probability 0.8 uniform in 0.6..1.4, else 1."""
+    """Assert that factors are uniform in 0.6..1.4 with probability 0.8, else 1."""
     jittered = np.sort(factors[abs(factors - 1) > 1e-4])
     # Binomial: four standard deviations of 20,000 draws.
     assert abs(len(jittered) / DRAWS - 0.8) < 4 * math.sqrt(0.8 * 0.2 / DRAWS)
-    # Kolmogorov-Smirnov; 1.95 / sqrt(n) is passed once in a thousand.
+    # Kolmogorov-Smirnov; 1.95 / sqrt(n) is exceeded once in a thousand samples.
     law = (jittered - 0.6) / 0.8
     assert abs(law - (np.arange(len(law)) + 0.5) / len(law)).max() < 1.95 / math.sqrt(len(law))
 
 
 def test_probability_and_strength_of_saturation_and_grayscale() -> None:
-    # On a plain, nearly gray image contrast acts as saturation does, and brightness does not alter the ratio
-    # of chroma to luma; hue alters the luma by a hundredth.
+    # On a plain, nearly gray image contrast acts like saturation, and brightness does not alter the ratio of
+    # chroma to luma; hue alters the luma by one percent.
     color = jnp.array([0.51, 0.49, 0.49])
     pixels = draw_views(jnp.broadcast_to(color, (16, 16, 3)), "v2", min_crop_scale=1.0)[:, 0, 0]
     saturations = (
@@ -246,7 +247,7 @@ def test_probability_and_strength_of_saturation_and_grayscale() -> None:
     )
     gray = saturations < 0.1
     assert abs(gray.mean() - 0.2) < 4 * math.sqrt(0.2 * 0.8 / DRAWS)
-    # Product of two factors uniform in 0.6..1.4, each of variance 0.64 / 12; no jitter in 0.2.
+    # Product of two factors uniform in 0.6..1.4, each of variance 0.64 / 12; no jitter with probability 0.2.
     moment = 1 + 0.64 / 12
     expected = math.sqrt(0.8 * (moment**2 - 1))
     assert saturations[~gray].mean() == pytest.approx(1, abs=0.015)
@@ -254,28 +255,29 @@ def test_probability_and_strength_of_saturation_and_grayscale() -> None:
 
 
 def test_probability_of_flip_contrast_and_blur() -> None:
-    # A gray step, all of it in the view: jitter moves the two grays, the flip swaps them, blur smears them.
+    # A step between two grays, always inside the view: jitter moves the grays, the flip swaps them, and blur
+    # smears them.
     step = jnp.broadcast_to(jnp.where(jnp.arange(16) < 8, 0.4, 0.6)[None, :, None], (16, 16, 3))
     views = draw_views(step, "v2", min_crop_scale=1.0)
     flipped = views[:, 0, 0, 0] > views[:, 0, -1, 0]
     assert abs(flipped.mean() - 0.5) < 4 * math.sqrt(0.25 / DRAWS)
-    # Contrast keeps the mean gray and brightness keeps ratios.
+    # Contrast keeps the mean gray, and brightness keeps ratios.
     dark, light = np.sort(views[:, 0, [0, -1], 0], axis=1).T
     assert_jitter_law((light - dark) / (light + dark) * (1.0 / 0.2))
-    # A sigma of 0.3 smears a pixel by 0.4 %, so 0.1..0.3 does not show: 1.7 / 1.9 of one half.
+    # A sigma of 0.3 smears a pixel by 0.4 %, so 0.1..0.3 is not detected: 1.7 / 1.9 of one half.
     sorted_views = np.sort(views[:, 0, :, 0], axis=1)
     smeared = (sorted_views[:, 7] - sorted_views[:, 0]) / (sorted_views[:, 15] - sorted_views[:, 0])
     threshold = math.exp(-0.5 / 0.3**2) / (1 + 2 * math.exp(-0.5 / 0.3**2))
     share = 0.5 * 1.7 / 1.9
     assert abs((smeared > threshold).mean() - share) < 4 * math.sqrt(share * (1 - share) / DRAWS)
-    # The widest blur: sigma close to 2 puts this share of the Gaussian past the step.
+    # The widest blur: a sigma close to 2 puts this share of the Gaussian beyond the step.
     taps = np.exp(-0.5 * (np.arange(-8, 9) / 2) ** 2)
     assert smeared.max() == pytest.approx(taps[9:].sum() / taps.sum(), abs=2e-3)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("image", [0, 3])
-def test_statistics_of_the_pipeline_are_torchvisions(
+def test_statistics_of_the_pipeline_equal_torchvision(
     arrays: Arrays, settings: dict[str, Any], images: np.ndarray, version: str, image: int
 ) -> None:
     name = f"moco{version}.{image}"
@@ -287,30 +289,30 @@ def test_statistics_of_the_pipeline_are_torchvisions(
     views = draw_views(jnp.asarray(images[image]), version)
     assert views.dtype == np.float32 and views.min() >= 0 and views.max() <= 1 + 1e-6
 
-    # PIL truncates after each of three blends, drawn with p 0.8: it is darker by 0.8 * 3 * 0.4 = 1 / 255. The
-    # brightness of a whole view varies most: the difference of two samples has the standard error 0.2 / 255.
+    # PIL truncates after each of three blends, drawn with p 0.8, so it is darker by 0.8 * 3 * 0.4 = 1 / 255.
+    # The brightness of a whole view varies most: the standard error of the difference is 0.2 / 255.
     brightness = views.mean((1, 2), dtype=np.float64)
     error_mean = brightness.std(0) * math.sqrt(2 / DRAWS)
     darker = brightness.mean(0) - golden["mean"]
     assert (abs(darker - 1 / 255) < 4 * error_mean).all()
     np.testing.assert_allclose(mean.mean((0, 1)), golden["mean"], atol=1e-5)
 
-    # Pixels, less that common part. 3,072 pixels: five standard errors.
-    # By the thousand: float32 sums of 20,000 would be too coarse, float64 copies too large.
+    # Pixels, without that common part. There are 3,072 pixels, hence five standard errors.
+    # In chunks of 1,000: float32 sums of 20,000 would be too coarse, float64 copies too large.
     chunks = np.split(views, DRAWS // 1000)
     mean_views = np.mean([chunk.mean(0) for chunk in chunks], axis=0)
     std_views = np.sqrt(np.mean([np.square(chunk - mean_views).mean(0) for chunk in chunks], axis=0))
     pattern = (mean_views - mean) - darker[None, None, :]
     assert (abs(pattern) / (std * math.sqrt(2 / DRAWS))).max() < 5
     # A standard deviation has the relative error 1 / sqrt(2 n), a difference of two 0.7 %: four of these for
-    # each pixel, three for the average, in which little cancels as the pixels of a view vary together.
+    # each pixel, three for the average, where little cancels because the pixels of a view vary together.
     assert abs(std_views / std - 1).max() < 0.03
     assert abs((std_views / std).mean() - 1) < 0.02
 
     gray = np.ptp(views[:, ::4, ::4], axis=-1).max((1, 2)) < 1e-3
     assert abs(gray.mean() - golden["gray_fraction"]) < 4 * math.sqrt(0.2 * 0.8 * 2 / DRAWS)
 
-    # How sharp the views are. PIL's rounding adds noise to smooth images: 1 % on top of four standard errors.
+    # Sharpness of the views. PIL's rounding adds noise to smooth images: 1 % on top of four standard errors.
     steps = abs(np.diff(views, axis=2)).mean((1, 2, 3))
     expected = golden["mean_abs_horizontal_difference"]
     assert abs(steps.mean() - expected) < 4 * steps.std() * math.sqrt(2 / DRAWS) + 0.01 * expected
@@ -332,7 +334,7 @@ def client_images(arrays: Arrays) -> Array:
     return jnp.asarray(arrays["images"].reshape(3, 2, 32, 32, 3))
 
 
-def test_views_are_independent_and_follow_from_the_rng(client_images: Array) -> None:
+def test_views_are_independent_and_determined_by_the_rng(client_images: Array) -> None:
     views = two_views(jax.random.key(0), client_images)
     for view in views:
         assert view.shape == (3, 2, 32, 32, 3) and view.dtype == jnp.float32
@@ -343,13 +345,13 @@ def test_views_are_independent_and_follow_from_the_rng(client_images: Array) -> 
     for name in ("query", "key"):
         np.testing.assert_array_equal(getattr(views, name), getattr(again, name))
         assert abs(getattr(views, name) - getattr(other, name)).max() > 0.1
-    # The same image everywhere: all twelve views still differ.
+    # The same image in all places: all twelve views still differ.
     same = two_views(jax.random.key(0), jnp.broadcast_to(client_images[:1, :1], client_images.shape))
     flat = np.concatenate(same).reshape(12, -1)
     assert all(abs(one - other).max() > 0.01 for one, other in itertools.combinations(flat, 2))
 
 
-def test_a_view_depends_on_its_image_alone(client_images: Array) -> None:
+def test_a_view_depends_on_its_own_image_only(client_images: Array) -> None:
     views = two_views(jax.random.key(0), client_images)
     changed = two_views(jax.random.key(0), client_images.at[1, 0].set(7))
     same = np.ones((3, 2), bool)
@@ -372,7 +374,7 @@ def test_float32_in_x64_mode(client_images: Array) -> None:
         program = jax.make_jaxpr(two_views)(jax.random.key(0), client_images)
         assert aug.normalise(client_images, MEAN, STD).dtype == jnp.float32
     assert all(view.dtype == jnp.float32 for view in program.out_avals)
-    assert not re.search(r"f64\[\d", str(program))  # arrays; "f64[]" are constants
+    assert not re.search(r"f64\[\d", str(program))  # matches arrays; "f64[]" are constants
 
 
 def test_normalise(client_images: Array) -> None:

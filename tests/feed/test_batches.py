@@ -1,4 +1,4 @@
-"""Where a step's images come from makes no difference to them, nor to what a run makes of them."""
+"""Streamed and resident images are the same, and so are the runs that use them."""
 
 import pathlib
 import threading
@@ -30,7 +30,7 @@ def indices(epoch: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_both_feeds_give_the_images_of_the_indices(size: int) -> None:
-    """From the start, from the middle of an epoch, and after epochs that were left out."""
+    """From the start, from the middle of an epoch, and after skipped epochs."""
     images = np.random.default_rng(1).integers(0, 256, (20, *IMAGE), np.uint8)
     place = SingleDeviceSharding(jax.devices()[0])
     feeds = (
@@ -46,7 +46,7 @@ def test_both_feeds_give_the_images_of_the_indices(size: int) -> None:
 
 
 def test_the_next_images_are_loaded_while_the_device_works() -> None:
-    """Before they are asked for, and over the end of the epoch; but not all of them."""
+    """They are loaded before they are requested, also across the end of an epoch; but not all of them."""
     loaded: set[int] = set()
     following = threading.Event()
 
@@ -69,7 +69,7 @@ def test_the_next_images_are_loaded_while_the_device_works() -> None:
 
 
 class Device:
-    """One that reports its memory, as accelerators do; a CPU does not."""
+    """A device that reports its memory, as accelerators do and a CPU does not."""
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
@@ -78,7 +78,7 @@ class Device:
         return {"bytes_limit": self.limit} if self.limit else None
 
 
-def test_a_set_is_resident_as_long_as_it_is_small() -> None:
+def test_a_small_data_set_is_resident() -> None:
     limit, cpu, accelerator = batches.RESIDENT_BYTES_ON_CPU, cast(Any, Device(None)), cast(Any, Device(2**34))
     assert batches.residence(None, limit, cpu) == (
         True,
@@ -94,14 +94,14 @@ def test_a_set_is_resident_as_long_as_it_is_small() -> None:
     )
 
 
-def test_a_scanned_piece_has_a_bounded_size() -> None:
+def test_a_scanned_chunk_has_a_bounded_size() -> None:
     assert batches.steps_per_piece(3072 * 100, 50) == 50
     assert batches.steps_per_piece(224 * 224 * 3 * 100, 50) == 4
     assert batches.steps_per_piece(2**30, 50) == 1
 
 
 def write_images(folder: pathlib.Path, kind: str) -> None:
-    """The same 60 pictures as npz, npy files or an image folder."""
+    """Write the same 60 pictures as npz, as npy files or as an image folder."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 20)
     pictures = rng.integers(0, 256, (60, *IMAGE)).astype(np.uint8)
@@ -153,10 +153,10 @@ def last_state(run: Run, folder: pathlib.Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored[0])]
 
 
-def test_a_streamed_run_is_the_resident_one_bit_for_bit(
+def test_a_streamed_run_equals_the_resident_run_bit_for_bit(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when it stops within an epoch and goes on."""
+    """Also when the run stops within an epoch and resumes."""
     for kind in ("npz", "image_folder"):
         write_images(tmp_path / kind, kind)
     resident = prepared(tmp_path / "npz", "npz", True)
@@ -166,7 +166,7 @@ def test_a_streamed_run_is_the_resident_one_bit_for_bit(
     streamed = prepared(tmp_path / "image_folder", "image_folder", False)
     assert isinstance(streamed.dataset.x_train, OnDisk)
     stop, make_feed = threading.Event(), programs.make_feed
-    said: list[str] = []
+    messages: list[str] = []
 
     def make_stopping_feed(run: Run, size: int) -> batches.Feed:
         feed = make_feed(run, size)
@@ -181,11 +181,11 @@ def test_a_streamed_run_is_the_resident_one_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(programs, "make_feed", make_stopping_feed)
         workdir.claim(tmp_path / "streamed", streamed.config, {})
-        output = Output(tmp_path / "streamed", said.append, lambda metrics: None)
+        output = Output(tmp_path / "streamed", messages.append, lambda metrics: None)
         assert not loop.train(streamed, stop.is_set, output)
     stopped = streamed.steps_per_epoch + 2 * streamed.steps_per_round
-    assert said[-1] == f"saved at step {stopped} of {streamed.total_steps}"
-    assert "streamed from the host: 2.812 KiB; config.data.resident is False" in said[0]
+    assert messages[-1] == f"saved at step {stopped} of {streamed.total_steps}"
+    assert "streamed from the host: 2.812 KiB; config.data.resident is False" in messages[0]
     assert train(streamed, tmp_path / "streamed")
     assert comparable(tmp_path / "streamed") == comparable(tmp_path / "resident")
     ends = last_state(streamed, tmp_path / "streamed"), last_state(resident, tmp_path / "resident")

@@ -1,4 +1,4 @@
-"""Every image at most once, every client a batch, and batches that depend on (seed, epoch, client) alone."""
+"""Each image is dealt at most once; each client fills a batch; batches depend on (seed, epoch, client)."""
 
 import time
 import zlib
@@ -50,7 +50,7 @@ def histograms(parts: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
     ],
     ids=str,
 )
-def test_clients_share_out_the_data_set(labels: np.ndarray, seed: int, fields: dict[str, Any]) -> None:
+def test_clients_partition_the_data_set(labels: np.ndarray, seed: int, fields: dict[str, Any]) -> None:
     parts = split(labels, seed=seed, **fields)
     assert len(parts) == fields.get("num_clients", 20)
     assert all(part.dtype == np.int32 and len(part) >= fields.get("batch_size", 4) for part in parts)
@@ -60,7 +60,7 @@ def test_clients_share_out_the_data_set(labels: np.ndarray, seed: int, fields: d
 
 
 @pytest.mark.parametrize("fields", [{}, {"noniid_ratio": 0.2}, {"dirichlet_alpha": 1.0}], ids=str)
-def test_another_seed_is_another_split(fields: dict[str, Any]) -> None:
+def test_another_seed_gives_another_split(fields: dict[str, Any]) -> None:
     first, second = split(seed=0, **fields), split(seed=1, **fields)
     assert any(set(one) != set(other) for one, other in zip(first, second, strict=True))
 
@@ -81,22 +81,22 @@ def test_a_client_has_at_most_its_share_of_the_classes(labels: np.ndarray, ratio
     for num_clients in (20, 33):
         classes = (histograms(split(labels, noniid_ratio=ratio, num_clients=num_clients), labels) > 0).sum(1)
         assert classes.max() <= most
-        if most <= 3:  # so few that some client is dealt as many
+        if most <= 3:  # few enough that some client is dealt this many
             assert classes.max() == most
 
 
-def test_the_share_of_classes_is_free_of_rounding() -> None:
-    # 0.29 * 100 is 28.999999999999996 in binary.
+def test_the_share_of_classes_has_no_rounding_error() -> None:
+    # In binary, 0.29 * 100 is 28.999999999999996.
     labels = np.repeat(np.arange(100), 58)
     parts = split(labels, noniid_ratio=0.29, num_clients=100)
-    # 29 shards of two images; 28 shards would be of two or three.
+    # 29 shards of two images; with 28 shards, some would have three.
     assert {len(part) for part in parts} == {58}
 
 
 def test_shards_of_balanced_classes_are_equal() -> None:
     parts = split(noniid_ratio=0.2, num_clients=20)
     assert {len(part) for part in parts} == {300}
-    # 40 shards of 150 images: each client has twice 150 of a class, or 300 of one.
+    # 40 shards of 150 images: each client has 150 images of each of two classes, or 300 of one.
     assert set(np.unique(histograms(parts, BALANCED))) <= {0, 150, 300}
     assert sum(len(np.unique(BALANCED[part])) for part in parts) > 20  # dealt at random
 
@@ -106,22 +106,22 @@ def test_fewer_shards_than_classes_span_classes() -> None:
     assert {len(part) for part in parts} == {3000}
 
 
-def test_large_alpha_is_iid_and_small_alpha_is_not() -> None:
+def test_large_alpha_is_nearly_iid_and_small_alpha_is_not() -> None:
     even = histograms(split(dirichlet_alpha=1e6), BALANCED)
     assert even.min() >= 28 and even.max() <= 32  # 600 images over 20 clients
     uneven = histograms(split(dirichlet_alpha=0.02, batch_size=1), BALANCED)
-    # Hardly any class has more than three clients with a tenth of it; IID, none would have one.
+    # Few classes have more than three clients with a tenth of their images; IID, none would have even one.
     assert np.median((uneven >= 60).sum(axis=0)) <= 3
     assert np.median(uneven.max(axis=1) / uneven.sum(axis=1)) > 0.7
 
 
-def test_class_shares_have_the_dirichlet_law() -> None:
+def test_class_shares_have_the_dirichlet_distribution() -> None:
     alpha, clients = 0.5, 20
     shares = np.concatenate(
         [histograms(split(dirichlet_alpha=alpha, batch_size=1, seed=seed), BALANCED) for seed in range(40)]
     )
     variance = np.var(shares / 600)
-    # Of one coordinate of a Dirichlet. The estimate has a standard deviation of 2 %.
+    # One coordinate of a Dirichlet distribution. The estimate has a standard deviation of 2 %.
     expected = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
     assert variance == pytest.approx(expected, rel=0.1)
 
@@ -158,8 +158,8 @@ def test_impossible_splits_say_why_in_one_line(fields: dict[str, Any], named: st
     assert named in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_the_hardest_dirichlet_split_ends() -> None:
-    # Every client must end with exactly one batch, from shares that are nearly all zero.
+def test_the_hardest_dirichlet_split_terminates() -> None:
+    # Every client must end with exactly one batch, although its shares are nearly all zero.
     start = time.process_time()
     parts = split(np.repeat(np.arange(10), 5000), num_clients=1000, batch_size=50, dirichlet_alpha=1e-6)
     assert {len(part) for part in parts} == {50}
@@ -170,10 +170,10 @@ def test_cohorts() -> None:
     np.testing.assert_array_equal(sample_cohort(5, 5, seed=0, epoch=3), np.arange(5))
     drawn = np.stack([sample_cohort(10, 3, seed=0, epoch=epoch) for epoch in range(2000)])
     assert drawn.dtype == np.int32
-    assert (np.diff(drawn, axis=1) > 0).all()  # sorted, and nobody twice
+    assert (np.diff(drawn, axis=1) > 0).all()  # sorted, without duplicates
     np.testing.assert_array_equal(drawn[7], sample_cohort(10, 3, seed=0, epoch=7))
     assert not np.array_equal(drawn[:50], [sample_cohort(10, 3, seed=1, epoch=epoch) for epoch in range(50)])
-    # Each client 600 times, +- 20.
+    # Each client is drawn 600 times, +- 20.
     counts = np.bincount(drawn.ravel(), minlength=10)
     assert abs(counts - 600).max() < 80
     for cohort in (0, 11):
@@ -204,11 +204,11 @@ def test_an_incomplete_batch_is_skipped_and_the_images_reshuffled() -> None:
     )[:, 0]
     for one_pass in indices.reshape(1000, 8):
         assert len(set(one_pass)) == 8 and set(one_pass) <= set(part)
-    # 8 of 11 images a pass: 727 of 1000, +- 14.
+    # 8 of 11 images per pass: 727 of 1000, +- 14.
     assert abs(np.bincount(indices.ravel() - 100) - 8000 / 11).max() < 56
 
 
-def test_batches_depend_on_seed_epoch_and_client_alone() -> None:
+def test_batches_depend_on_seed_epoch_and_client_only() -> None:
     parts = split(num_clients=10)
 
     def epoch(cohort: Sequence[int], **position: int) -> np.ndarray:
@@ -239,7 +239,7 @@ def test_a_client_without_a_batch_is_refused() -> None:
         )
 
 
-def test_a_thousand_clients_take_a_moment() -> None:
+def test_a_thousand_clients_are_split_quickly() -> None:
     parts = split(np.repeat(np.arange(10), 5000), num_clients=1000, batch_size=1, noniid_ratio=0.2)
     times = []
     for epoch in range(5):
@@ -249,7 +249,7 @@ def test_a_thousand_clients_take_a_moment() -> None:
     assert min(times) < 0.1
 
 
-# Rich and poor clients
+# --- rich and poor clients
 
 RICH = Rich(clients=4, data_fraction=0.8, batch_factor=16)
 
@@ -263,10 +263,10 @@ RICH = Rich(clients=4, data_fraction=0.8, batch_factor=16)
     ],
     ids=str,
 )
-def test_equal_clients_draw_what_they_drew_before_there_were_rich_ones(
+def test_equal_clients_draw_the_same_as_before_rich_clients_existed(
     fields: dict[str, Any], parts_crc: int, indices_crc: int
 ) -> None:
-    # Numbers of commit cf28d1c, so that its runs can be repeated.
+    # Values from commit cf28d1c, so that its runs can be repeated.
     parts = split(**fields)
     cohort = sample_cohort(20, 5, seed=0, epoch=3)
     indices = epoch_indices(parts, cohort, batch_sizes=batch_sizes(20, 4), steps=60, seed=0, epoch=3)
@@ -307,8 +307,8 @@ def test_each_group_is_dealt_by_the_scheme(labels: np.ndarray) -> None:
     assert np.median(uneven.max(axis=1) / uneven.sum(axis=1)) > 0.4
 
 
-def test_classes_of_few_images_are_rounded_to_the_right_total() -> None:
-    labels = np.arange(10)  # 0.3 of an image a class
+def test_small_classes_are_rounded_to_the_right_total() -> None:
+    labels = np.arange(10)  # 0.3 images per class
     parts = split(labels, num_clients=4, batch_size=1, rich=Rich(2, 0.3, 1))
     assert [sum(map(len, parts[:2])), sum(map(len, parts[2:]))] == [3, 7]
 
@@ -342,12 +342,12 @@ def test_cohorts_have_the_same_number_of_rich_in_every_epoch() -> None:
     drawn = np.stack([sample_cohort(30, 10, seed=0, epoch=epoch, rich=rich) for epoch in range(1000)])
     assert drawn.dtype == np.int32 and (np.diff(drawn, axis=1) > 0).all()
     assert (drawn[:, :2] < 6).all() and (drawn[:, 2:] >= 6).all()
-    # 2 of 6 and 8 of 24: each client 333 times, +- 15.
+    # 2 of 6 and 8 of 24: each client is drawn 333 times, +- 15.
     assert abs(np.bincount(drawn.ravel(), minlength=30) - 1000 / 3).max() < 60
     np.testing.assert_array_equal(sample_cohort(30, 30, seed=0, epoch=0, rich=rich), np.arange(30))
 
 
-def test_every_cohort_has_a_rich_client_and_room_for_a_poor_one() -> None:
+def test_every_cohort_has_a_rich_client_and_room_for_a_poor_client() -> None:
     assert rich_in_cohort(30, 10, None) == 0
     for num_clients in range(2, 9):
         for clients in range(1, num_clients):
@@ -366,7 +366,7 @@ def test_batches_of_unequal_clients() -> None:
     parts = split(rich=RICH)
     sizes = batch_sizes(20, 4, RICH)
     assert sizes.dtype == np.int32 and sizes.tolist() == [64] * 4 + [4] * 16
-    assert steps_per_epoch(parts, sizes) == 19  # 6,000 images of 320 a step: 18.75
+    assert steps_per_epoch(parts, sizes) == 19  # 6,000 images at 320 per step: 18.75
     cohort = np.array([1, 3, 4, 19])
     indices = epoch_indices(parts, cohort, batch_sizes=sizes, steps=40, seed=0, epoch=0)
     assert indices.shape == (40, 4, 64) and indices.dtype == np.int32
@@ -375,11 +375,11 @@ def test_batches_of_unequal_clients() -> None:
         own = indices[:, place, :size]
         assert np.isin(own, parts[client]).all()
         batches = len(parts[client]) // size
-        for start in range(0, 40 // batches * batches, batches):  # a pass repeats no image
+        for start in range(0, 40 // batches * batches, batches):  # no image is repeated within a pass
             one_pass = own[start : start + batches].ravel()
             assert len(set(one_pass)) == len(one_pass)
         np.testing.assert_array_equal(indices[:, place, size:], np.repeat(own[:, :1], 64 - size, axis=1))
-    # A client draws what it would draw in a pool of its own batch size.
+    # A client draws the same images as in a pool where all have its batch size.
     alike = epoch_indices(parts, cohort[2:], batch_sizes=batch_sizes(20, 4), steps=40, seed=0, epoch=0)
     np.testing.assert_array_equal(indices[:, 2:, :4], alike)
     with pytest.raises(UserError, match=r"found 2000, allowed: 1 to 1200 \(the smallest of 2"):

@@ -1,4 +1,4 @@
-"""Every form of a convolution against loops or the direct one."""
+"""Every form of a convolution against loops or the direct form."""
 
 import itertools
 from collections.abc import Callable
@@ -110,17 +110,17 @@ def test_winograd_rounds_as_the_direct_form_does() -> None:
         assert winograd < 5 * direct
 
 
-def test_a_cpu_takes_winograd_where_channels_are_many() -> None:
+def test_a_cpu_uses_winograd_for_many_channels() -> None:
     def multiplications(channels: int) -> int:
         x, kernel = case("float32", 2, 8, 8, channels, channels)
         return forward_flops(partial(cpu_conv, stride=1, padding=1), x, kernel) // 2
 
     assert multiplications(16) == 2 * 64 * 9 * 16**2
-    assert multiplications(64) == 2 * 16 * 16 * 64**2  # 4 multiplications a pixel and not 9
+    assert multiplications(64) == 2 * 16 * 16 * 64**2  # 4 multiplications per pixel instead of 9
 
 
 @pytest.mark.parametrize("n, wanted, size", [(200, 4, 4), (100, 15, 20), (97, 8, 1), (97, 20, 97), (6, 0, 1)])
-def test_chunks_are_the_divisor_nearest_to_what_is_wanted(n: int, wanted: int, size: int) -> None:
+def test_chunks_are_the_divisor_nearest_to_the_wanted_size(n: int, wanted: int, size: int) -> None:
     assert convolution._chunk(n, wanted) == size
 
 
@@ -161,6 +161,6 @@ def test_transposed_convolution_equals_loops(x64: None, conv: Convolution, size:
     canvas = np.zeros((2, 2 * size + 2, 2 * size + 2, 4))
     for y, z, i, j in itertools.product(range(size), range(size), range(3), range(3)):
         canvas[:, 2 * y + i, 2 * z + j] += x[:, y, z] @ kernel[i, j]
-    expected = canvas[:, 1:-1, 1:-1]  # padding 1 takes a row off each end, output padding 1 adds the last
+    expected = canvas[:, 1:-1, 1:-1]  # padding 1 removes a row at each end, output padding 1 adds the last
     got = transposed_conv(jnp.asarray(x), jnp.asarray(kernel), conv)
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)

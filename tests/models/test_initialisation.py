@@ -1,4 +1,4 @@
-"""Every tensor of every network is drawn as the official code draws it, or by Xavier."""
+"""Every tensor of every network is drawn as in the official code, or by Xavier initialisation."""
 
 import math
 from typing import Any
@@ -12,12 +12,12 @@ from mocosfl_jax.models import resnet
 from mocosfl_jax.models.split import NAMES
 
 WIDTH = {"mobilenetv2": 16}
-# Convolutions that are standardised in any case, and those that never are (`split_model`).
+# Convolutions that are always standardised, and those that never are (`split_model`).
 ALWAYS, NEVER = {"layer0/conv1"}, {"bottleneck", "head"}
 
 
 def networks() -> list[Any]:
-    """Each network. Those that differ from another one by their depth only are slow."""
+    """Each network. Networks that differ from another one only in depth are marked slow."""
     cases = []
     for name in NAMES:
         quick = name in ("resnet18", "resnet50", "vgg11", "mobilenetv2")
@@ -27,7 +27,7 @@ def networks() -> list[Any]:
 
 
 def is_standardised(name: str, path: str, weight_standardisation: bool) -> bool:
-    """Whether the convolution at `path` is weight-standardised, by the rules of the official code."""
+    """Whether the convolution at `path` is weight-standardised in the official code."""
     if path.split("/")[0] in NEVER or (name == "mobilenetv2" and "shortcut_conv" in path):
         return False
     is_resnet = name in resnet.DEPTHS
@@ -39,7 +39,7 @@ def is_standardised(name: str, path: str, weight_standardisation: bool) -> bool:
 
 
 def assert_uniform(found: np.ndarray, bound: float, path: str) -> None:
-    """Bounds, mean and standard deviation of the uniform distribution on [-bound, bound)."""
+    """Assert bounds, mean and standard deviation of the uniform distribution on [-bound, bound)."""
     assert np.abs(found).max() <= bound, path
     if found.size >= 16:
         assert np.abs(found).max() >= bound * (1 - 8 / found.size), path
@@ -57,7 +57,7 @@ def leaves(tree: Any) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name, standardised", networks())
-def test_every_tensor_is_drawn_as_the_official_code_draws_it(name: str, standardised: bool) -> None:
+def test_every_tensor_is_drawn_as_in_the_official_code(name: str, standardised: bool) -> None:
     network: dict[str, Any] = {"width": WIDTH.get(name, 8), "key_dim": 16, "bottleneck": "C4S2"}
     drawn = {}
     for init in ("official", "xavier"):

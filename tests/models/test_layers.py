@@ -1,4 +1,4 @@
-"""Each kernel against the plain form of what it computes."""
+"""Each layer against a plain implementation."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,7 @@ def test_standardise_equals_numpy(x64: None) -> None:
 
 
 @pytest.mark.parametrize("size", [6, 7])
-def test_max_pool_equals_numpy_and_the_first_of_equals_takes_the_gradient(size: int) -> None:
+def test_max_pool_equals_numpy_and_the_first_maximum_takes_the_gradient(size: int) -> None:
     x = np.random.default_rng(6).integers(0, 3, size=(2, size, size, 3)).astype(np.float32)
     expected, taken = np.zeros((2, 3, 3, 3)), np.zeros_like(x)
     for n, i, j, c in np.ndindex(*expected.shape):
@@ -80,7 +80,7 @@ def test_group_norm_has_the_gradients_of_its_plain_form(x64: None, group: int, s
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-10)
 
 
-def test_views_are_batches_of_their_own_to_batch_norm(x64: None) -> None:
+def test_batch_norm_treats_views_as_separate_batches(x64: None) -> None:
     x = jnp.asarray(np.random.default_rng(10).normal(size=(2, 5, 3)))
     module = layers.BatchNorm()
     together: Any = module.apply(module.init(jax.random.key(0), x), x)
@@ -122,7 +122,7 @@ def test_convolution_adds_its_bias_and_standardises_on_request(weight_standardis
     [
         (layers.Conv(64, 3, 1, XAVIER, bias=True), 9 * 32, 9 * 64),
         (layers.TransposedConv(64, XAVIER), 9 * 32, 9 * 64),
-        # PyTorch takes both from a weight of shape [32, 1, 3, 3].
+        # PyTorch computes both from a weight of shape [32, 1, 3, 3].
         (layers.DepthwiseConv(1, XAVIER), 9, 9 * 32),
     ],
 )

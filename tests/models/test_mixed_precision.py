@@ -1,4 +1,4 @@
-"""bfloat16 where it is allowed and nowhere else, and how far it drifts from float32."""
+"""bfloat16 is used only where allowed, and results drift little from float32."""
 
 import functools
 import pathlib
@@ -68,7 +68,7 @@ def dtypes(tree: Any) -> set[str]:
 
 
 def products(jaxpr: core.Jaxpr, name: str) -> list[tuple[set[str], str]]:
-    """Dtypes of the factors and of the result, for each primitive of this name, called ones included."""
+    """Dtypes of the factors and of the result of each primitive of this name, including called functions."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == name:
@@ -82,7 +82,7 @@ def products(jaxpr: core.Jaxpr, name: str) -> list[tuple[set[str], str]]:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks_multiply_in_bfloat16_and_keep_float32(network: str) -> None:
-    """Every convolution of forward and backward pass, and all matmuls but the head's; sums stay float32."""
+    """Every convolution of both passes, and all matmuls but the head's, use bfloat16; sums stay float32."""
     settings = {"image_size": SIZE} | NETWORKS[network]
     model, algorithm = build("bfloat16", **settings, forms=ACCELERATOR)
     state, views = shapes(algorithm, settings["image_size"])
@@ -110,7 +110,7 @@ def views_of_one(views: Views) -> jax.ShapeDtypeStruct:
 
 
 def test_only_head_and_contrast_multiply_in_float32() -> None:
-    """With clients and server in the form of matmuls: those in float32 are as many as without a body."""
+    """With clients and server as matmuls: the float32 matmuls are as many as without a body."""
     _, algorithm = build("bfloat16")
     state, views = shapes(algorithm, SIZE)
     found = products(jax.make_jaxpr(algorithm.step)(state, views).jaxpr, "dot_general")
@@ -133,7 +133,7 @@ def test_fl_moco_and_queues_per_client_keep_float32() -> None:
 
 
 def trained(compute_dtype: str) -> tuple[TrainState, TrainState, np.ndarray]:
-    """First and last state, and the losses, of `STEPS` steps with FedAvg after every fifth."""
+    """First and last state, and the losses, of `STEPS` steps with FedAvg after every fifth step."""
     _, algorithm = build(compute_dtype)
     step, sync = jax.jit(algorithm.step), jax.jit(algorithm.sync)
     first = state = jax.jit(algorithm.init)(jax.random.key(0))
@@ -155,15 +155,16 @@ def flat(tree: Any) -> np.ndarray:
 
 
 def test_fifty_steps_drift_little_from_float32(short_resnet: None) -> None:
-    """Losses stay together, and parameters arrive at the same place: what parts them is a small share of the
-    way that they have gone. The bounds are two to ten times the largest that five seeds gave.
+    """Losses stay close, and parameters arrive at the same place: they differ by a small share of the way
+    they moved from their start. Bounds are two to ten times the largest values over five seeds.
 
-    Largest of seeds 0 to 4: losses (near 7.7) 0.0025 apart, clients 0.14 of their way, server 0.033, a key
-    of the queue 1 - 5e-5 in cosine. At the quickstart's learning rate, 0.01, one seed is in an unsteady place
-    and gives 0.12, 0.22, 0.13 and 1 - 0.016; the other four 0.0052, 0.12, 0.041 and 1 - 5e-5.
-    Momentum models rounded to bfloat16 would be 2.9 or more of the clients' way off and 0.96 of the server's,
-    parameters rounded so 1.1 and 0.62, at every seed. Statistics, loss or SGD buffers in bfloat16 would not
-    show here beside the rounding of activations: the tests of dtypes and of single layers find them.
+    Largest of seeds 0 to 4: losses (near 7.7) differ by 0.0025, clients by 0.14 of the way they moved, the
+    server by 0.033, and a key of the queue has cosine similarity 1 - 5e-5. At the quickstart's learning rate,
+    0.01, training is unstable with one seed, which gives 0.12, 0.22, 0.13 and 1 - 0.016; the others give
+    0.0052, 0.12, 0.041 and 1 - 5e-5.
+    Momentum models rounded to bfloat16 would differ by 2.9 or more (clients) and 0.96 (server), and rounded
+    parameters by 1.1 and 0.62, with every seed. Statistics, loss or SGD buffers in bfloat16 would not show
+    here beside the rounding of activations: the tests of dtypes and of single layers cover them.
     """
     first, exact, exact_losses = trained("float32")
     _, rounded, losses = trained("bfloat16")
@@ -206,7 +207,7 @@ def test_elementwise_layers_round_only_their_results(
         np.testing.assert_array_equal(got, expected)
 
 
-def test_a_cpu_takes_winograd_for_float32_only() -> None:
+def test_a_cpu_uses_winograd_for_float32_only() -> None:
     rng = np.random.default_rng(1)
     x, kernel = rng.normal(size=(1, 8, 8, 32)), rng.normal(size=(3, 3, 32, 32))
     conv = functools.partial(cpu_conv, stride=1, padding=1)
@@ -223,7 +224,7 @@ def test_a_cpu_takes_winograd_for_float32_only() -> None:
     np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-3)
 
 
-def test_half_the_traffic_is_counted() -> None:
+def test_bfloat16_halves_the_counted_traffic() -> None:
     config = resolve(quickstart())
     exact = accounting.from_config(config)
     config.model.compute_dtype = "bfloat16"
@@ -267,5 +268,5 @@ def test_commands_train_replay_encode_and_export(
     assert dtypes((client, server)) == {"float32"}
     smashed = model.client(client, normalise(x[:3], metadata.mean, metadata.std))
     assert smashed.dtype == jnp.bfloat16
-    # Another program rounds in other places.
+    # A different program rounds in different places.
     np.testing.assert_allclose(model.server(server, smashed).backbone, features["backbone"], atol=0.02)

@@ -1,4 +1,4 @@
-"""Networks that are cut: sizes, cuts, and what becomes of client convolutions."""
+"""Split networks: sizes, cuts, and how client convolutions are stacked."""
 
 import zlib
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def parameters(tree: object) -> int:
 @pytest.mark.parametrize(
     "settings, client, server",
     [
-        # From the official code: tests/golden, and the paper's table 1 for the client of cut 2.
+        # From the official code (tests/golden), and table 1 of the paper for the client with cut layer 2.
         ({"name": "resnet18", "cut_layer": 1}, 1_856, 12_741_888),
         ({"name": "resnet18", "cut_layer": 2}, 75_840, None),
         ({"name": "resnet18", "cut_layer": 2, "bottleneck": "C4S2"}, 78_148, 12_670_272),
@@ -50,7 +50,7 @@ def test_parameters_on_each_side_of_the_cut(settings: Any, client: int, server: 
         ("resnet34", 21_797_672),
         ("resnet101", 44_549_160),
         ("resnet152", 60_192_808),
-        # torchvision's vggN_bn without its three fully connected layers, and one of 512 x 1000.
+        # torchvision's vggN_bn with its three fully connected layers replaced by one of 512 x 1000.
         ("vgg11", 132_868_840 - 123_642_856 + 513_000),
         ("vgg16", 138_365_992 - 123_642_856 + 513_000),
         ("vgg19", 143_678_248 - 123_642_856 + 513_000),
@@ -62,7 +62,7 @@ def test_parameters_of_the_networks_for_imagenet(name: str, total: int) -> None:
 
 
 def named_values(shapes: object) -> Any:
-    """One value a parameter whichever side it is on: layers have names of their own."""
+    """One value per parameter, independent of its side of the cut: layers have unique names."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
             np.random.default_rng(zlib.crc32(str(path[1:]).encode()))
@@ -163,7 +163,7 @@ def test_heads(name: str, head: str, hidden: int | None) -> None:
     assert hidden is None or params["hidden"]["kernel"].shape[-1] == hidden
 
 
-def test_cut_zero_leaves_the_client_the_identity() -> None:
+def test_cut_layer_zero_makes_the_client_the_identity() -> None:
     model = split_model("mobilenetv2", cut_layer=0, width=16, image_size=8, key_dim=8)
     client, server = jax.eval_shape(model.init, jax.random.key(0))
     assert client == {}
@@ -187,9 +187,7 @@ def test_what_a_block_adds_to_its_input(residual: bool) -> None:
     blocks = {"norm2": BasicBlock(4, 1, options), "norm3": mobilenetv2.Block(1, 4, 1, options)}
     for last_norm, block in blocks.items():
         params = block.init(jax.random.key(1), x)["params"]
-        params[last_norm] = jax.tree.map(
-            jnp.zeros_like, params[last_norm]
-        )  # nothing but the shortcut is left
+        params[last_norm] = jax.tree.map(jnp.zeros_like, params[last_norm])  # only the shortcut is left
         expected = jnp.zeros_like(x)
         if residual:
             expected = jax.nn.relu(x) if last_norm == "norm2" else x
@@ -229,8 +227,8 @@ def test_stacked_servers_run_no_convolution() -> None:
     assert convolutions(jax.grad(loss), stack(shapes)) == 0
 
 
-def test_convolutions_are_found() -> None:
-    """By the same count: one that is not stacked has the two of the values and of the kernel's gradient."""
+def test_unstacked_convolutions_are_counted() -> None:
+    """By the same count: an unstacked convolution has two, for its values and for its kernel's gradient."""
 
     def loss(kernel: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(direct_conv(jnp.zeros((2, 8, 8, 3)), kernel, stride=1, padding=1)))
@@ -246,7 +244,7 @@ def stack(shapes: object) -> Any:
 
 
 def convolutions(function: Callable[..., Any], *shapes: Any) -> int:
-    """How many of them function(*shapes) runs, called functions included."""
+    """How many convolutions function(*shapes) runs, including called functions."""
 
     def count(jaxpr: core.Jaxpr) -> int:
         inner = sum(count(called) for eqn in jaxpr.eqns for called in core.jaxprs_in_params(eqn.params))
@@ -264,7 +262,7 @@ def convolutions(function: Callable[..., Any], *shapes: Any) -> int:
         ("noReLUC16S4", Bottleneck(channels=16, halvings=2, kernel_size=3, relu=False)),
     ],
 )
-def test_bottlenecks_are_read(text: str, expected: Bottleneck) -> None:
+def test_bottlenecks_are_parsed(text: str, expected: Bottleneck) -> None:
     assert read_bottleneck(text) == expected
 
 
@@ -302,8 +300,8 @@ def test_impossible_networks_are_refused(change: Any, message: str) -> None:
 
 @pytest.mark.parametrize("weight_standardisation", [True, False])
 def test_which_convolutions_are_weight_standardised(weight_standardisation: bool) -> None:
-    """A constant added to a standardised kernel changes nothing. Without the option, the official code
-    standardises the stem of a ResNet and the shortcuts of bottleneck blocks all the same."""
+    """A constant added to a standardised kernel changes nothing. Even without the option, the official code
+    standardises the stem of a ResNet and the shortcuts of bottleneck blocks."""
     model = split_model(
         "resnet50",
         cut_layer=2,

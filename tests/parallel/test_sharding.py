@@ -1,4 +1,4 @@
-"""Eight simulated devices, as meshes of every shape, against one; and what passes between them."""
+"""Eight simulated devices, in meshes of every shape, against one device; and the traffic between devices."""
 
 import functools
 import math
@@ -48,7 +48,7 @@ SIZE, CHANNELS, KEY_DIM = 6, 4, 8
 
 
 def conv_model(stacked_server: bool = False) -> SplitModel:
-    """One convolution on each side of the cut, group norm, and the head of large V2 with its batch norm."""
+    """One convolution on each side of the cut, group norm, and a large V2 head with batch norm."""
     server_conv = patches_conv if stacked_server else direct_conv
 
     def init(rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -123,7 +123,7 @@ def build(case: Case, mesh: jax.sharding.Mesh, forms: Forms = CPU) -> Algorithm:
 
 
 def diverse(state: TrainState) -> TrainState:
-    """In float64, with clients that differ."""
+    """A state in float64 whose clients differ."""
     wide = jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, state)
     noisy = jax.tree.map(
         lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), wide.clients
@@ -137,14 +137,14 @@ def draw(case: Case, mesh: jax.sharding.Mesh, seed: int) -> Views:
 
 
 class Trained(NamedTuple):
-    results: Any  # all that the algorithm said, and the state at the end, as numpy arrays
+    results: Any  # all outputs of the algorithm, and the final state, as numpy arrays
     step: list["Collective"]  # of the compiled step
     sync: list["Collective"]
 
 
 @functools.cache
 def train(name: str, data: int, model: int) -> Trained:
-    """Two rounds of two steps in float64, on a mesh."""
+    """Train two rounds of two steps in float64 on a mesh."""
     case, mesh = CASES[name], make_mesh(Mesh(data=data, model=model), jax.devices())
     algorithm = build(case, mesh)
     state = diverse(jax.tree.map(jnp.array, initial(name)))
@@ -164,25 +164,25 @@ def train(name: str, data: int, model: int) -> Trained:
     lowered = jax.jit(scalars, donate_argnums=0).lower(state, draw(case, mesh, 0), cohorts[0])
     step: Any = lowered.compile()
     sync: Any = jax.jit(algorithm.sync, donate_argnums=0).lower(state, cohorts[0]).compile()
-    said: list[Any] = []
+    outputs: list[Any] = []
     for round_, cohort in enumerate(cohorts):
         for i in range(2):
             state, info = step(state, draw(case, mesh, 2 * round_ + i), cohort)
-            said.append(info)
+            outputs.append(info)
         state, info = sync(state, cohort)
-        said.append(info)
-    results = jax.tree.map(np.asarray, (said, trimmed(case, state)))
+        outputs.append(info)
+    results = jax.tree.map(np.asarray, (outputs, trimmed(case, state)))
     return Trained(results, collectives(step.as_text()), collectives(sync.as_text()))
 
 
 @functools.cache
 def initial(name: str) -> Any:
-    """A fresh TrainState, as numpy arrays: jax's would be donated."""
+    """A fresh TrainState as numpy arrays, because jax's would be donated."""
     return jax.tree.map(np.asarray, jax.jit(build(CASES[name], single()).init)(jax.random.key(0)))
 
 
 def trimmed(case: Case, state: TrainState) -> TrainState:
-    """Without the padding, which has to be zeros."""
+    """The state without its padding, which must be zeros."""
 
     def trim(leaf: Array) -> np.ndarray:
         assert not np.any(leaf[case.num_clients :])
@@ -216,7 +216,7 @@ def assert_equals_one_device(name: str, data: int, model: int) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
-# What passes between devices.
+# Communication between devices.
 
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -224,11 +224,11 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 class Collective(NamedTuple):
     kind: str
-    sizes: list[int]  # elements of each array that it results in, on one device
+    sizes: list[int]  # elements of each resulting array, on one device
 
 
 def collectives(text: str | None) -> list[Collective]:
-    """All in a compiled program."""
+    """All collectives of a compiled program."""
     assert text is not None
     found = []
     for result, kind in re.findall(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(", text):
@@ -238,9 +238,9 @@ def collectives(text: str | None) -> list[Collective]:
 
 
 def assert_nothing_large_is_gathered(name: str, data: int, model: int) -> None:
-    """Nor summed up: what arrives in a step is smaller than the pool's clients, the batch and the queue.
+    """Assert that all data received in a step is smaller than the pool's clients, the batch and the queue.
 
-    And FedAvg is one all-reduce of one client's parameters.
+    Also that FedAvg is one all-reduce of one client's parameters.
     """
     case, found, state = CASES[name], train(name, data, model).step, initial(name)
     places = case.cohort or case.num_clients
@@ -251,30 +251,30 @@ def assert_nothing_large_is_gathered(name: str, data: int, model: int) -> None:
     pool = case.num_clients * max(client)
     queue = (state.server if case.baseline else state.server.queue).keys
     if case.baseline:
-        smashed = pool  # none is sent
+        smashed = pool  # no smashed data is sent
     assert all(max(c.sizes) < min(smashed, pool, queue.size) for c in found), found
     largest = {kind: max((max(c.sizes) for c in found if c.kind == kind), default=0) for kind in KINDS}
     server_tensor = max(map(math.prod, SHAPES[1:]))
     embeddings = math.ceil(rows / 8) * 8 * KEY_DIM
     assert largest["all-gather"] <= max(server_tensor, embeddings), found
     assert largest["all-reduce"] <= server_tensor, found
-    # Members of the cohort, and rows where clients differ, travel a device's share at a time.
+    # Members of the cohort, and rows where clients differ, are exchanged one device's share at a time.
     share = max(math.ceil(places / 8) * max(*client, queue[0].size), math.ceil(rows / 8) * smashed // rows)
     assert largest["collective-permute"] <= share, found
     assert not largest["all-to-all"], found
-    if (name, model) == ("whole pool", 1):  # only the keys of both views go everywhere
+    if (name, model) == ("whole pool", 1):  # only the keys of both views are gathered on all devices
         assert [c.sizes for c in found if c.kind == "all-gather"] == 2 * [[embeddings]], found
 
     averaged = [c for c in train(name, data, model).sync if max(c.sizes) >= max(client)]
-    trees = 3 if name == "sampled cohort" else 1  # momentum models and buffers are averaged with the others
+    trees = 3 if name == "sampled cohort" else 1  # momentum models and buffers are averaged too
     assert [c.kind for c in averaged] == trees * ["all-reduce"], averaged
-    few = 3 * case.num_clients  # numbers beside them, such as weights and divergences
+    few = 3 * case.num_clients  # additional scalars, such as weights and divergences
     assert 0 <= sum(sum(c.sizes) for c in averaged) - trees * sum(client) <= few, averaged
 
 
 @pytest.mark.usefixtures("x64")
 def test_a_convolution_in_chunks_stays_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Winograd's loop over images, on rows that do not divide, with its gradients; nothing is gathered."""
+    """Winograd's loop over images with its gradients, on rows that do not divide; nothing is gathered."""
     monkeypatch.setattr(convolution, "CACHE_ELEMENTS", 1)
     mesh = make_mesh(Mesh(data=4, model=2), jax.devices())
 
@@ -299,7 +299,7 @@ def test_a_convolution_in_chunks_stays_on_each_device(monkeypatch: pytest.Monkey
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
     def used(kernel: Array, x: Array) -> tuple[Array, Array]:
-        """The gradients as a step uses them: that of the rows stays where they are."""
+        """The gradients as a step uses them: the gradient of the rows stays on its device."""
         of_kernel, of_x = jax.grad(partial(loss, on_mesh), (0, 1))(kernel, jnp.cos(x))
         return of_kernel, jnp.sum(of_x**2)
 
@@ -309,8 +309,8 @@ def test_a_convolution_in_chunks_stays_on_each_device(monkeypatch: pytest.Monkey
     assert passed and all(c.kind == "all-reduce" and max(c.sizes) <= kernel.size for c in passed), passed
 
 
-def test_state_is_cut_into_equal_pieces() -> None:
-    """Bytes on each device: of the pool 1/8 on every mesh, of the server's large tensors 1/model."""
+def test_state_is_sharded_evenly() -> None:
+    """Bytes on each device: 1/8 of the pool on every mesh, 1/model of the server's large tensors."""
     for data, model in MESHES:
         mesh = make_mesh(Mesh(data=data, model=model), jax.devices())
         state = jax.jit(build(CASES["whole pool"], mesh).init)(jax.random.key(0))
@@ -324,7 +324,7 @@ def test_state_is_cut_into_equal_pieces() -> None:
 
 
 def prepared(path: pathlib.Path, mesh: jax.sharding.Mesh) -> experiment.Run:
-    """Five of six clients an epoch, rounds of 3, 3 and 1 steps, of the toy network."""
+    """Five of six clients per epoch, rounds of 3, 3 and 1 steps, with the toy network."""
     config = Config(
         epochs=3,
         data=Data(name="npz", dir=str(path)),
@@ -345,8 +345,8 @@ def prepared(path: pathlib.Path, mesh: jax.sharding.Mesh) -> experiment.Run:
     return run._replace(model=model, algorithm=distribute(algorithm, mesh, 6))
 
 
-def test_a_run_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
-    """An epoch on 8 x 1, one on 2 x 4 and one on one device: the metrics of one device alone."""
+def test_a_run_resumes_on_another_mesh(tmp_path: pathlib.Path) -> None:
+    """An epoch on 8 x 1, one on 2 x 4 and one on one device give the metrics of one device alone."""
     path = tmp_path / "images.npz"
     rng = np.random.default_rng(0)
     pictures, labels = rng.integers(0, 256, (84, 4, 4, 3)).astype(np.uint8), np.arange(84) % 3
@@ -376,7 +376,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
-    """As on accelerators: one program for a whole round; its images are gathered there, or streamed."""
+    """As on accelerators: one program for a whole round; it gathers the images, or they are streamed."""
 
     def make_views(rng: Array, images: Array) -> Views:
         noise = jax.random.normal(rng, (2, *images.shape))
@@ -452,14 +452,14 @@ def test_the_command_trains_on_all_devices(
     "sizes, shape",
     [((None, None), (8, 1)), ((2, None), (2, 4)), ((None, 4), (2, 4)), ((2, 1), (2, 1)), ((3, 2), (3, 2))],
 )
-def test_sizes_that_are_left_open_take_what_is_left(
+def test_open_sizes_use_the_remaining_devices(
     sizes: tuple[int | None, int | None], shape: tuple[int, int]
 ) -> None:
     mesh = make_mesh(Mesh(data=sizes[0], model=sizes[1]), jax.devices())
     assert mesh.devices.shape == shape
 
 
-def test_one_device_is_a_mesh_on_which_nothing_is_distributed() -> None:
+def test_on_one_device_nothing_is_distributed() -> None:
     mesh = make_mesh(Mesh(data=1, model=1), jax.devices()[3:])
     assert mesh.devices.tolist() == [[jax.devices()[3]]]
     algorithm = mocosfl(make_toy_model(), num_clients=2)
@@ -475,6 +475,6 @@ def test_one_device_is_a_mesh_on_which_nothing_is_distributed() -> None:
         ((4, 4), "config.mesh: found data 4 and model 4, allowed: a product of at most 8"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(sizes: tuple[int | None, int | None], message: str) -> None:
+def test_an_impossible_mesh_is_refused(sizes: tuple[int | None, int | None], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_mesh(Mesh(data=sizes[0], model=sizes[1]), jax.devices())

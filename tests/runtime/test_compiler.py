@@ -1,4 +1,4 @@
-"""What the commands set before JAX starts, and that a user's own choice stays."""
+"""What the commands set before JAX starts; a user's own settings are kept."""
 
 import os
 import pathlib
@@ -31,7 +31,7 @@ print(min([faults() for _ in range(8)]))
 
 
 def run(code: str, home: pathlib.Path, **variables: str) -> list[str]:
-    """Lines that `code` prints in a process of its own, without variables that choose something."""
+    """Lines that `code` prints in a separate process, without variables that choose something."""
     chosen = ("JAX_", "XLA_", "XDG_", "MALLOC_", "GLIBC_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
     environment |= {"HOME": str(home), "JAX_PLATFORMS": "cpu"} | variables
@@ -40,7 +40,7 @@ def run(code: str, home: pathlib.Path, **variables: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path: pathlib.Path) -> None:
+def test_compiled_programs_are_cached_in_the_users_cache_folder(tmp_path: pathlib.Path) -> None:
     assert run(SHOW, tmp_path)[0] == str(tmp_path / ".cache" / "mocosfl_jax")
     assert run(SHOW, tmp_path, XDG_CACHE_HOME=f"{tmp_path}/x")[0] == f"{tmp_path}/x/mocosfl_jax"
 
@@ -80,16 +80,16 @@ def test_a_users_own_settings_stay(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("cores, devices", [(1, 1), (3, 3), (64, 4)])
-def test_a_cpu_is_a_device_for_each_core_up_to_four(cores: int, devices: int, tmp_path: pathlib.Path) -> None:
+def test_a_cpu_has_one_device_per_core_up_to_four(cores: int, devices: int, tmp_path: pathlib.Path) -> None:
     machine = f"import os; os.sched_getaffinity = lambda process: set(range({cores}))\n"
     assert int(run(machine + SHOW, tmp_path)[1]) == devices
 
 
-def test_a_program_finds_its_memory_again(tmp_path: pathlib.Path) -> None:
-    """16 MiB are 4,096 pages, which the system clears for each call unless they stay with the process.
+def test_a_program_reuses_its_memory(tmp_path: pathlib.Path) -> None:
+    """16 MiB are 4,096 pages, which the system clears for each call unless the process keeps them.
 
-    In about one process of four they do not, all the same: glibc gives back a thread's memory when it is
-    empty, and which thread takes what is left to chance. Six such in a row are one in four thousand.
+    In about one process in four they are not kept anyway: glibc returns a thread's memory when it is empty,
+    and which thread gets the rest is left to chance. Six such processes in a row occur once in four thousand.
     """
 
     def faults(**variables: str) -> int:

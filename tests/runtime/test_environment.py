@@ -1,4 +1,4 @@
-"""Which commit runs, by git or by pip, and what of the environment has changed."""
+"""Which commit runs, according to git or pip, and what has changed in the environment."""
 
 import importlib.metadata
 import json
@@ -19,7 +19,7 @@ def git(folder: pathlib.Path, *arguments: str) -> str:
 
 
 def make_checkout(folder: pathlib.Path) -> pathlib.Path:
-    """A repository of a package, which is returned, with a file beside it."""
+    """Make a repository with a package, which is returned, and a file beside it."""
     package = folder / "package"
     package.mkdir(parents=True)
     for file in (package / "code.py", folder / "README"):
@@ -30,7 +30,7 @@ def make_checkout(folder: pathlib.Path) -> pathlib.Path:
     return package
 
 
-def test_a_checkout_has_its_commit_and_tells_changes(tmp_path: pathlib.Path) -> None:
+def test_a_checkout_reports_its_commit_and_changes(tmp_path: pathlib.Path) -> None:
     package = make_checkout(tmp_path)
     head = git(tmp_path, "rev-parse", "HEAD")
     assert len(head) == 40 and commit(package) == head
@@ -44,7 +44,7 @@ def test_a_checkout_has_its_commit_and_tells_changes(tmp_path: pathlib.Path) -> 
     assert commit(package) == head
 
 
-def test_a_package_within_another_repository_is_not_of_its_commit(tmp_path: pathlib.Path) -> None:
+def test_a_package_within_another_repository_does_not_take_its_commit(tmp_path: pathlib.Path) -> None:
     make_checkout(tmp_path)
     (tmp_path / "venv").mkdir()
     installed = tmp_path / "venv" / "package"
@@ -65,7 +65,7 @@ def test_a_package_within_another_repository_is_not_of_its_commit(tmp_path: path
         (None, None),
     ],
 )
-def test_an_installation_from_git_has_the_commit_that_pip_noted(
+def test_an_installation_from_git_has_the_commit_that_pip_recorded(
     record: str | None, expected: str | None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = tmp_path / "site" / "mocosfl_jax-0.1.0.dist-info"
@@ -78,7 +78,7 @@ def test_an_installation_from_git_has_the_commit_that_pip_noted(
     package = tmp_path / "site" / "mocosfl_jax"
     package.mkdir()
     assert commit(package) == expected
-    copy = tmp_path / "copy" / "mocosfl_jax"  # runs, but is not what is installed
+    copy = tmp_path / "copy" / "mocosfl_jax"  # runs, but is not the installed package
     copy.mkdir(parents=True)
     assert commit(copy) is None
 

@@ -1,4 +1,4 @@
-"""Two processes on this machine make one run: its results, its files, and what it survives."""
+"""Two processes on one machine share a run: its results, its files, and which failures it survives."""
 
 import os
 import pathlib
@@ -48,7 +48,7 @@ def wait_for_epoch(folder: pathlib.Path, epoch: int) -> None:
 
 
 def train_here(argv: list[str], stop_after: int | None = None) -> None:
-    """The command in this process alone, on two of its devices; until the end of an epoch, if given."""
+    """Run the command in this process alone, on two of its devices, optionally until the end of an epoch."""
     with in_place(), pytest.MonkeyPatch.context() as patch:
         if stop_after is not None:
             patch.setattr(journal, "record", stopping(stop_after))
@@ -71,33 +71,33 @@ def stopping(epoch: int) -> Callable[..., checkpoint.Progress]:
 
 @pytest.fixture(scope="module")
 def undisturbed(two_process_images: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The workdir of a run of one process, on a mesh of the same shape."""
+    """The workdir of a single-process run on a mesh of the same shape."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     train_here(arguments(two_process_images, folder))
     return folder
 
 
-def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
+def test_two_processes_stopped_killed_and_moved_equal_one_process(
     two_process_images: pathlib.Path, undisturbed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """Bit for bit: on a mesh of the same shape the program is the same, and a sum of two has one order."""
     folder = tmp_path / "run"
     argv = arguments(two_process_images, folder)
 
-    # SIGTERM on one: both save the same step and end.
+    # SIGTERM to one process: both save the same step and end.
     processes = start(argv, tmp_path)
     wait_for_epoch(folder, 1)
     processes[1].running.terminate()
-    told, silent = ends(processes)
-    assert told.status == silent.status == 128 + signal.SIGTERM, (told, silent)
-    (saved,) = re.findall(r"saved at step (\d+) of", told.out)
-    assert newest(folder) == int(saved) and "stopped by SIGTERM; to resume: " in told.out
+    reporting, silent = ends(processes)
+    assert reporting.status == silent.status == 128 + signal.SIGTERM, (reporting, silent)
+    (saved,) = re.findall(r"saved at step (\d+) of", reporting.out)
+    assert newest(folder) == int(saved) and "stopped by SIGTERM; to resume: " in reporting.out
 
-    # What two have saved one restores, and the reverse.
+    # One process restores what two have saved, and vice versa.
     train_here(argv, stop_after=len(comparable(folder)))
     saved_by_one = newest(folder)
 
-    # SIGKILL on one: the other ends by itself and says so in one line.
+    # SIGKILL to one process: the other ends by itself and reports it in one line.
     processes = start(argv, tmp_path)
     wait_for_epoch(folder, len(comparable(folder)))
     processes[1].running.kill()
@@ -107,7 +107,7 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
     assert re.fullmatch(rf"error: {hosts.LOST}( \(.*\))?; {hosts.AGAIN}", errors(survivor)[0]), survivor
     assert "Traceback" not in survivor.err and "stack trace" not in survivor.err
 
-    # A damaged checkpoint is moved away by one of them, and both go on from the one before.
+    # One process moves the damaged checkpoint away, and both resume from the previous one.
     damaged = newest(folder)
     files = [path for path in (folder / "checkpoints" / str(damaged)).rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
@@ -115,20 +115,20 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
     content[len(content) // 2] ^= 0x40
     largest.write_bytes(content)
 
-    # Nothing of all that is left at the end; process 0 alone has told it.
-    told, silent = ends(start(argv, tmp_path))
-    assert told.status == silent.status == 0, (told, silent)
+    # None of this affects the result; only process 0 reported progress.
+    reporting, silent = ends(start(argv, tmp_path))
+    assert reporting.status == silent.status == 0, (reporting, silent)
     assert comparable(folder) == comparable(undisturbed)
     assert_same(last_arrays(argv, folder), last_arrays(argv, undisturbed))
-    assert re.search(r"devices +2 x .* in 2 processes, mesh of data 2 x model 1\n", told.out)
-    assert "each process loads those of its own clients" in told.out and "linear probe" in told.out
-    assert f"checkpoint {damaged} is damaged and skipped" in told.err
+    assert re.search(r"devices +2 x .* in 2 processes, mesh of data 2 x model 1\n", reporting.out)
+    assert "each process loads those of its own clients" in reporting.out and "linear probe" in reporting.out
+    assert f"checkpoint {damaged} is damaged and skipped" in reporting.err
     assert (folder / f"damaged_checkpoint_{damaged}").is_dir()
     assert not [line for line in silent.out.splitlines() if not line.startswith("[Gloo]")]
     assert silent.err.startswith("process 1 of 2: process 0 reports the progress\n")
     assert "damaged" not in silent.err
 
-    # Each has loaded images of its own clients, a half of the cohort, and no others.
+    # Each process has loaded images of its own clients, one half of the cohort, and no others.
     config: Config = parse(argv[:-1], "").config
     run = prepare(config)
     dealt = np.concatenate([run.indices(epoch) for epoch in range(EPOCHS)])
@@ -145,41 +145,45 @@ def test_two_processes_stopped_killed_and_moved_train_what_one_trains(
         pytest.param(1, "stop", marks=pytest.mark.slow),
     ],
 )
-def test_a_disk_that_one_finds_full_while_it_writes_is_full_for_both(
+def test_a_full_disk_found_by_one_process_applies_to_both(
     two_process_images: pathlib.Path,
     undisturbed: pathlib.Path,
     tmp_path: pathlib.Path,
     process: int,
     on_full_disk: str,
 ) -> None:
-    """Both stop with the checkpoint before it, or go on; the one that can write does not wait for ever."""
+    """Both stop with the previous checkpoint or continue; the one that can write does not wait forever."""
     folder = tmp_path / "run"
     argv = arguments(two_process_images, folder, f"--config.checkpoint.on_full_disk={on_full_disk}")
-    told, silent = ends(start(argv, tmp_path, TOY_FULL_DISK=f"{process} 18 31"))  # at steps 18, 24 and 30
+    reporting, silent = ends(
+        start(argv, tmp_path, TOY_FULL_DISK=f"{process} 18 31")
+    )  # at steps 18, 24 and 30
     full = f"{folder}/checkpoints: the disk was full before a checkpoint was complete"
     if on_full_disk == "stop":
-        assert told.status == silent.status == 1, (told, silent)
-        assert errors(told) == [f"error: {full}; the last good checkpoint is {folder}/checkpoints/12"]
+        assert reporting.status == silent.status == 1, (reporting, silent)
+        assert errors(reporting) == [f"error: {full}; the last good checkpoint is {folder}/checkpoints/12"]
         assert not errors(silent)
-        assert "Traceback" not in told.err + silent.err, (told, silent)
+        assert "Traceback" not in reporting.err + silent.err, (reporting, silent)
         assert newest(folder) == 12
         assert [end.status for end in ends(start(argv, tmp_path))] == [0, 0]
     else:
-        assert told.status == silent.status == 0, (told, silent)
-        assert told.out.count(f"{full}; training continues, and saving resumes when there is room\n") == 3
+        assert reporting.status == silent.status == 0, (reporting, silent)
+        assert (
+            reporting.out.count(f"{full}; training continues, and saving resumes when there is room\n") == 3
+        )
     assert not list((folder / "checkpoints").glob("*tmp*"))
     assert comparable(folder) == comparable(undisturbed)
     assert_same(last_arrays(argv, folder), last_arrays(argv, undisturbed))
 
 
-def test_a_mistake_that_process_0_finds_ends_all(
+def test_a_mistake_found_by_process_0_ends_all_processes(
     two_process_images: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    told, silent = ends(start(arguments(two_process_images, tmp_path / "run"), tmp_path))
-    assert (told.status, silent.status) == (2, 2)
-    assert len(errors(told)) == 1 and "holds metrics.jsonl but no config.json" in told.err
+    reporting, silent = ends(start(arguments(two_process_images, tmp_path / "run"), tmp_path))
+    assert (reporting.status, silent.status) == (2, 2)
+    assert len(errors(reporting)) == 1 and "holds metrics.jsonl but no config.json" in reporting.err
     assert silent.err == "process 1 of 2: process 0 reports the progress\n"
 
 
@@ -238,16 +242,20 @@ def test_one_process_needs_no_address() -> None:
         (["[Gloo] Rank 0", "", "E1125 00:00:00.1 7 other.cc:1] y"], 3 * [None]),
     ],
 )
-def test_what_cpp_says_when_another_is_lost_is_one_line(written: list[str], passed: list[str | None]) -> None:
-    """And what it says of other things passes, also after it has spoken of the coordination service."""
+def test_cpp_output_about_a_lost_process_is_one_line(written: list[str], passed: list[str | None]) -> None:
+    """Messages on other topics are passed on, also after one about the coordination service."""
     command = [sys.executable, "-c", stderr_filter.FILTER, f"{LOST}\n", "no meeting\n"]
     text = "".join(f"{line}\n" for line in written)
     ended = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
-    expected = [line if line is not None else told for line, told in zip(passed, written, strict=False)]
+    expected = [
+        line if line is not None else reporting for line, reporting in zip(passed, written, strict=False)
+    ]
     assert ended.stderr.splitlines() == expected
 
 
-def test_a_lost_process_is_told_from_a_file_that_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_process_is_distinguished_from_a_file_with_a_similar_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(hosts, "several", lambda: True)
     gone = jax.errors.JaxRuntimeError("Gloo all-reduce failed: Connection closed by peer\nmore")
     assert hosts.is_lost(gone) and hosts.is_lost(TimeoutError("waiting for async_write_complete barrier"))
@@ -257,10 +265,10 @@ def test_a_lost_process_is_told_from_a_file_that_is_called_so(monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
-def test_a_process_that_stays_alone_says_so_in_one_line(
+def test_a_process_without_peers_reports_it_in_one_line(
     process: int, two_process_images: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """It waits for the 10 seconds that toy.py gives it, and for what XLA adds."""
+    """It waits for the 10 seconds set in toy_command.py, plus what XLA adds."""
     both = start(arguments(two_process_images, tmp_path / "run"), tmp_path)
     both[1 - process].running.kill()
     alone = both[process].end()
@@ -269,10 +277,10 @@ def test_a_process_that_stays_alone_says_so_in_one_line(
 
 
 @pytest.mark.parametrize("several", [True, False])
-def test_a_cluster_counts_if_it_has_started_several_processes(
+def test_a_cluster_is_used_if_it_started_several_processes(
     several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SLURM's variables, as srun sets them; elsewhere there are none, and no distributed runtime."""
+    """SLURM's variables as srun sets them; without SLURM there are none, and no distributed runtime."""
     assert hosts._detected_processes() == 1
     slurm = {
         "JOB_ID": 7,
@@ -289,7 +297,7 @@ def test_a_cluster_counts_if_it_has_started_several_processes(
     assert not jax.distributed.is_initialized() and not hosts.several()
 
 
-def test_what_several_processes_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_unsupported_with_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts, "several", lambda: True)
     with pytest.raises(UserError, match=r"config\.mesh: found data 4 and model 1, allowed: a product of 8"):
         make_mesh(Mesh(data=4, model=1), jax.devices())
@@ -302,25 +310,25 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", ["one_node.sh", "slurm.sh", "tpu_pod.sh"])
-def test_launch_scripts_are_shell(name: str) -> None:
+def test_launch_scripts_are_valid_shell(name: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / "launch" / name)], check=True)
     assert "python -m mocosfl_jax.train" in (ROOT / "launch" / name).read_text()
 
 
-def test_launch_of_gke_is_yaml() -> None:
+def test_launch_of_gke_is_valid_yaml() -> None:
     documents = list(yaml.safe_load_all((ROOT / "launch" / "gke.yaml").read_text()))
     kinds = [document["kind"] for document in documents]
     assert kinds == ["Service", "Job"]
     job = documents[1]["spec"]
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] > 1
-    # Of which Kubernetes allows a policy on failures for this restart policy only.
+    # Kubernetes allows a policy on failures with this restart policy only.
     assert "podFailurePolicy" in job and job["template"]["spec"]["restartPolicy"] == "Never"
     assert job["template"]["spec"]["subdomain"] == documents[0]["metadata"]["name"]
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_quickstart_network(tmp_path: pathlib.Path) -> None:
-    """Against one process on one device: other kernels and another order of sums, so to rounding."""
+    """Against one process on one device. Kernels and the order of sums differ, hence up to rounding."""
     fields = {
         "epochs": 1,
         "clients.num": 4,

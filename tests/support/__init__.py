@@ -1,1 +1,1 @@
-"""What several tests need: the toy network, the small run, comparisons."""
+"""Helpers shared by several tests: the toy network, the small run, comparisons."""

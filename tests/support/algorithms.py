@@ -1,4 +1,4 @@
-"""The algorithm on the toy network, compiled, and comparisons of trees."""
+"""The compiled algorithm on the toy network, and comparisons of trees."""
 
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ N, B, K = 4, 3, 48
 LR = 0.1
 
 
-# Both run on any platform, and have to give the same numbers.
+# Both forms run on any platform and must give the same numbers.
 FORMS = {"cpu": CPU, "accelerator": ACCELERATOR}
 
 
@@ -27,7 +27,7 @@ class Build(Protocol):
 def build(
     forms: Forms, model: SplitModel, num_clients: int = N, **changes: Any
 ) -> tuple[Algorithm, TrainState]:
-    """MocoSFL on `model`, compiled, with its first state. `changes` go to MomentumContrast or mocosfl."""
+    """Compile MocoSFL on `model` and make its first state. `changes` go to MomentumContrast or mocosfl."""
     moco = {name: changes.pop(name) for name in MomentumContrast._fields if name in changes}
     pure = mocosfl(
         model,
@@ -47,7 +47,7 @@ def build(
 
 
 def diverse(state: TrainState) -> TrainState:
-    """Clients that differ, as after some steps without synchronization."""
+    """Make the clients differ, as after some steps without synchronization."""
     noisy = jax.tree.map(
         lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), state.clients
     )
@@ -61,5 +61,5 @@ def assert_trees_close(one: Any, other: Any, *, rtol: float, atol: float = 0.0) 
 
 
 def client(tree: Any, i: int | jax.Array) -> Any:
-    """One client of a stacked tree, or several."""
+    """Select one client of a stacked tree, or several."""
     return jax.tree.map(lambda leaf: leaf[i], tree)

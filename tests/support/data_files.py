@@ -48,7 +48,7 @@ def planes(x: np.ndarray) -> np.ndarray:
 
 
 def files(name: str, kind: str, data: dict[str, np.ndarray]) -> dict[str, bytes]:
-    """The files of an official folder: kind is binary or a pickle protocol."""
+    """The files of an official folder: `kind` is "binary" or a pickle protocol."""
     layout = cifar_files.LAYOUTS[name][0 if kind == "binary" else 1]
     names = [f"class{label}" for label in range(CLASSES[name])]
     parts = dict(
@@ -96,7 +96,7 @@ def unpack(folder: Path, contents: dict[str, bytes]) -> Path:
 
 
 def mat(path: Path, x: np.ndarray, y: np.ndarray, changes: dict[str, Any] | None = None) -> None:
-    """An official file: X [32, 32, 3, n], y [n, 1] with 10 for the digit 0, compressed."""
+    """Write an official file: X [32, 32, 3, n], y [n, 1] with 10 for the digit 0, compressed."""
     labels = np.where(y == 0, 10, y).astype(np.uint8)[:, None]
     scipy.io.savemat(path, {"X": x.transpose(1, 2, 3, 0), "y": labels} | (changes or {}), do_compression=True)
 

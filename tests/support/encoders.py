@@ -15,7 +15,7 @@ METADATA = Metadata(NETWORK, (0.1, 1 / 3, 0.3), (0.5, 0.25, 1.0), "a test")
 
 
 def random_params() -> Any:
-    """Values of every size, some of them negative zeros and denormals."""
+    """Values of all magnitudes, including negative zeros and denormals."""
     rng = np.random.default_rng(0)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Golden cases: their inputs, and where each official parameter is in our trees."""
+"""Golden cases: their inputs, and the path of each official parameter in our trees."""
 
 import json
 import pathlib
@@ -44,7 +44,7 @@ class Case:
         return 1 + 0.1 * z if name.endswith("scale") else 0.1 * z
 
     def cohort(self, step: int) -> list[int] | None:
-        """Clients that take part in the step; None: all."""
+        """Clients that take part in the step; None: all of them."""
         return self.settings["pools"][step] if self.settings["pools"] else None
 
     def views(self, step: int) -> Views:
@@ -64,17 +64,17 @@ class Case:
 
 
 def ours(name: str, settings: dict[str, Any]) -> list[str]:
-    """Path of an official parameter in our tree."""
+    """The path of an official parameter in our tree."""
     *modules, leaf = name.split(".")
     layer, rest = modules[0], ".".join(modules[1:])
     if settings["arch"].lower() in vgg.ENTRIES and layer != "head" and layer != "bottleneck":
-        # Theirs count convolutions and norms; ours are the entries of the configuration, pools included.
+        # Official names count convolutions and norms; ours count the configuration's entries with pools.
         entries = vgg.ENTRIES[settings["arch"].lower()]
         convs = [i for i, entry in enumerate(entries) if entry != "M"]
         i, is_norm = divmod(int(layer.removeprefix("layer")), 2)
         layer, rest = f"layer{convs[i]}", "norm" if is_norm else "conv"
     elif settings["arch"].lower() == mobilenetv2.NAME and layer.startswith("layer"):
-        # Theirs count convolution and norm of the stem, blocks, convolution and norm of the last layer.
+        # Official names count convolution and norm of the stem, blocks, those of the last layer.
         theirs = ["layer0.conv", "layer0.norm"]
         for group, (_, _, blocks, _) in enumerate(mobilenetv2.GROUPS, start=1):
             theirs += [f"layer{group}.block{i}" for i in range(blocks)]
@@ -92,7 +92,7 @@ def ours(name: str, settings: dict[str, Any]) -> list[str]:
 
 
 def is_transposed(name: str, settings: dict[str, Any]) -> bool:
-    """Whether it is the kernel of a transposed convolution: [in, out, kh, kw] in PyTorch."""
+    """Whether this is the kernel of a transposed convolution: [in, out, kh, kw] in PyTorch."""
     return name.startswith("bottleneck.server") and "S1" not in settings["bottleneck"]
 
 
@@ -116,14 +116,14 @@ def lookup(tree: Any, path: list[str]) -> Any:
 
 
 def summary(x: np.ndarray) -> np.ndarray:
-    """[sum, L2 norm, 16 entries], as in the files."""
+    """[sum, L2 norm, 16 entries], as in the golden files."""
     flat = np.ascontiguousarray(x).reshape(-1)
     positions = np.random.Generator(np.random.PCG64(flat.size)).integers(0, flat.size, 16)
     return np.concatenate([[flat.sum(), np.sqrt((flat**2).sum())], flat[positions]])
 
 
 def build(case: Case, forms: Forms) -> tuple[Algorithm, TrainState]:
-    """The public algorithm of the case, in the case's initial state."""
+    """The public algorithm of the case, and the case's initial state."""
     s = case.settings
     model = split_model(
         s["arch"].lower(),
@@ -140,7 +140,7 @@ def build(case: Case, forms: Forms) -> tuple[Algorithm, TrainState]:
         model,
         num_clients=s["num_client"],
         server_lr=s["lr"],
-        # As a schedule: the number 0 would freeze the clients, and no gradient would cross.
+        # Given as a schedule: the number 0 would freeze the clients, and no gradient would cross the cut.
         client_lr=lambda step: jnp.asarray(s["c_lr"]),
         optimizer=optim.sgd(s["momentum"], s["weight_decay"]),
         placement=one_device(forms),
@@ -179,7 +179,7 @@ def build(case: Case, forms: Forms) -> tuple[Algorithm, TrainState]:
 
 
 def cases_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The cases in a folder, as NAME of NAME.json and NAME.npz."""
+    """The cases in a folder, as the NAME of each NAME.json and NAME.npz."""
     cases = [p.with_suffix("") for p in sorted(folder.glob("*.json")) if "arch" in json.loads(p.read_text())]
     assert cases, f"no golden cases in {folder}"
     return cases
@@ -188,7 +188,7 @@ def cases_in(folder: pathlib.Path) -> list[pathlib.Path]:
 def assert_equals_official(
     case: pathlib.Path, forms: Forms, compiler_options: dict[str, Any] | None = None
 ) -> None:
-    """Every number of the case, to a relative 1e-6. Call it with float64 enabled."""
+    """Compare every number of the case, to a relative 1e-6. Requires float64 to be enabled."""
     golden = Case(case)
     s = golden.settings
     algorithm, state = build(golden, forms)

@@ -1,4 +1,4 @@
-"""Two processes on this machine that make one run with the toy network."""
+"""Two processes on this machine that share a run with the toy network."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ EPOCHS = 12
 FIELDS = {
     "epochs": EPOCHS,
     "data.name": "npz",
-    "clients.num": 5,  # which two devices cannot share evenly
+    "clients.num": 5,  # not evenly divisible by two devices
     "clients.cohort": 4,
     "clients.batch_size": 2,
     "clients.noniid_ratio": 1.0,
@@ -51,7 +51,7 @@ def free_port() -> int:
 
 
 class Process(NamedTuple):
-    """One of two of a run with the toy network, with a CPU device."""
+    """One of the two processes of a run with the toy network, with one CPU device."""
 
     running: subprocess.Popen
     out: pathlib.Path
@@ -66,7 +66,7 @@ class Process(NamedTuple):
 
 
 def start(argv: list[str], logs: pathlib.Path, **settings: str) -> list[Process]:
-    """Both processes; what they say goes to files in `logs`, and which images they read."""
+    """Start both processes. Their output and the rows of the images they read go to files in `logs`."""
     port = free_port()
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "TOY_ROWS": str(logs)} | settings
     processes = []
@@ -81,7 +81,7 @@ def start(argv: list[str], logs: pathlib.Path, **settings: str) -> list[Process]
 
 
 def copy(stream: IO[bytes] | None, path: pathlib.Path) -> threading.Thread:
-    """Write what comes to a file, until nobody is left who could send more."""
+    """Copy the stream to a file until all its writers have closed it."""
     file = path.open("wb", buffering=0)
 
     def run() -> None:

@@ -1,11 +1,11 @@
-"""The small run of the commands' tests: its images, its command line, its metrics."""
+"""The small run in the tests of the commands: its images, its command line, its metrics."""
 
 import json
 import pathlib
 
 import numpy as np
 
-CLASSES, PER_CLASS = 4, 12  # of the runs that the commands' tests train
+CLASSES, PER_CLASS = 4, 12  # of the small run's images
 
 
 def write_images(path: pathlib.Path, shape: tuple[int, int, int]) -> str:
@@ -45,6 +45,6 @@ def arguments(images: str, workdir: pathlib.Path, *more: str) -> list[str]:
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """All lines but the speed, which differs from run to run."""
+    """All lines without the speed, which differs from run to run."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]

@@ -1,4 +1,4 @@
-"""A toy network, views for it, and runs with it in place of the ResNet."""
+"""A toy network, views for it, and runs that use it instead of the ResNet."""
 
 import contextlib
 import pathlib
@@ -18,7 +18,7 @@ KEY_DIM = 8
 
 
 def make_toy_model() -> SplitModel:
-    """Two layers, one on each side of the cut: compiles in no time, and any network fits SplitModel."""
+    """Two layers, one on each side of the cut. It compiles quickly, and any network fits SplitModel."""
 
     def init(rng: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         rng_client, rng_server, rng_head = jax.random.split(rng, 3)
@@ -44,7 +44,7 @@ def make_toy_model() -> SplitModel:
 
 @contextlib.contextmanager
 def in_place() -> Iterator[None]:
-    """Within, whatever network a configuration wants is the toy network."""
+    """Within this context, every configuration gets the toy network."""
     build_model = build.build_model
     build.build_model = lambda *_, **__: make_toy_model()
     try:
@@ -54,7 +54,7 @@ def in_place() -> Iterator[None]:
 
 
 def last_arrays(argv: Sequence[str], folder: pathlib.Path) -> list[np.ndarray]:
-    """All arrays of the newest checkpoint of a run with the toy network, read on one device."""
+    """All arrays of the newest checkpoint of a run with the toy network, restored on one device."""
     config, *_ = train.parse(argv)
     with in_place():
         run = prepare(config)

@@ -19,7 +19,7 @@ from tests.support.toy import in_place
 
 
 def recording(images: Images, folder: str) -> OnDisk:
-    """Images that note in a file of this process which of them are read."""
+    """Images that record in a file of this process which rows are read."""
     path = pathlib.Path(folder) / f"rows_{jax.process_index()}"
 
     def read(rows: np.ndarray) -> np.ndarray:
@@ -31,7 +31,7 @@ def recording(images: Images, folder: str) -> OnDisk:
 
 
 def fill_disk(process: int, steps: range) -> None:
-    """Have the operating system let no file of a process become large while it saves one of these steps."""
+    """Make the operating system limit the size of files while a process saves one of these steps."""
     save = checkpoint.save
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -52,7 +52,7 @@ def main() -> int:
     if full := os.environ.get("TOY_FULL_DISK"):
         process, first, end = map(int, full.split())
         fill_disk(process, range(first, end))
-    # A process that is killed is noticed, and one that does not come is given up, within seconds.
+    # A killed process is noticed, and a missing process is given up, within seconds.
     hosts.HEARTBEAT, hosts.MEETING, hosts.PARTING = int(os.environ.get("TOY_HEARTBEAT", "20")), 10, 20
     with in_place():
         return train.main(sys.argv)

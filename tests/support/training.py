@@ -1,4 +1,4 @@
-"""Training in this process: a run made ready on one device, stopped where a test wants it."""
+"""Training in this process: a run prepared on one device, which a test can stop anywhere."""
 
 import pathlib
 import threading
@@ -18,12 +18,12 @@ Metrics = Mapping[str, float]
 
 
 def single() -> Mesh:
-    """The mesh of JAX's first device."""
+    """A mesh of JAX's first device."""
     return one_device(jax.devices()[0])
 
 
 def prepare(config: Config, mesh: Mesh | None = None, forms: Forms | None = None) -> Run:
-    """The run of a configuration, by default on one device in the forms of its platform."""
+    """Prepare the run of a configuration, by default on one device in the forms of its platform."""
     return experiment.prepare(resolve(config), mesh or single(), forms)
 
 

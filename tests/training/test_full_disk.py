@@ -1,6 +1,6 @@
-"""A disk without room: told in one line, nothing lost that was saved, and the run can go on.
+"""A full disk is reported in one line, no completed save is lost, and the run can resume.
 
-The default tests let the operating system refuse to make files larger; the soak test fills a small disk.
+The default tests make the operating system refuse to enlarge files; the soak test fills a small disk.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from tests.support.training import Metrics, comparable, prepare, train
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Within, the operating system lets no file grow beyond `size` bytes."""
+    """Within this context, the operating system lets no file grow beyond `size` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -74,18 +74,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def train_watched(
     run: Run, folder: pathlib.Path, watch: Callable[[Metrics], None]
 ) -> tuple[list[str], DiskFullError | None]:
-    """What the run says, and what stops it; `watch` gets each line of metrics before it is written."""
-    said: list[str] = []
+    """Messages and the error that stops the run; `watch` gets each line of metrics before it is written."""
+    reported: list[str] = []
     workdir.claim(folder, run.config, {})
     try:
-        loop.train(run, lambda: False, Output(folder, said.append, watch))
+        loop.train(run, lambda: False, Output(folder, reported.append, watch))
     except DiskFullError as error:
-        return said, error
-    return said, None
+        return reported, error
+    return reported, None
 
 
 def last_checkpoint(run: Run, folder: pathlib.Path) -> tuple[int, list[np.ndarray]]:
-    """The step of the only checkpoint that is there, and its arrays."""
+    """The step of the only checkpoint in the folder, and its arrays."""
     like = jax.jit(run.algorithm.init)(jax.random.key(0))
     with checkpoint.open_manager(folder / "checkpoints", keep=1) as manager:
         assert len(manager.all_steps()) == 1
@@ -95,7 +95,7 @@ def last_checkpoint(run: Run, folder: pathlib.Path) -> tuple[int, list[np.ndarra
 
 
 def wait_for_checkpoint(folder: pathlib.Path, step: int) -> None:
-    """It is saved in the background."""
+    """Checkpoints are saved in the background."""
     deadline = time.monotonic() + 60
     while not (folder / "checkpoints" / str(step)).exists():
         assert time.monotonic() < deadline
@@ -106,7 +106,7 @@ class _Usage(NamedTuple):
     free: int
 
 
-def test_without_room_for_a_checkpoint_the_run_stops_and_can_be_picked_up(
+def test_without_room_for_a_checkpoint_the_run_stops_and_can_resume(
     undisturbed: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepared(tmp_path, "stop")
@@ -123,10 +123,10 @@ def test_without_room_for_a_checkpoint_the_run_stops_and_can_be_picked_up(
     assert comparable(tmp_path / "run") == comparable(undisturbed)
 
 
-def test_a_run_that_is_to_go_on_saves_again_when_there_is_room(
+def test_a_run_set_to_continue_saves_again_when_there_is_room(
     undisturbed: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither checkpoints nor lines of metrics find room in epochs 2 and 3; at the end all are there."""
+    """Neither checkpoints nor lines of metrics fit on the disk in epochs 2 and 3; in the end all exist."""
     run = prepared(tmp_path, "continue")
     path = tmp_path / "run" / "metrics.jsonl"
     with contextlib.ExitStack() as stack:
@@ -141,10 +141,12 @@ def test_a_run_that_is_to_go_on_saves_again_when_there_is_room(
                 stack.close()
                 assert len(comparable(tmp_path / "run")) == 2
 
-        said, error = train_watched(run, tmp_path / "run", fill)
+        reported, error = train_watched(run, tmp_path / "run", fill)
     assert error is None
     going_on = [
-        line for line in said if line.endswith("training continues, and saving resumes when there is room")
+        line
+        for line in reported
+        if line.endswith("training continues, and saving resumes when there is room")
     ]
     assert [line.split(": ")[1][:22] for line in going_on] == [
         "no room for 1 more lin",
@@ -159,24 +161,24 @@ def test_a_run_that_is_to_go_on_saves_again_when_there_is_room(
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # those of Orbax
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # from Orbax
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("on_full_disk", ["stop", "continue"])
-def test_a_disk_that_fills_up_during_a_save_leaves_the_one_before(
+def test_a_disk_that_fills_up_during_a_save_leaves_the_previous_checkpoint(
     undisturbed: pathlib.Path, tmp_path: pathlib.Path, on_full_disk: str
 ) -> None:
-    """With a single checkpoint kept, the older one may go only when the newer one is complete."""
+    """With a single checkpoint kept, the old one is deleted only when the new one is complete."""
     run = prepared(tmp_path, on_full_disk)
     with contextlib.ExitStack() as stack:
 
         def fill(metrics: Metrics) -> None:
             if metrics["epoch"] == 2:
                 wait_for_checkpoint(tmp_path / "run", 4)
-                stack.enter_context(largest_file(2000))  # the arrays take more, the metrics less
+                stack.enter_context(largest_file(2000))  # the arrays need more, the metrics less
             if metrics["epoch"] == 4:
                 stack.close()
 
-        said, error = train_watched(run, tmp_path / "run", fill)
+        reported, error = train_watched(run, tmp_path / "run", fill)
     gc.collect()  # coroutines that Orbax leaves behind
     full = f"{tmp_path / 'run' / 'checkpoints'}: the disk was full before a checkpoint was complete"
     left = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
@@ -184,7 +186,7 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_one_before(
         assert str(error) == full and left == ["4"]
         assert train(run, tmp_path / "run")
     else:
-        assert error is None and any(line.startswith(f"{full}; training continues") for line in said)
+        assert error is None and any(line.startswith(f"{full}; training continues") for line in reported)
         assert left == [str(run.total_steps)]
     assert comparable(tmp_path / "run") == comparable(undisturbed)
     assert last_checkpoint(run, tmp_path / "run")[0] == run.total_steps
@@ -199,8 +201,8 @@ def test_metrics_are_appended_whole_or_not_at_all(tmp_path: pathlib.Path) -> Non
     assert workdir.read_metrics(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2}]
 
 
-def test_smashed_data_without_room_are_refused_before_they_are_mapped(tmp_path: pathlib.Path) -> None:
-    """A write into a mapped file would end the process."""
+def test_smashed_data_that_do_not_fit_are_refused_before_they_are_mapped(tmp_path: pathlib.Path) -> None:
+    """A write into a mapped file on a full disk would kill the process."""
     store = saving.Store(tmp_path, jax.ShapeDtypeStruct((3, 2, 1000), "float32"))
     smashed = SmashedData(jax.numpy.ones(1000), jax.numpy.ones(1000))
     with largest_file(10_000), pytest.raises(DiskFullError, match=r"replay_1\.npy: .* GiB, File too large"):
@@ -213,7 +215,7 @@ def test_smashed_data_without_room_are_refused_before_they_are_mapped(tmp_path: 
 @pytest.mark.parametrize("on_full_disk", ["stop", "continue"])
 @pytest.mark.parametrize("kib", [300, 700, 1000, 1300, 1600, 1900, 2200, 2500, 3000])
 def test_small_disks(images: str, tmp_path: pathlib.Path, on_full_disk: str, kib: int) -> None:
-    """The command on a disk of so many KiB of its own (Linux, where users may mount one in a namespace)."""
+    """The command on a separate disk of `kib` KiB (Linux, where users may mount one in a namespace)."""
     disk = tmp_path / "disk"
     disk.mkdir()
     argv = arguments(

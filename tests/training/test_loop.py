@@ -1,4 +1,4 @@
-"""The loop in one process: one compilation for a whole run, and a stop at any moment changes nothing."""
+"""The loop in one process: one compilation for a whole run, and stopping at any moment changes nothing."""
 
 import pathlib
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from tests.support.training import Metrics, comparable, prepare, train
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Five of six clients an epoch, rounds of 3, 3 and 1 steps, an evaluation in every second epoch.
+    """Five of six clients per epoch, rounds of 3, 3 and 1 steps, an evaluation in every second epoch.
 
-    The toy network takes the place of the ResNet, so that compiling it every time costs little.
+    It uses the toy network instead of the ResNet to keep compilation cheap.
     """
     path = tmp_path_factory.mktemp("data") / "images.npz"
     rng = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, int]]:
-    """A whole run, and how often each function of its algorithm was traced."""
+    """The workdir of a whole run, and how often each function of its algorithm was traced."""
     traces: dict[str, int] = {}
 
     def counting(name: str, function: Callable) -> Callable:
@@ -81,7 +81,7 @@ def test_everything_is_compiled_once_for_the_whole_run(
         ("after the last epoch, before the probe", lambda m: m["epoch"] == 4),
     ],
 )
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(
+def test_a_stopped_run_resumes_as_if_uninterrupted(
     run: Run,
     undisturbed: tuple[pathlib.Path, dict[str, int]],
     tmp_path: pathlib.Path,
@@ -94,7 +94,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     assert comparable(tmp_path) == comparable(undisturbed[0])
 
 
-def test_a_torn_last_line_is_written_again(
+def test_an_incomplete_last_line_is_written_again(
     run: Run, undisturbed: tuple[pathlib.Path, dict[str, int]], tmp_path: pathlib.Path
 ) -> None:
     assert train(run, tmp_path)
@@ -104,7 +104,7 @@ def test_a_torn_last_line_is_written_again(
     assert comparable(tmp_path) == comparable(undisturbed[0])
 
 
-def test_missing_metrics_are_not_made_up(run: Run, tmp_path: pathlib.Path) -> None:
+def test_missing_metrics_are_not_invented(run: Run, tmp_path: pathlib.Path) -> None:
     assert train(run, tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"metrics\.jsonl: found 0 lines, the checkpoint was saved after 5"):

@@ -1,4 +1,4 @@
-"""The compiled step: traced once, nothing fetched, the same by loop and by scan."""
+"""The compiled step is traced once, transfers nothing to the host, and is the same in a loop and a scan."""
 
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +68,7 @@ def indices(seed: int, steps: int, clients: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_a_program_is_traced_once_whatever_comes(toy_model: SplitModel, scan: bool) -> None:
+def test_a_program_is_traced_once_for_all_calls(toy_model: SplitModel, scan: bool) -> None:
     traces: list[int] = []
     run, state = build(toy_model, scan=scan, whole_pool=False, traces=traces)
     assert len(traces) == 1
@@ -77,7 +77,7 @@ def test_a_program_is_traced_once_whatever_comes(toy_model: SplitModel, scan: bo
         state, curve = run(state, indices(round_, steps, M), cohort)
         assert sum(map(len, curve.loss)) == sum(map(len, curve.top1)) == steps
     assert int(state.step) == 3 * R + 4
-    assert len(traces) == (2 if scan else 1)  # where rounds are scanned, shorter ones go step by step
+    assert len(traces) == (2 if scan else 1)  # where rounds are scanned, shorter ones run step by step
 
 
 @pytest.mark.parametrize("whole_pool", [True, False])
@@ -122,8 +122,8 @@ def test_the_state_is_donated(toy_model: SplitModel) -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
 
-def test_each_step_draws_its_own_views_by_its_number(toy_model: SplitModel) -> None:
-    """Two calls of one step equal one call of two: nothing depends on where a run was cut."""
+def test_each_step_draws_views_by_its_number(toy_model: SplitModel) -> None:
+    """Two calls of one step equal one call of two: results do not depend on where a run was interrupted."""
     batches = indices(0, 2, N)
     run, state = build(toy_model, scan=False, whole_pool=True)
     together, _ = run(state, batches, None)

@@ -1,4 +1,4 @@
-"""Communication saving by loss: when it saves, what it keeps, and that a run with it can stop anywhere."""
+"""Loss-based communication saving: when it saves, what it keeps, and resuming after a stop at any moment."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def floats(*shape: int) -> jax.ShapeDtypeStruct:
 @pytest.mark.parametrize(
     "losses, states",
     [
-        # Threshold 1, warm-up of two epochs: falls of 1 and more keep clients busy.
+        # Threshold 1, warm-up of two epochs: falls of 1 or more keep clients training.
         ([9, 9, 9, 9, 9, 9], "AAABCC"),
         ([9, 8, 7, 6, 5, 4], "AAAAAA"),
         ([9, 9, 8.5, 8.2, 7.0, 7.0], "AAABCA"),
@@ -37,7 +37,7 @@ def floats(*shape: int) -> jax.ShapeDtypeStruct:
     ],
 )
 def test_states_follow_the_loss(losses: list[float], states: str) -> None:
-    """The state of epoch 1, 2, ..., each decided by the epoch before it."""
+    """The states of epochs 1, 2, ..., each decided by the previous epoch."""
     traffic, last, seen = Traffic.BOTH_WAYS, math.inf, []
     for epoch, loss in enumerate(losses, start=1):
         seen.append(str(traffic))
@@ -52,7 +52,7 @@ def test_without_a_threshold_everything_is_always_sent() -> None:
         assert after is Traffic.BOTH_WAYS
 
 
-def test_store_gives_back_what_was_kept(tmp_path: pathlib.Path) -> None:
+def test_store_returns_what_was_kept(tmp_path: pathlib.Path) -> None:
     store = saving.Store(tmp_path, floats(3, 2, 4, 2, 2, 1))
     rng = np.random.default_rng(0)
     kept = [SmashedData(*jnp.asarray(rng.normal(size=(2, 4, 2, 2, 1)), jnp.float32)) for _ in range(3)]
@@ -80,7 +80,7 @@ def test_store_keeps_bfloat16_bit_for_bit_in_half_the_bytes(tmp_path: pathlib.Pa
         saving.Store(tmp_path, floats(*arrays.shape)).read(0, 1)
 
 
-def test_an_epoch_is_not_taken_for_another(tmp_path: pathlib.Path) -> None:
+def test_epochs_are_not_confused(tmp_path: pathlib.Path) -> None:
     store = saving.Store(tmp_path, floats(1, 2, 1))
     store.write(3, 0, SmashedData(jnp.ones(1), jnp.ones(1)))
     store.write(7, 0, SmashedData(jnp.zeros(1), jnp.zeros(1)))
@@ -102,7 +102,7 @@ def test_a_store_beyond_its_budget_is_refused(tmp_path: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Cohorts of two with queues of their own; no loss ever falls enough, so: A, A, B, C, C, ..."""
+    """Cohorts of two with a queue per client; no loss ever falls enough: A, A, B, C, C, ..."""
 
     path = tmp_path_factory.mktemp("data") / "images.npz"
     rng = np.random.default_rng(0)
@@ -132,17 +132,17 @@ def undisturbed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> pathlib.P
     return folder
 
 
-def test_what_is_sent_goes_both_ways_then_up_then_not_at_all(run: Run, undisturbed: pathlib.Path) -> None:
+def test_data_are_sent_both_ways_then_up_then_not_at_all(run: Run, undisturbed: pathlib.Path) -> None:
     lines = [m for m in workdir.read_metrics(undisturbed) if "smashed_up_bytes" in m]
-    # 4 images of 4 x 4 x 5 floats a step.
+    # 4 images of 4 x 4 x 5 floats per step.
     one_way = 4 * 4 * 4 * 5 * 4 * run.steps_per_epoch
     sent = [(m["smashed_up_bytes"], m["smashed_down_bytes"]) for m in lines]
     assert sent == [(2 * one_way, one_way)] * 2 + [(2 * one_way, 0)] + [(0, 0)] * (EPOCHS - 3)
     assert [("divergence" in m) for m in lines] == [True, True] + [False] * (EPOCHS - 2)
 
 
-def test_clients_rest_and_the_server_goes_on(run: Run, tmp_path: pathlib.Path) -> None:
-    """From the end of epoch 2 on, no client-side model changes; the server's does."""
+def test_clients_pause_and_the_server_continues(run: Run, tmp_path: pathlib.Path) -> None:
+    """From the end of epoch 2 on, no client-side model changes, but the server's does."""
     assert not train(run, tmp_path, lambda m: m["epoch"] == 2)
     like = jax.jit(run.algorithm.init)(jax.random.key(0))
     states = []
@@ -163,26 +163,26 @@ def test_clients_rest_and_the_server_goes_on(run: Run, tmp_path: pathlib.Path) -
 
 
 @pytest.mark.parametrize("epoch", [2, 3, 5])
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(
+def test_a_stopped_run_resumes_as_if_uninterrupted(
     run: Run, undisturbed: pathlib.Path, tmp_path: pathlib.Path, epoch: int
 ) -> None:
-    """Stopped before the epoch that keeps, before the first replay, and between two of them."""
+    """Stopped before the epoch that keeps smashed data, before the first replay, and between two replays."""
     assert not train(run, tmp_path, lambda m: m["epoch"] == epoch)
     assert train(run, tmp_path)
     assert comparable(tmp_path) == comparable(undisturbed)
 
 
-def test_a_lost_file_is_told(run: Run, tmp_path: pathlib.Path) -> None:
+def test_a_missing_file_is_reported(run: Run, tmp_path: pathlib.Path) -> None:
     assert not train(run, tmp_path, lambda m: m["epoch"] == 4)
     (tmp_path / "replay_2.npy").unlink()
     with pytest.raises(UserError, match=r"replay_2\.npy: this file is missing, but the run stopped"):
         train(run, tmp_path)
 
 
-def test_what_a_checkpoint_would_replay_is_not_replaced_before_the_next(
+def test_smashed_data_of_a_checkpoint_are_kept_until_the_next_checkpoint(
     run: Run, tmp_path: pathlib.Path
 ) -> None:
-    """However seldom checkpoints are wanted, there is one of the start of the epoch that is kept."""
+    """Even if checkpoints are rare, there is one at the start of the epoch whose smashed data are kept."""
     config = copy.deepcopy(run.config)
     config.checkpoint.every = 100
     assert train(run._replace(config=config), tmp_path)

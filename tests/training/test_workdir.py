@@ -1,4 +1,4 @@
-"""What a workdir is claimed for: the same run on the same data, wherever these are, or no training yet."""
+"""A workdir belongs to one run on one data set, in any location; an untrained run may be replaced."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ def train(data: pathlib.Path, folder: pathlib.Path, *more: str) -> int:
 
 
 def exchange(data: pathlib.Path, images: int) -> None:
-    """Replace the data set by another one of so many training images."""
+    """Replace the data set by another one with this many training images."""
     rng = np.random.default_rng(9)
     labels = np.arange(images) % 4
     pictures = rng.integers(100, 256, (images, *IMAGE)).astype(np.uint8)
@@ -39,7 +39,7 @@ def exchange(data: pathlib.Path, images: int) -> None:
 
 
 @pytest.mark.parametrize("images", [24, 48, 90])
-def test_a_run_does_not_go_on_with_other_data(
+def test_a_run_does_not_resume_with_other_data(
     data: pathlib.Path, run: pathlib.Path, capsys: pytest.CaptureFixture, images: int
 ) -> None:
     kept = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
@@ -54,18 +54,18 @@ def test_a_run_does_not_go_on_with_other_data(
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == kept
 
 
-def test_other_data_are_taken_if_the_user_says_so(
+def test_other_data_are_accepted_on_request(
     data: pathlib.Path, run: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
     preprocessing, lines = (run / "preprocessing.json").read_bytes(), metrics(run)
     exchange(data, 90)
     assert train(data, run, "--accept_other_data") == 0
     assert (run / "preprocessing.json").read_bytes() == preprocessing
-    assert metrics(run)[: len(lines) - 1] == lines[:-1]  # each epoch stays, and stays once
+    assert metrics(run)[: len(lines) - 1] == lines[:-1]  # each epoch is kept, exactly once
     with in_place():
         assert evaluate.main(["evaluate", f"--workdir={run}", "--accept_other_data"]) == 0
     capsys.readouterr()
-    exchange(data, 24)  # 3 epochs of 3 steps, where the checkpoint is at step 18
+    exchange(data, 24)  # 3 epochs of 3 steps, while the checkpoint is at step 18
     assert train(data, run, "--accept_other_data") == 2
     error = capsys.readouterr().err
     assert "found a checkpoint of step" in error and error.count("\n") == 1
@@ -82,16 +82,16 @@ def test_the_same_data_may_be_elsewhere(
         assert train(place, run) == 0
     assert metrics(run) == before
     with in_place():
-        assert evaluate.main(["evaluate", f"--workdir={run}"]) == 2  # where the run found them
+        assert evaluate.main(["evaluate", f"--workdir={run}"]) == 2  # its data are gone from their place
         assert evaluate.main(["evaluate", f"--workdir={run}", f"--data_dir={moved}"]) == 0
     found = json.loads((run / "evaluation.json").read_text())
     assert found["knn_backbone"] == before[-2]["knn_backbone"]
 
 
-def test_a_run_that_never_trained_makes_way(
+def test_a_run_that_never_trained_is_replaced(
     data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Here the loss is not finite in the first step, so that only the untrained network was saved."""
+    """The loss is not finite in the first step, so only the untrained network was saved."""
     folder = tmp_path / "run"
     assert train(data, folder, "--config.optim.server_lr=1e38", "--config.optim.client_lr=1e38") == 1
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0"]
