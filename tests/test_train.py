@@ -97,9 +97,9 @@ def test_other_versions_are_reported_and_other_ways_to_run_are_not(
     fields = ("data.resident=False", "checkpoint.on_full_disk=continue", "checkpoint.keep=2", "mesh.data=2")
     indifferent = [f"--config.{field}" for field in fields]
     assert main(arguments(images, workdir, *indifferent)) == 0
-    told, *_ = capsys.readouterr().out.splitlines()
+    reported, *_ = capsys.readouterr().out.splitlines()
     now = environment(jax.devices()[0])
-    assert told == (
+    assert reported == (
         f"{workdir}: the run started in another environment, so results may differ in the last bits: "
         f"jax 0.9.9 at the start, {now['jax']} now; commit unknown at the start, {now['commit']} now; "
         f"device unknown at the start, {now['device']} now"

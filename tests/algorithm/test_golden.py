@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_golden(case: pathlib.Path, forms: Forms, x64: None) -> None:
-    # Optimised code pays off in these networks, except in MobileNetV2; tests/conftest.py sets the contrary.
+    # Optimised code pays off in these networks, except in MobileNetV2. tests/conftest.py turns it off.
     options: dict[str, Any] = {}
     if not case.name.startswith("mobilenetv2"):
         options["xla_backend_optimization_level"] = 3
