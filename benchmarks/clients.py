@@ -35,28 +35,29 @@ SETTINGS = tuple(Setting(cut_layer=cut, clients=count) for cut in (1, 2) for cou
 
 
 def ours(setting: Setting) -> Call:
-    model, _ = settings.build(setting)
+    model, algorithm = settings.build(setting)
     over_clients = exchange.make_placement(settings.mesh(), settings.platform_forms()).over_clients
     optimizer = optim.SGD
 
     def init(rng: Array) -> clients.ClientState:
-        return clients.init(model.init(rng)[0], setting.clients, optimizer)
+        padded = algorithm.enter(algorithm.init(rng)).clients
+        return jax.tree.map(lambda leaf: leaf[: setting.clients], padded)
 
     def work(
-        pool: clients.ClientState, views: Views, smashed_grad: Array
+        state: clients.ClientState, views: Views, smashed_grad: Array
     ) -> tuple[clients.ClientState, SmashedData]:
-        pool, smashed, pullback = clients.forward(over_clients(model.client), pool, views, 0.99)
-        pool = clients.backward(
-            pool, pullback, smashed_grad, optimizer, optim.rate(0.06, jax.numpy.zeros(()))
+        state, smashed, pullback = clients.forward(over_clients(model.client), state, views, 0.99)
+        state = clients.backward(
+            state, pullback, smashed_grad, optimizer, optim.rate(0.06, jax.numpy.zeros(()))
         )
-        pool, _ = clients.synchronize(pool, None, clients.FEDAVG)
-        return pool, smashed
+        state, *_ = clients.synchronize(state, None, clients.FEDAVG)
+        return state, smashed
 
     place = meshes.of_clients(settings.mesh(), setting.clients)
-    pool = jax.jit(init, out_shardings=place)(jax.random.key(0))
+    state = jax.jit(init, out_shardings=place)(jax.random.key(0))
     program = jax.jit(work, donate_argnums=0, in_shardings=place, out_shardings=place)
     return stepper(
-        program, pool, *jax.device_put((settings.views(setting), smashed_gradient(setting)), place)
+        program, state, *jax.device_put((settings.views(setting), smashed_gradient(setting)), place)
     )
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks import settings
 from benchmarks.results import Result, result
-from mocosfl_jax.algorithm.interface import TrainState
+from mocosfl_jax.algorithm.interface import CohortState
 from mocosfl_jax.config import quickstart
 from mocosfl_jax.training import loop, rounds, saving
 from mocosfl_jax.training.checkpoint import Progress
@@ -70,9 +70,7 @@ def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator
     run, state, compiled = settings.prepare(config)
     waiting = [0.0]
 
-    def run_steps(
-        state: TrainState, pieces: Iterable[jax.Array], cohort: np.ndarray | None
-    ) -> tuple[TrainState, rounds.Curve]:
+    def run_steps(state: CohortState, pieces: Iterable[jax.Array]) -> tuple[CohortState, rounds.Curve]:
         curves: list[rounds.Curve] = []
         images = iter(pieces)
         while True:
@@ -81,7 +79,7 @@ def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator
             waiting[0] += time.perf_counter() - start
             if piece is None:
                 return state, rounds.joined(curves)
-            state, curve = jax.block_until_ready(compiled.run_steps(state, [piece], cohort))
+            state, curve = jax.block_until_ready(compiled.run_steps(state, [piece]))
             curves.append(curve)
 
     programs = compiled._replace(run_steps=run_steps)

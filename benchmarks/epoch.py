@@ -20,12 +20,11 @@ from pathlib import Path
 from statistics import median
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from benchmarks import settings
 from benchmarks.results import Result
-from mocosfl_jax.algorithm.interface import TrainState
+from mocosfl_jax.algorithm.interface import CohortState
 from mocosfl_jax.config import Config, quickstart
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.training import checkpoint, journal, loop, rounds, saving
@@ -40,11 +39,9 @@ def measure(config: Config, case: str, epochs: int) -> Result:
     run, state, compiled = settings.prepare(config)
     inside = [0.0]
 
-    def run_steps(
-        state: TrainState, images: Iterable[jax.Array], cohort: np.ndarray | None
-    ) -> tuple[TrainState, rounds.Curve]:
+    def run_steps(state: CohortState, images: Iterable[jax.Array]) -> tuple[CohortState, rounds.Curve]:
         start = time.perf_counter()
-        out = jax.block_until_ready(compiled.run_steps(state, images, cohort))
+        out = jax.block_until_ready(compiled.run_steps(state, images))
         inside[0] += time.perf_counter() - start
         return out
 

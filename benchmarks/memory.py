@@ -31,7 +31,7 @@ MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (1, 4), (2, 4)
 
 
 def held_bytes(data: int, model: int, num_clients: int = CLIENTS, width: int = 64) -> dict[str, int]:
-    """Bytes of state on each device of a mesh: clients, server, and both together."""
+    """Bytes of state on each device of a mesh while all clients train: clients, server, both together."""
     network = split_model("resnet50", cut_layer=5, width=width)
     mesh = meshes.make_mesh(config.Mesh(data=data, model=model), jax.devices())
     algorithm = states.distribute(
@@ -44,7 +44,7 @@ def held_bytes(data: int, model: int, num_clients: int = CLIENTS, width: int = 6
         mesh,
         num_clients,
     )
-    state = jax.eval_shape(algorithm.init, jax.random.key(0))
+    state = jax.eval_shape(lambda rng: algorithm.enter(algorithm.init(rng)), jax.random.key(0))
     state = jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
         state,

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from mocosfl_jax import (
     Algorithm,
+    CohortState,
     MomentumContrast,
     SplitModel,
     TrainState,
@@ -115,16 +116,17 @@ class Step(NamedTuple):
     """A compiled training step: program(state, views) -> state, (loss, contrastive accuracy)."""
 
     program: Any  # the state is donated
-    state: TrainState
+    state: CohortState
     views: Views
 
 
 def compile_step(setting: Setting) -> Step:
     """Compiles a step without gathering and augmenting images. It returns only the scalars of `StepInfo`."""
     _, algorithm = build(setting)
-    state, both = jax.jit(algorithm.init)(jax.random.key(0)), views(setting)
+    state = jax.jit(lambda rng: algorithm.enter(algorithm.init(rng)))(jax.random.key(0))
+    both = views(setting)
 
-    def step(state: TrainState, views: Views) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
+    def step(state: CohortState, views: Views) -> tuple[CohortState, tuple[jax.Array, jax.Array]]:
         state, info = algorithm.step(state, views)
         return state, (info.loss, info.top1)
 

@@ -82,6 +82,7 @@ def main(
     )
 
     # The compiled programs. Donation lets a step overwrite the state that it gets.
+    enter, leave = jax.jit(algorithm.enter), jax.jit(algorithm.leave)
     step = jax.jit(algorithm.step, donate_argnums=0)
     sync = jax.jit(algorithm.sync, donate_argnums=0)
     views = jax.jit(
@@ -90,7 +91,8 @@ def main(
     # The encoder of whole images, without augmentation: state, images -> features.
     encode = make_encode(algorithm, dataset.mean, dataset.std)
 
-    # Training. Each step takes a batch from every client; a synchronization averages the client-side models.
+    # Training. At the start of each epoch a cohort enters, here all clients, and at its end they leave. Each
+    # step takes a batch from every client; a synchronization averages the client-side models.
     rng_init, rng_views = jax.random.split(jax.random.key(SEED))
     state = jax.jit(algorithm.init)(rng_init)
     lines = [{"epoch": 0, "kNN": evaluate(partial(encode, state), dataset)}]
@@ -101,12 +103,14 @@ def main(
             parts, everyone, batch_sizes=batch_sizes, steps=steps, seed=SEED, epoch=epoch
         )  # [steps, clients, batch]
         losses = []
+        at_work = enter(state)
         for i in range(steps):
             rng = jax.random.fold_in(rng_views, epoch * steps + i)
-            state, info = step(state, views(rng, dataset.x_train[indices[i]]))
+            at_work, info = step(at_work, views(rng, dataset.x_train[indices[i]]))
             losses.append(info.loss)
             if (i + 1) % max(1, steps // syncs_per_epoch) == 0 or i + 1 == steps:
-                state, _ = sync(state)
+                at_work, _ = sync(at_work)
+        state = leave(at_work)
         accuracy = evaluate(partial(encode, state), dataset)
         lines.append({"epoch": epoch + 1, "loss": float(np.mean(losses)), "kNN": accuracy})
         report(lines[-1])

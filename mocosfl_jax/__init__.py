@@ -5,9 +5,9 @@ from mocosfl_jax.runtime import import_path
 
 import_path.leave_current_folder()  # before anything else is imported
 
-from mocosfl_jax.algorithm.clients import Sync
+from mocosfl_jax.algorithm.clients import ClientState, Pool, Sync
 from mocosfl_jax.algorithm.flmoco import flmoco
-from mocosfl_jax.algorithm.interface import Algorithm, StepInfo, SyncInfo, TrainState
+from mocosfl_jax.algorithm.interface import Algorithm, CohortState, StepInfo, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData, Views
 from mocosfl_jax.algorithm.moco import MomentumContrast
 from mocosfl_jax.algorithm.mocosfl import mocosfl
@@ -19,10 +19,13 @@ from mocosfl_jax.weights.encoder_file import load_encoder
 
 __all__ = [
     "Algorithm",
+    "ClientState",
+    "CohortState",
     "Features",
     "Forms",
     "MomentumContrast",
     "Placement",
+    "Pool",
     "SmashedData",
     "SplitModel",
     "StepInfo",

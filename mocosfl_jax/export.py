@@ -47,6 +47,7 @@ def export(argv: Sequence[str]) -> None:
 
     compiler.set_up()
     # Imported lazily, so that argument errors precede slow imports.
+    from mocosfl_jax.algorithm import pool
     from mocosfl_jax.models.forms import forms
     from mocosfl_jax.parallel.mesh import one_device
     from mocosfl_jax.training import checkpoint
@@ -58,9 +59,9 @@ def export(argv: Sequence[str]) -> None:
         config, one_device(device), forms(device.platform), image_size=preprocessing.image_size
     )
     state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init, device)
-    client = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
+    client = pool.online_model(state)
     # In FL-MoCo, each client has the whole network.
-    client, server = client if config.algorithm == "flmoco" else (client, state.server.params)
+    client, server = (client, state.server.params) if state.server else client
     source = f"checkpoint {progress.step:,} of {folder}"
     network = network_arguments(config, preprocessing.image_size)
     metadata = encoder_file.Metadata(network, preprocessing.mean, preprocessing.std, source)

@@ -62,9 +62,9 @@ def step_and_sync(name: str, generated: str) -> tuple[Callable[..., tuple[Array,
 
     def one_step(rng: Array, images: Array) -> tuple[Array, Any, Any]:
         start = run.algorithm.init(rng)
-        state, info = run.algorithm.step(start, run.make_views(rng, images), members)
-        state, _ = run.algorithm.sync(state, members)
-        return info.loss, start, state
+        state, info = run.algorithm.step(run.algorithm.enter(start, members), run.make_views(rng, images))
+        state, _ = run.algorithm.sync(state)
+        return info.loss, start, run.algorithm.leave(state)
 
     members = None if run.whole_pool else run.members(0)
     batch = np.stack([np.resize(run.parts[i], run.batch_sizes.max()) for i in run.members(0)])

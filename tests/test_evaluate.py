@@ -7,12 +7,14 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from mocosfl_jax import encode, evaluate
 from mocosfl_jax.data import images as fitting
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import make_encode
 from mocosfl_jax.training import checkpoint, experiment, workdir
@@ -280,6 +282,16 @@ def test_a_configuration_of_another_network_is_refused(
     error = capsys.readouterr().err
     assert f"{run / 'checkpoints' / '18'}: found " in error and "that of the configuration" in error
     assert error.count("\n") == 1
+
+
+def test_a_checkpoint_of_an_earlier_layout_is_refused(tmp_path: pathlib.Path) -> None:
+    """Before the cohort left the pool, a checkpoint had every client's online model under `clients`."""
+    earlier = {"step": jnp.zeros((), jnp.int32), "clients": {"scales": jnp.zeros(3)}}
+    folder, place = tmp_path / "checkpoints", jax.devices()[0]
+    with checkpoint.open_manager(folder, 1) as manager:
+        checkpoint.save(manager, earlier, checkpoint.Progress(4))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"checkpoints/4: found the layout of an earlier version"):
+        checkpoint.restore(folder, None, lambda rng: earlier, place)  # type: ignore[arg-type,return-value]
 
 
 @pytest.mark.parametrize(

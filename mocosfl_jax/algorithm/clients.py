@@ -1,10 +1,11 @@
-"""The client side: N models stacked along a leading axis and run as one batched operation.
+"""The client side: the models of a cohort, stacked along a leading axis and run as one batched operation.
 
 Smashed data leaves the clients and its gradient comes back. Nothing else passes between them and the server,
 and neither module imports the other.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -24,12 +25,25 @@ Stacked = TypeVar("Stacked")  # a tree whose leaves have a leading client axis
 
 
 class ClientState(NamedTuple):
-    """The state of stacked clients. Every leaf has a leading axis: N for the pool, M for a cohort."""
+    """The state of stacked clients: every leaf has a leading axis, M for a cohort and N for the pool."""
 
     params: Any
     key_params: Any  # parameters of the momentum models
     opt_state: Any
-    scales: Array  # [N], lambda of divergence-aware averaging; 0 before a client's first average
+    # [M], lambda of divergence-aware averaging, 0 before a client's first average; None if it is not used
+    scales: Any
+    queue: Any  # `MoCoQueue` with keys [M, K, D], the clients' own queues; None under feature sharing
+
+
+class Pool(NamedTuple):
+    """The N clients while none of them trains.
+
+    A synchronization gives all clients the same online model, so the pool keeps it once. The same holds for
+    momentum models and SGD buffers where they are synchronized too.
+    """
+
+    own: ClientState  # what each client has of its own: leaves [N, ...]; None for what all clients share
+    shared: ClientState  # what all clients share: leaves without a client axis; None for what is their own
 
 
 class Sync(NamedTuple):
@@ -46,24 +60,6 @@ class Sync(NamedTuple):
 
 
 FEDAVG = Sync()
-
-
-def init(params: Any, num_clients: int, optimizer: optax.GradientTransformation) -> ClientState:
-    """Give all clients the same `params` (of one client); the momentum models start as copies.
-
-    Args:
-      params: Parameters of one client-side model.
-      num_clients: N.
-      optimizer: Without a learning rate, as `optim.sgd` makes it.
-    """
-
-    def stack(leaf: Array) -> Array:
-        return jnp.repeat(leaf[None], num_clients, axis=0)
-
-    stacked = jax.tree.map(stack, params)
-    # Stacked a second time, since donation forbids two leaves that share a buffer.
-    key_params = jax.tree.map(stack, params)
-    return ClientState(stacked, key_params, optimizer.init(stacked), jnp.zeros(num_clients))
 
 
 def select(pool: Stacked, cohort: Array | None) -> Stacked:
@@ -109,48 +105,40 @@ def backward(
     learning_rate: Array,
 ) -> ClientState:
     """Run every client's backward pass from its rows of `smashed_grad` [M, B, h, w, c], and update it."""
-    params, opt_state = optim.descend(
-        optimizer, pullback(smashed_grad), state.opt_state, state.params, learning_rate
-    )
+    if not jax.tree.leaves(state.params):  # clients without layers
+        return state
+    descend = jax.vmap(partial(optim.descend, optimizer), in_axes=(0, 0, 0, None))
+    params, opt_state = descend(pullback(smashed_grad), state.opt_state, state.params, learning_rate)
     return state._replace(params=params, opt_state=opt_state)
 
 
-def synchronize(pool: ClientState, cohort: Array | None, how: Sync) -> tuple[ClientState, Array]:
-    """FedAvg: average the models of the cohort and load the mean into all clients (McMahan et al. 2017).
-
-    The mean is a weighted sum over the pool in which only the cohort has weight, so over several devices no
-    client's model leaves its device.
+def synchronize(state: ClientState, weights: Array | None, how: Sync) -> tuple[ClientState, Any, Array]:
+    """FedAvg: average the models of the cohort and load the mean into its clients (McMahan et al. 2017).
 
     Args:
-      pool: All clients, leaves [N, ...].
-      cohort: [M], the clients to average; None for all.
-      how: The weights, and what else is averaged.
+      state: Of the cohort, leaves [M, ...].
+      weights: [M], weight of each client in the average; None for equal weights.
+      how: What else is averaged. Its weights, of the whole pool, are not used.
 
     Returns:
-      The new pool, and the distance of each client of the cohort from the mean, [M].
+      The new state, the mean of the online models, and the distance of each client from the mean, [M].
     """
-    num_clients = len(pool.scales)
-    weights = None if how.weights is None else jnp.asarray(how.weights)
-    taking_part = jnp.ones(num_clients, bool)
-    if cohort is not None:
-        taking_part = jnp.zeros(num_clients, bool).at[cohort].set(True)
-        weights = taking_part * (1.0 if weights is None else weights)
 
     def mean_for_all(stacked: Any) -> Any:
-        return fedavg.broadcast(fedavg.average(stacked, weights), num_clients)
+        return fedavg.load(fedavg.average(stacked, weights), stacked)
 
-    mean = fedavg.average(pool.params, weights)
-    divergences = fedavg.divergence(pool.params, mean)
-    new = pool._replace(params=fedavg.broadcast(mean, num_clients))
+    mean = fedavg.average(state.params, weights)
+    divergences = fedavg.divergence(state.params, mean)
+    new = state._replace(params=fedavg.load(mean, state.params))
     if how.divergence_lambda is not None:
         params, scales = fedavg.divergence_aware(
-            pool.params, mean, divergences, pool.scales, how.divergence_lambda, taking_part
+            state.params, mean, divergences, state.scales, how.divergence_lambda
         )
         new = new._replace(params=params, scales=scales)
     if how.momentum_models:
-        new = new._replace(key_params=mean_for_all(pool.key_params))
+        new = new._replace(key_params=mean_for_all(state.key_params))
     if how.buffers == "reset":
-        new = new._replace(opt_state=jax.tree.map(jnp.zeros_like, pool.opt_state))
+        new = new._replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
     elif how.buffers == "average":
-        new = new._replace(opt_state=mean_for_all(pool.opt_state))
-    return new, divergences if cohort is None else divergences[cohort]
+        new = new._replace(opt_state=mean_for_all(state.opt_state))
+    return new, mean, divergences

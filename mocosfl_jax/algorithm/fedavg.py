@@ -31,8 +31,13 @@ def _each(per_client: Array, leaf: Array) -> Array:
 
 
 def broadcast(params: Any, num_clients: int) -> Any:
-    """Load the `params` of one model into `num_clients` clients: every leaf becomes [N, ...]."""
+    """Give `num_clients` clients the `params` of one model: every leaf becomes [N, ...]."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (num_clients, *leaf.shape)), params)
+
+
+def load(mean: Any, stacked: Any) -> Any:
+    """The clients `stacked` after each has received the `mean`: every leaf keeps its shape [N, ...]."""
+    return jax.tree.map(lambda m, leaf: jnp.broadcast_to(m, leaf.shape), mean, stacked)
 
 
 def divergence(stacked: Any, mean: Any) -> Array:
@@ -49,14 +54,13 @@ def divergence(stacked: Any, mean: Any) -> Array:
 
 
 def divergence_aware(
-    stacked: Any, mean: Any, divergences: Array, scales: Array, strength: float, taking_part: Array
+    stacked: Any, mean: Any, divergences: Array, scales: Array, strength: float
 ) -> tuple[Any, Array]:
     """Divergence-aware averaging (Zhuang et al., ICLR 2022): distant clients keep more of their own model.
 
     A client's model becomes mu * its own + (1 - mu) * the mean, with mu = min(lambda * divergence, 1). lambda
     is `strength` at the client's first synchronization. That synchronization fixes the client's lambda for
-    all later ones, so that an equal divergence gives an equal mu. Clients that do not take part get the mean
-    and keep their lambda.
+    all later ones, so that an equal divergence gives an equal mu.
 
     Args:
       stacked: The clients' models, leaves [N, ...].
@@ -64,13 +68,11 @@ def divergence_aware(
       divergences: [N], from `divergence`.
       scales: [N], each client's lambda; 0 before its first synchronization.
       strength: The first lambda.
-      taking_part: [N] bool, the clients that take part.
 
     Returns:
       The new models and the new scales.
     """
     mu = jnp.minimum(jnp.where(scales > 0, scales, strength) * divergences, 1.0)
-    mu = jnp.where(taking_part, mu, 0.0)
     first = jnp.where(divergences > 0, mu / jnp.where(divergences > 0, divergences, 1.0), 0.0)
 
     def blend(leaf: Array, centre: Array) -> Array:

@@ -5,17 +5,19 @@ a queue of its own, and its images take the place of the smashed data. All clien
 operation.
 """
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mocosfl_jax.algorithm import clients, optim, server
+from mocosfl_jax.algorithm import optim, pool, server
 from mocosfl_jax.algorithm.clients import FEDAVG, ClientState, Sync
-from mocosfl_jax.algorithm.interface import Algorithm, StepInfo, SyncInfo, TrainState
+from mocosfl_jax.algorithm.interface import Algorithm, CohortState, StepInfo, TrainState
 from mocosfl_jax.algorithm.messages import Views
-from mocosfl_jax.algorithm.moco import MoCoQueue, MomentumContrast, init_queues
+from mocosfl_jax.algorithm.moco import MomentumContrast, init_queues
 from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
 from mocosfl_jax.models import Features, SplitModel
 
@@ -43,53 +45,62 @@ def flmoco(
       placement: Where arrays live, as for `mocosfl`.
 
     Returns:
-      The algorithm. Its TrainState has both sides of the network in `clients.params`, and in `server` the
-      queues, with keys [N, K, D]. The loss and top1 of a step are means over the clients.
+      The algorithm. A client's parameters are both sides of the network, and the queues, with keys [N, K, D],
+      belong to the clients. The loss and top1 of a step are means over the clients.
     """
+    own = pool.owned(sync)
 
     def project(params: tuple, images: Array) -> Array:
         return model.head(params[1], model.whole_backbone(params, images))
 
     def init(rng: Array) -> TrainState:
         rng_model, rng_queues = jax.random.split(rng)
+        queues = init_queues(rng_queues, num_clients, moco.queue_size, model.key_dim)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            clients=clients.init(model.init(rng_model), num_clients, optimizer),
-            server=init_queues(rng_queues, num_clients, moco.queue_size, model.key_dim),
+            pool=pool.init(model.init(rng_model), optimizer, num_clients, sync, own=own, queues=queues),
+            server=None,
         )
 
-    def step(state: TrainState, views: Views, cohort: Array | None = None) -> tuple[TrainState, StepInfo]:
+    def step(state: CohortState, views: Views) -> tuple[CohortState, StepInfo]:
         chex.assert_equal_shape(views)
-        chex.assert_axis_dimension(views.query, 0, num_clients if cohort is None else len(cohort))
+        chex.assert_axis_dimension(views.query, 0, num_clients if state.cohort is None else len(state.cohort))
 
-        def local_step(
-            member: ClientState, queue: MoCoQueue, views: Views
-        ) -> tuple[ClientState, MoCoQueue, server.Contrast]:
+        def local_step(member: ClientState, views: Views) -> tuple[ClientState, server.Contrast]:
             """The step of one client."""
             local, _, contrast = server.step(
                 project,
-                server.ServerState(member.params, member.key_params, member.opt_state, queue),
+                server.ServerState(member.params, member.key_params, member.opt_state, member.queue),
                 *views,
                 moco=moco,
                 optimizer=optimizer,
                 learning_rate=optim.rate(lr, state.step),
             )
-            member = ClientState(local.params, local.key_params, local.opt_state, member.scales)
-            return member, local.queue, contrast
+            return (
+                member._replace(
+                    params=local.params,
+                    key_params=local.key_params,
+                    opt_state=local.opt_state,
+                    queue=local.queue,
+                ),
+                contrast,
+            )
 
-        members, queues = placement.select((state.clients, state.server), cohort)
-        members, queues, contrast = placement.over_clients(local_step)(members, queues, views)
-        pool = placement.put_back((state.clients, state.server), (members, queues), cohort)
+        members, contrast = placement.over_clients(local_step)(state.clients, views)
         info = StepInfo(jnp.mean(contrast.loss), jnp.mean(contrast.top1), smashed=None, smashed_grad=None)
-        return TrainState(state.step + 1, *pool), info
-
-    def synchronize(state: TrainState, cohort: Array | None = None) -> tuple[TrainState, SyncInfo]:
-        pool, divergence = clients.synchronize(state.clients, cohort, sync)
-        return state._replace(clients=pool), SyncInfo(divergence)
+        return state._replace(step=state.step + 1, clients=members), info
 
     def encode(state: TrainState, images: Array) -> Features:
-        params = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
+        params = pool.online_model(state)
         backbone = placement.over_rows(model.whole_backbone)(params, images[None])[0]
         return Features(backbone, model.head(params[1], backbone))
 
-    return Algorithm(init, step, synchronize, encode, replay=None)
+    return Algorithm(
+        init=init,
+        enter=partial(pool.enter, num_clients=num_clients, placement=placement),
+        step=step,
+        sync=partial(pool.synchronize, sync=sync),
+        leave=partial(pool.leave, own=own, placement=placement),
+        encode=encode,
+        replay=None,
+    )

@@ -1,21 +1,34 @@
-"""The interface of an algorithm: its state, its functions and their outputs."""
+"""The interface of an algorithm: its states, its functions and their outputs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax import Array
 
-from mocosfl_jax.algorithm import clients
+from mocosfl_jax.algorithm.clients import ClientState, Pool
 from mocosfl_jax.algorithm.messages import SmashedData
 from mocosfl_jax.models import Features
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes. It holds arrays only, so it can be donated, sharded and saved."""
+    """Everything that training changes, while no cohort is training. This is what a checkpoint holds.
+
+    States hold arrays only, so they can be donated and sharded.
+    """
 
     step: Array  # [] int32, number of training steps taken
-    clients: clients.ClientState
-    server: Any  # `ServerState`; for the baseline FL-MoCo, the queues of the clients
+    pool: Pool  # the N clients
+    server: Any  # `ServerState`; None in the baseline FL-MoCo, which has no server-side model
+
+
+class CohortState(NamedTuple):
+    """The state while a cohort is training. A step reads and writes all of it except the pool."""
+
+    step: Array  # [] int32
+    clients: ClientState  # those of the cohort: leaves [M, ...]
+    server: Any
+    cohort: Array | None  # [M] int32, their numbers; None: all clients, in order
+    pool: Pool | None  # as the cohort left it; None if all clients are in the cohort
 
 
 class StepInfo(NamedTuple):
@@ -38,6 +51,14 @@ class SyncInfo(NamedTuple):
 class Algorithm(NamedTuple):
     """An algorithm as pure functions. The caller jits them, donates the state and places it on devices.
 
+    A cohort enters, takes steps, is synchronized and leaves:
+
+        state = algorithm.enter(state, cohort)
+        for views in ...:
+            state, info = algorithm.step(state, views)
+        state, _ = algorithm.sync(state)
+        state = algorithm.leave(state)
+
     `cohort` [M] int32 holds the numbers of the clients that take part, without repetition. None means all
     clients of the pool, in order.
 
@@ -46,11 +67,15 @@ class Algorithm(NamedTuple):
     """
 
     init: Callable[[Array], TrainState]  # rng -> state
-    # state, Views [M, B, H, W, 3], cohort=None; `mocosfl` also takes send_gradients=True. With False the
-    # clients are not trained.
-    step: Callable[..., tuple[TrainState, StepInfo]]
-    sync: Callable[..., tuple[TrainState, SyncInfo]]  # state, cohort=None
+    enter: Callable[..., CohortState]  # TrainState, cohort=None
+    # CohortState, Views [M, B, H, W, 3]; `mocosfl` also takes send_gradients=True. With False the clients are
+    # not trained.
+    step: Callable[..., tuple[CohortState, StepInfo]]
+    sync: Callable[[CohortState], tuple[CohortState, SyncInfo]]
+    # Of an online model that all clients share, the pool keeps the mean over the cohort. So a cohort that
+    # leaves unsynchronized is averaged.
+    leave: Callable[[CohortState], TrainState]
     encode: Callable[[TrainState, Array], Features]  # state, images [n, H, W, 3] -> Features
-    # state, SmashedData of an earlier step, the cohort of that step=None. Trains the server alone. None if
-    # the algorithm cannot replay.
-    replay: Callable[..., tuple[TrainState, StepInfo]] | None
+    # CohortState, SmashedData of an earlier step of this cohort. Trains the server alone. None if the
+    # algorithm cannot replay.
+    replay: Callable[[CohortState, SmashedData], tuple[CohortState, StepInfo]] | None

@@ -87,31 +87,24 @@ SHARED = QueueAccess(similarities, enqueue)  # feature sharing: one queue for al
 
 
 def per_client(
-    select: Callable[[MoCoQueue], MoCoQueue],
-    put_back: Callable[[MoCoQueue, MoCoQueue], MoCoQueue],
-    split: Callable[[Array], Array],
-    merge: Callable[[Array], Array],
-    real: np.ndarray,
+    split: Callable[[Array], Array], merge: Callable[[Array], Array], real: np.ndarray
 ) -> QueueAccess:
     """Access without feature sharing: every client is contrasted with its own keys only.
 
     Args:
-      select: Queues of the pool [N, K, D] -> queues of the cohort [M, K, D].
-      put_back: Queues of the pool, queues of the cohort -> queues of the pool with those of the cohort
-        replaced.
       split: Rows of the batch [n, ...] -> [M, B, ...].
       merge: The inverse of `split`.
       real: [M, B] bool, the rows that are not padding.
 
     Returns:
-      Access to queues with keys [N, K, D] and cursors [N].
+      Access to the queues of the cohort, with keys [M, K, D] and cursors [M].
     """
 
     def similarities_(queues: MoCoQueue, query: Array) -> Array:
-        return merge(jax.vmap(similarities)(select(queues), split(query)))
+        return merge(jax.vmap(similarities)(queues, split(query)))
 
     def enqueue_(queues: MoCoQueue, keys: Array) -> MoCoQueue:
-        return put_back(queues, jax.vmap(enqueue)(select(queues), split(keys), jnp.asarray(real)))
+        return jax.vmap(enqueue)(queues, split(keys), jnp.asarray(real))
 
     return QueueAccess(similarities_, enqueue_)
 

@@ -1,6 +1,7 @@
 """MocoSFL: split federated learning with momentum contrast (Li et al., ICLR 2023, algorithm 1)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import chex
@@ -10,11 +11,11 @@ import numpy as np
 import optax
 from jax import Array
 
-from mocosfl_jax.algorithm import clients, concatenation, optim, server
+from mocosfl_jax.algorithm import clients, concatenation, optim, pool, server
 from mocosfl_jax.algorithm.clients import FEDAVG, Sync
-from mocosfl_jax.algorithm.interface import Algorithm, StepInfo, SyncInfo, TrainState
+from mocosfl_jax.algorithm.interface import Algorithm, CohortState, StepInfo, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData, Views
-from mocosfl_jax.algorithm.moco import MomentumContrast, QueueAccess, init_queue, init_queues, per_client
+from mocosfl_jax.algorithm.moco import MomentumContrast, init_queue, init_queues, per_client
 from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
 from mocosfl_jax.models import Features, SplitModel
 
@@ -41,8 +42,10 @@ def mocosfl(
       >>> state = jax.jit(algorithm.init)(jax.random.key(0))
       >>> images = jax.random.uniform(jax.random.key(1), (4, 2, 8, 8, 3))  # [clients, batch, H, W, RGB]
       >>> views = two_views(jax.random.key(2), images, size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+      >>> state = jax.jit(algorithm.enter)(state)
       >>> state, info = jax.jit(algorithm.step)(state, views)
       >>> state, _ = jax.jit(algorithm.sync)(state)
+      >>> state = jax.jit(algorithm.leave)(state)
       >>> int(state.step), info.smashed.query.shape
       (1, (8, 8, 8, 4))
 
@@ -52,8 +55,7 @@ def mocosfl(
       batch_sizes: The batch size of each place in the cohort, [M], if they differ. Views are then padded to
         the largest. None if every row of the views is an image.
       moco: Settings of momentum contrast, for both sides of the cut.
-      optimizer: For both sides, without a learning rate. It must act element-wise, since it is applied to
-        stacked clients.
+      optimizer: For both sides, without a learning rate.
       server_lr: Learning rate of the server-side model, or a schedule over training steps.
       client_lr: Learning rate of the client-side models, or a schedule. The number 0 freezes the clients:
         they receive no gradients and are not synchronized.
@@ -74,94 +76,94 @@ def mocosfl(
     if not moco.feature_sharing and moco.queue_size < num_clients:
         raise ValueError(f"{num_clients} queues cannot be made of {moco.queue_size} keys")
 
+    own = pool.owned(sync, frozen=frozen)
+
     def init(rng: Array) -> TrainState:
         rng_model, rng_queue = jax.random.split(rng)
         client_params, server_params = model.init(rng_model)
+        queue = queues = None
         if moco.feature_sharing:
             queue = init_queue(rng_queue, moco.queue_size, model.key_dim)
         else:
-            queue = init_queues(rng_queue, num_clients, moco.queue_size // num_clients, model.key_dim)
+            queues = init_queues(rng_queue, num_clients, moco.queue_size // num_clients, model.key_dim)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            clients=clients.init(client_params, num_clients, optimizer),
+            pool=pool.init(client_params, optimizer, num_clients, sync, own=own, queues=queues),
             server=server.init(server_params, queue, optimizer),
         )
 
-    def step(
-        state: TrainState, views: Views, cohort: Array | None = None, send_gradients: bool = True
-    ) -> tuple[TrainState, StepInfo]:
+    def size(state: CohortState) -> int:
+        """M."""
+        return num_clients if state.cohort is None else len(state.cohort)
+
+    def step(state: CohortState, views: Views, send_gradients: bool = True) -> tuple[CohortState, StepInfo]:
         chex.assert_equal_shape(views)
-        chex.assert_axis_dimension(views.query, 0, num_clients if cohort is None else len(cohort))
+        chex.assert_axis_dimension(views.query, 0, size(state))
         if moco.full_symmetric:
             views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
         shape = (views.query.shape[0], views.query.shape[1])
-        members = placement.select(state.clients, cohort)
         members, smashed, pullback = clients.forward(
-            placement.over_clients(model.client), members, views, moco.momentum
+            placement.over_clients(model.client), state.clients, views, moco.momentum
         )
 
         merged = SmashedData(*(placement.merge(x, real) for x in smashed))  # vector concatenation
-        server_state, merged_grad, contrast = serve(state, merged, cohort, shape)
+        state, merged_grad, contrast = serve(state._replace(clients=members), merged, shape)
 
+        sent_back = None
         if send_gradients and not frozen:
             smashed_grad = placement.split(merged_grad, shape, real)
             learning_rate = optim.rate(client_lr, state.step)
-            members = clients.backward(members, pullback, smashed_grad, optimizer, learning_rate)
-            sent_back = merged_grad
-        else:
-            sent_back = None
-        new_state = TrainState(
-            step=state.step + 1,
-            clients=placement.put_back(state.clients, members, cohort),
-            server=server_state,
-        )
-        return new_state, StepInfo(*contrast, smashed=merged, smashed_grad=sent_back)
+            members = clients.backward(state.clients, pullback, smashed_grad, optimizer, learning_rate)
+            state, sent_back = state._replace(clients=members), merged_grad
+        info = StepInfo(*contrast, smashed=merged, smashed_grad=sent_back)
+        return state._replace(step=state.step + 1), info
 
     def serve(
-        state: TrainState, merged: SmashedData, cohort: Array | None, shape: tuple[int, int]
-    ) -> tuple[server.ServerState, Array, server.Contrast]:
+        state: CohortState, merged: SmashedData, shape: tuple[int, int]
+    ) -> tuple[CohortState, Array, server.Contrast]:
+        """The server's half of a step, on the concatenated smashed data of M clients with B rows each."""
+
         def project(params: Any, smashed: Array) -> Array:
             params = placement.gather(params)
             return model.head(params, placement.over_rows(model.backbone)(params, smashed))
 
-        return server.step(
-            project,
-            state.server,
-            *merged,
-            moco=moco,
-            optimizer=optimizer,
-            learning_rate=optim.rate(server_lr, state.step),
-            queue_access=placement.shared if moco.feature_sharing else own_queues(cohort, shape),
-        )
-
-    def own_queues(cohort: Array | None, shape: tuple[int, int]) -> QueueAccess:
-        return per_client(
-            select=lambda queues: placement.select(queues, cohort),
-            put_back=lambda queues, new: placement.put_back(queues, new, cohort),
+        rate = optim.rate(server_lr, state.step)
+        step = partial(server.step, project, moco=moco, optimizer=optimizer, learning_rate=rate)
+        if moco.feature_sharing:
+            new, merged_grad, contrast = step(state.server, *merged, queue_access=placement.shared)
+            return state._replace(server=new), merged_grad, contrast
+        own_queues = per_client(
             split=lambda batch: placement.split(batch, shape, real),
             merge=lambda rows: placement.merge(rows, real),
             real=np.ones(shape, bool) if real is None else real,
         )
+        with_queues = state.server._replace(queue=state.clients.queue)
+        new, merged_grad, contrast = step(with_queues, *merged, queue_access=own_queues)
+        members = state.clients._replace(queue=new.queue)
+        return state._replace(clients=members, server=new._replace(queue=None)), merged_grad, contrast
 
-    def replay(
-        state: TrainState, smashed: SmashedData, cohort: Array | None = None
-    ) -> tuple[TrainState, StepInfo]:
-        places = num_clients if cohort is None else len(cohort)
-        shape = (places, len(smashed.query) // places) if real is None else real.shape
-        server_state, _, contrast = serve(state, smashed, cohort, shape)
-        new_state = state._replace(step=state.step + 1, server=server_state)
-        return new_state, StepInfo(*contrast, smashed=None, smashed_grad=None)
+    def replay(state: CohortState, smashed: SmashedData) -> tuple[CohortState, StepInfo]:
+        shape = (size(state), len(smashed.query) // size(state)) if real is None else real.shape
+        state, _, contrast = serve(state, smashed, shape)
+        info = StepInfo(*contrast, smashed=None, smashed_grad=None)
+        return state._replace(step=state.step + 1), info
 
-    def synchronize(state: TrainState, cohort: Array | None = None) -> tuple[TrainState, SyncInfo]:
+    def synchronize(state: CohortState) -> tuple[CohortState, SyncInfo]:
         if frozen or not jax.tree.leaves(state.clients.params):  # the clients are equal and stay equal
-            return state, SyncInfo(jnp.zeros(num_clients if cohort is None else len(cohort)))
-        pool, divergence = clients.synchronize(state.clients, cohort, sync)
-        return state._replace(clients=pool), SyncInfo(divergence)
+            return state, SyncInfo(jnp.zeros(size(state)))
+        return pool.synchronize(state, sync=sync)
 
     def encode(state: TrainState, images: Array) -> Features:
-        first_client = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
-        params = first_client, placement.gather(state.server.params)
+        params = pool.online_model(state), placement.gather(state.server.params)
         backbone = placement.over_rows(model.whole_backbone)(params, images[None])[0]
         return Features(backbone, model.head(params[1], backbone))
 
-    return Algorithm(init, step, synchronize, encode, replay)
+    return Algorithm(
+        init=init,
+        enter=partial(pool.enter, num_clients=num_clients, placement=placement),
+        step=step,
+        sync=synchronize,
+        leave=partial(pool.leave, own=own, placement=placement),
+        encode=encode,
+        replay=replay,
+    )

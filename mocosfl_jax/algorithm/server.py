@@ -29,7 +29,7 @@ class ServerState(NamedTuple):
     params: Any
     key_params: Any  # parameters of the momentum model
     opt_state: Any
-    queue: MoCoQueue  # one for all clients, or stacked with one for each client
+    queue: Any  # `MoCoQueue` that all clients share; None if each client has its own
 
 
 class Contrast(NamedTuple):
@@ -39,7 +39,7 @@ class Contrast(NamedTuple):
     top1: Array  # [], contrastive accuracy of the last direction
 
 
-def init(params: Any, queue: MoCoQueue, optimizer: optax.GradientTransformation) -> ServerState:
+def init(params: Any, queue: MoCoQueue | None, optimizer: optax.GradientTransformation) -> ServerState:
     """The first state. The momentum model is a copy: donation forbids two leaves that share a buffer."""
     return ServerState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), queue)
 
@@ -59,7 +59,7 @@ def step(
 
     Args:
       project: The server-side model with its head, without normalisation.
-      state: Of the server.
+      state: Of the server, with the queue, or queues, that `queue_access` expects.
       smashed_query: [n, h, w, c] with n = M * B rows, ordered by client.
       smashed_key: [n, h, w, c]; a constant, also where it is used as a query.
       moco: Settings. If symmetric, the key views also serve as queries, and both sets of keys are enqueued.

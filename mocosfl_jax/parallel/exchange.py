@@ -47,7 +47,7 @@ def make_placement(mesh: Mesh, forms: Forms) -> Placement:
 
 
 def _select(mesh: Mesh, pool: Any, cohort: Array | None) -> Any:
-    if cohort is None:
+    if cohort is None or not jax.tree.leaves(pool):
         return pool
     size, count = mesh.size, len(cohort)
 
@@ -71,7 +71,7 @@ def _select(mesh: Mesh, pool: Any, cohort: Array | None) -> Any:
 
 
 def _put_back(mesh: Mesh, pool: Any, members: Any, cohort: Array | None) -> Any:
-    if cohort is None:
+    if cohort is None or not jax.tree.leaves(pool):
         return members
     size, count = mesh.size, len(jax.tree.leaves(pool)[0])
 

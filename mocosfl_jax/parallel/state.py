@@ -1,23 +1,24 @@
-"""The training state between programs, sharded over the mesh, and algorithms on such states.
+"""The states between programs, sharded over the mesh, and algorithms on such states.
 
-The server's parameters, momentum model and SGD buffer are sharded over `model`, each tensor along its largest
+What each client has of its own is sharded by client, and what all clients share is on every device. The
+server's parameters, momentum model and SGD buffer are sharded over `model`, each tensor along its largest
 divisible dimension. They are gathered where they are used, as in ZeRO and FSDP (Rajbhandari et al. 2020). The
 rows of the shared queue are sharded over `model` too, but never gathered: queries are sent to them.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import GetAttrKey
 
-from mocosfl_jax.algorithm.interface import Algorithm, StepInfo, SyncInfo, TrainState
+from mocosfl_jax.algorithm.interface import Algorithm, CohortState, StepInfo, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData, Views
-from mocosfl_jax.algorithm.server import ServerState
 from mocosfl_jax.models import Features
 from mocosfl_jax.parallel.mesh import CLIENTS, MODEL, at, of_views, pad
+
+State = TypeVar("State", TrainState, CohortState)
 
 
 def tensor(mesh: Mesh, shape: tuple[int, ...]) -> P:
@@ -38,78 +39,80 @@ def distribute(algorithm: Algorithm, mesh: Mesh, num_clients: int) -> Algorithm:
       num_clients: N.
 
     Returns:
-      The algorithm, on a TrainState as returned by `rest`. Outputs of `step` and `sync` are replicated,
-      except for smashed data, which has one shard of rows per device if the devices divide the rows.
+      The algorithm, on states as returned by `rest`. Outputs of `step` and `sync` are replicated, except for
+      smashed data, which has one shard of rows per device if the devices divide the rows.
     """
     if mesh.size == 1:
         return algorithm
 
-    def inside(state: TrainState) -> TrainState:
+    def inside(state: State) -> State:
         return enter(mesh, num_clients, state)
 
     def whole(x: Any) -> Any:
         return None if x is None else at(mesh, x, P())
 
-    def step(
-        state: TrainState, views: Views, cohort: Array | None = None, **options: Any
-    ) -> tuple[TrainState, StepInfo]:
+    def step(state: CohortState, views: Views, **options: Any) -> tuple[CohortState, StepInfo]:
         views = Views(*(at(mesh, x, of_views(len(x))) for x in views))
-        state, info = algorithm.step(inside(state), views, whole(cohort), **options)
+        state, info = algorithm.step(inside(state), views, **options)
         return rest(mesh, state), _info(mesh, info)
 
-    def sync(state: TrainState, cohort: Array | None = None) -> tuple[TrainState, SyncInfo]:
-        state, info = algorithm.sync(inside(state), whole(cohort))
+    def sync(state: CohortState) -> tuple[CohortState, SyncInfo]:
+        state, info = algorithm.sync(inside(state))
         return rest(mesh, state), SyncInfo(whole(info.divergence))
 
     def encode(state: TrainState, images: Array) -> Features:
         features = algorithm.encode(inside(state), at(mesh, whole(images), CLIENTS))
         return Features(*(whole(x) for x in features))
 
-    def replay(
-        state: TrainState, smashed: SmashedData, cohort: Array | None = None
-    ) -> tuple[TrainState, StepInfo]:
+    def replay(state: CohortState, smashed: SmashedData) -> tuple[CohortState, StepInfo]:
         assert algorithm.replay is not None
         smashed = SmashedData(*(at(mesh, whole(x), CLIENTS) for x in smashed))
-        state, info = algorithm.replay(inside(state), smashed, whole(cohort))
+        state, info = algorithm.replay(inside(state), smashed)
         return rest(mesh, state), _info(mesh, info)
 
     return Algorithm(
         init=lambda rng: rest(mesh, algorithm.init(rng)),
+        enter=lambda state, cohort=None: rest(mesh, algorithm.enter(inside(state), whole(cohort))),
         step=step,
         sync=sync,
+        leave=lambda state: rest(mesh, algorithm.leave(inside(state))),
         encode=encode,
         replay=replay if algorithm.replay else None,
     )
 
 
-def specs(mesh: Mesh, state: TrainState) -> Any:
+def specs(mesh: Mesh, state: State) -> Any:
     """A PartitionSpec for each leaf of `state`, as a tree of the same structure."""
-
-    def place(path: Any, leaf: Array) -> P:
-        names = [str(part.name) for part in path if isinstance(part, GetAttrKey)]
-        if names == ["step"]:
-            return P()
-        if names[0] == "clients" or not isinstance(state.server, ServerState):
-            return CLIENTS  # the server of FL-MoCo holds only the queues of the clients
-        if "queue" not in names:
-            return tensor(mesh, leaf.shape)
-        if state.server.queue.keys.ndim > 2:
-            return CLIENTS
-        return P(MODEL) if names[-1] == "keys" else P()
-
-    return jax.tree_util.tree_map_with_path(place, state)
+    places: Any = jax.tree.map(lambda leaf: P(), state)
+    if state.server is not None:
+        places = places._replace(server=jax.tree.map(lambda leaf: tensor(mesh, leaf.shape), state.server))
+        if state.server.queue is not None:
+            queue = places.server.queue._replace(keys=P(MODEL), cursor=P())
+            places = places._replace(server=places.server._replace(queue=queue))
+    if state.pool is not None:
+        own = jax.tree.map(lambda leaf: CLIENTS, state.pool.own)
+        places = places._replace(pool=places.pool._replace(own=own))
+    if isinstance(state, CohortState):
+        places = places._replace(clients=jax.tree.map(lambda leaf: CLIENTS, state.clients))
+    return places
 
 
-def enter(mesh: Mesh, num_clients: int, state: TrainState) -> TrainState:
+def enter(mesh: Mesh, num_clients: int, state: State) -> State:
     """The state inside a program, without the padding that it has at rest."""
 
-    def place(leaf: Array, spec: P) -> Array:
-        return at(mesh, leaf[:num_clients] if spec == CLIENTS else leaf, spec)
+    def place(count: int, tree: Any, places: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, spec: at(mesh, leaf[:count] if spec == CLIENTS else leaf, spec), tree, places
+        )
 
-    return jax.tree.map(place, state, specs(mesh, state))
+    inside: Any = state
+    places = specs(mesh, state)
+    if isinstance(state, CohortState) and state.cohort is not None:
+        inside = state._replace(clients=place(len(state.cohort), state.clients, places.clients))
+    return place(num_clients, inside, places)
 
 
-def rest(mesh: Mesh, state: TrainState) -> TrainState:
+def rest(mesh: Mesh, state: State) -> State:
     """The state between programs, padded with zeros to the same number of clients on each device.
 
     With zeros, the fingerprint of a checkpoint does not depend on the amount of padding.

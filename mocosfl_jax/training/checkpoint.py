@@ -204,7 +204,7 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
 
     Args:
       manager: from `open_manager`.
-      like: a state of the same shapes, dtypes and placement. Its mesh may differ from that of the run so far.
+      like: shapes, dtypes and placement of the state. Its mesh may differ from that of the run so far.
 
     Returns:
       State and progress.
@@ -310,18 +310,23 @@ def _restore(
 
 
 def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainState) -> None:
-    """Raise UserError unless the checkpoint has the shapes of `like`; the number of clients may differ."""
+    """Raise UserError unless the checkpoint has the shapes of `like`; the clients' padding may differ."""
     saved, wanted = _shapes(manager.item_metadata(step)["state"].tree), _shapes(like)
-    clients = tuple(shapes[("clients", "scales")][0] for shapes in (saved, wanted))
+    checkpoint = manager.directory / str(step)
+    if ("clients", "scales") in saved:
+        raise UserError(
+            f"{checkpoint}: found the layout of an earlier version, allowed: that of this version; the "
+            "version that trained the run can evaluate and export it"
+        )
     for path in sorted(saved.keys() | wanted.keys()):
         found, allowed = saved.get(path), wanted.get(path)
         if found == allowed:
             continue
-        stacked = found and allowed and (found[0], allowed[0]) == clients and found[1:] == allowed[1:]
-        if not stacked:
+        padded = path[:2] == ("pool", "own") and found and allowed and found[1:] == allowed[1:]
+        if not padded:
             raise UserError(
-                f"{manager.directory / str(step)}: found {'/'.join(path)} of shape {found}, "
-                f"allowed: {allowed}, that of the configuration"
+                f"{checkpoint}: found {'/'.join(path)} of shape {found}, allowed: {allowed}, that of the "
+                "configuration"
             )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 from tqdm import tqdm
 
-from mocosfl_jax.algorithm.interface import TrainState
+from mocosfl_jax.algorithm.interface import CohortState, TrainState
 from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import Encode, make_encode
@@ -49,16 +50,17 @@ def train(run: Run, stop: Stop, output: Output) -> bool:
 
 def _train(run: Run, stop: Stop, output: Output) -> bool:
     rng_init, rng_views, rng_probe = jax.random.split(jax.random.key(run.config.seed), 3)
-    state = jax.jit(run.algorithm.init)(rng_init)
-    output.say(report.header(run, state))
+    output.say(report.header(run))
+    init: Any = jax.jit(run.algorithm.init).lower(rng_init).compile()
     dataset, folder = run.dataset, output.folder
     encode = make_encode(run.algorithm, dataset.mean, dataset.std)
     store = saving.Store(folder, run.replay)
     if run.config.saving.loss_threshold:
         store.require_space()
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
-        restored = checkpoint.restore_newest(manager, state)
-        state, progress = restored or (state, Progress())
+        # Restored before anything is initialised, so that memory holds one state.
+        restored = checkpoint.restore_newest(manager, rounds.outputs(init))
+        state, progress = restored or (init(rng_init), Progress())
         if progress.step > run.total_steps:
             raise UserError(
                 f"{folder}: found a checkpoint of step {progress.step:,}, allowed: at most "
@@ -174,7 +176,7 @@ def run_epoch(
     stop: Stop,
     bar: tqdm,
 ) -> tuple[TrainState, Progress, Array | None]:
-    """Train the remaining rounds of one epoch; `stop` ends it after a round.
+    """Train the remaining rounds of one epoch with its cohort; `stop` ends it after a round.
 
     The host fetches the losses of a round while the device works on the next one.
 
@@ -186,7 +188,7 @@ def run_epoch(
     if traffic is Traffic.UP_ONLY:
         progress = progress._replace(kept_epoch=epoch)
     members = run.members(progress.kept_epoch if traffic is Traffic.NONE else epoch)
-    cohort = None if run.whole_pool else members
+    at_work = programs.turn.enter(state, None if run.whole_pool else members)
     order = np.random.default_rng((run.config.seed, epoch)).permutation(run.steps_per_epoch)  # for a replay
     clock = time.perf_counter()
     pending: list[rounds.Curve] = []
@@ -194,15 +196,14 @@ def run_epoch(
     for first in range(done, run.steps_per_epoch, run.steps_per_round):
         steps = range(first, min(first + run.steps_per_round, run.steps_per_epoch))
         if traffic is Traffic.BOTH_WAYS:
-            state, curve = programs.run_steps(state, programs.feed(epoch, steps), cohort)
-            state, info = programs.sync(state, cohort)
+            at_work, curve = programs.run_steps(at_work, programs.feed(epoch, steps))
+            at_work, info = programs.turn.sync(at_work)
             divergence = info.divergence
         elif traffic is Traffic.UP_ONLY:
-            state, curve = keep(programs, store, epoch, state, steps, cohort)
+            at_work, curve = keep(programs, store, epoch, at_work, steps)
         else:
-            state, curve = replay(
-                programs, store, progress.kept_epoch, state, order[steps.start : steps.stop], cohort
-            )
+            kept = order[steps.start : steps.stop]
+            at_work, curve = replay(programs, store, progress.kept_epoch, at_work, kept)
         pending.append(curve)
         if stop():
             break
@@ -212,39 +213,29 @@ def run_epoch(
     for curve in pending:
         progress = fetch(progress, curve, clock, bar, run)
         clock = time.perf_counter()
-    return state, progress, divergence
+    return programs.turn.leave(at_work), progress, divergence
 
 
 def keep(
-    programs: Programs,
-    store: saving.Store,
-    epoch: int,
-    state: TrainState,
-    steps: range,
-    cohort: np.ndarray | None,
-) -> tuple[TrainState, rounds.Curve]:
+    programs: Programs, store: saving.Store, epoch: int, state: CohortState, steps: range
+) -> tuple[CohortState, rounds.Curve]:
     """Train the server alone, and keep the smashed data that the clients send."""
     curves = []
     images = (batch for piece in programs.feed(epoch, steps) for batch in piece)
     for step, batch in zip(steps, images, strict=True):
-        state, curve, smashed = programs.keeping_step(state, batch, cohort)
+        state, curve, smashed = programs.keeping_step(state, batch)
         store.write(epoch, step, smashed)
         curves.append(curve)
     return state, rounds.joined(curves)
 
 
 def replay(
-    programs: Programs,
-    store: saving.Store,
-    epoch: int,
-    state: TrainState,
-    steps: np.ndarray,
-    cohort: np.ndarray | None,
-) -> tuple[TrainState, rounds.Curve]:
+    programs: Programs, store: saving.Store, epoch: int, state: CohortState, steps: np.ndarray
+) -> tuple[CohortState, rounds.Curve]:
     """Train the server on the smashed data kept from `steps` of `epoch`."""
     curves = []
     for step in steps:
-        state, curve = programs.replay_step(state, store.read(epoch, int(step)), cohort)
+        state, curve = programs.replay_step(state, store.read(epoch, int(step)))
         curves.append(curve)
     return state, rounds.joined(curves)
 

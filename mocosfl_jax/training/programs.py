@@ -23,12 +23,20 @@ class Programs(NamedTuple):
     run_steps: rounds.RunSteps
     keeping_step: rounds.KeepingStep
     replay_step: rounds.ReplayStep
-    sync: rounds.SyncProgram
+    turn: rounds.Turn
     encode: Encode
 
 
 def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Encode) -> Programs:
-    """Compile the training step, which takes the longest. The other programs compile when first used."""
+    """Compile the training step, which takes the longest. The other programs compile when first used.
+
+    Args:
+      run: the run.
+      state: the shapes, dtypes and placement of its state.
+      rng_views: key of all augmentations of the run.
+      encode: from `make_encode`.
+    """
+    turn = rounds.make_turn(run.algorithm, state, None if run.whole_pool else run.cohort)
     batch = (*places(run), *run.dataset.x_train.shape[1:])
     place = meshes.of_images(run.mesh, run.cohort)
     spread = meshes.make_spread(run.mesh, run.cohort, int(run.batch_sizes.max()))
@@ -39,9 +47,8 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
         run.algorithm,
         run.make_views,
         rng_views,
-        state=state,
+        state=turn.state,
         images=jax.ShapeDtypeStruct((size, *batch), np.uint8, sharding=place),
-        cohort=None if run.whole_pool else run.cohort,
         spread=spread,
     )
     return Programs(
@@ -49,7 +56,7 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
         run_steps,
         rounds.make_keeping_step(run.algorithm, run.make_views, rng_views, spread),
         rounds.make_replay_step(run.algorithm),
-        rounds.make_sync(run.algorithm),
+        turn,
         encode,
     )
 

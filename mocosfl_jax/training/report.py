@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.runtime.environment import environment
@@ -17,15 +16,13 @@ from mocosfl_jax.training.experiment import Run
 _PACKAGES = ("python", "jax", "jaxlib", "flax", "optax", "numpy", "mocosfl_jax")
 
 
-def header(run: Run, state: TrainState) -> str:
+def header(run: Run) -> str:
     """Describe devices, data, clients, both sides of the cut, and the plan of the run; one line each."""
     config, dataset, parts = run.config, run.dataset, run.parts
     pool, sync, optim = config.clients, config.sync, config.optim
     classes = [len(np.unique(dataset.y_train[part])) for part in parts]
     height, width, channels = dataset.x_train.shape[1:]
-    client_params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.clients.params
-    )
+    client_params, server_params = jax.eval_shape(run.model.init, jax.random.key(0))
     device = meshes.first_device(run.mesh)
     versions = environment(device)
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name in _PACKAGES)
@@ -44,7 +41,7 @@ def header(run: Run, state: TrainState) -> str:
     }
     if config.algorithm == "flmoco":
         rows["FL-MoCo"] = (
-            f"whole {config.model.name}: {_params(client_params)} and a queue of "
+            f"whole {config.model.name}: {_params((client_params, server_params))} and a queue of "
             f"{config.moco.queue_size:,} keys per client"
         )
     else:
@@ -58,7 +55,7 @@ def header(run: Run, state: TrainState) -> str:
         rows |= {
             "client side": f"{network} up to cut layer {config.model.cut_layer}"
             f"{''.join(f', {extra}' for extra in extras if extra)}: {_params(client_params)} per client",
-            "server side": f"{_params(state.server.params)}; {keys}",
+            "server side": f"{_params(server_params)}; {keys}",
             "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "
             "down per step",
         }

@@ -1,8 +1,9 @@
-"""The compiled programs of training: a step, the steps of a round, synchronization.
+"""The compiled programs of training: a cohort enters, takes the steps of a round, is synchronized and leaves.
 
-The algorithm's step and sync are jitted only here, and their state is donated.
+They are jitted only here, and their state is donated.
 """
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from mocosfl_jax.algorithm.interface import Algorithm, SyncInfo, TrainState
+from mocosfl_jax.algorithm.interface import Algorithm, CohortState, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData, Views
 
 # Pieces queued on the device. Each holds its images, so the host must not run ahead without limit.
@@ -24,10 +25,9 @@ class Curve(NamedTuple):
     top1: list[Array]
 
 
-SyncProgram = Callable[[TrainState, np.ndarray | None], tuple[TrainState, SyncInfo]]
-RunSteps = Callable[[TrainState, Iterable[Array], np.ndarray | None], tuple[TrainState, Curve]]
-KeepingStep = Callable[[TrainState, Array, np.ndarray | None], tuple[TrainState, Curve, SmashedData]]
-ReplayStep = Callable[[TrainState, SmashedData, np.ndarray | None], tuple[TrainState, Curve]]
+RunSteps = Callable[[CohortState, Iterable[Array]], tuple[CohortState, Curve]]
+KeepingStep = Callable[[CohortState, Array], tuple[CohortState, Curve, SmashedData]]
+ReplayStep = Callable[[CohortState, SmashedData], tuple[CohortState, Curve]]
 Spread = Callable[[Array], Array]  # images [M, B, H, W, 3] -> the same, on several devices
 MakeViews = Callable[[Array, Array], Views]  # rng, images [M, B, H, W, 3] uint8 -> Views
 
@@ -42,9 +42,42 @@ def _identity(images: Array) -> Array:
     return images
 
 
-def make_sync(algorithm: Algorithm) -> SyncProgram:
-    """Jit the synchronization: state, cohort [M] or None -> state, SyncInfo. The state is donated."""
-    return jax.jit(algorithm.sync, donate_argnums=0)
+class Turn(NamedTuple):
+    """The programs at the start and the end of a cohort's turn, and at the end of each of its rounds."""
+
+    enter: Callable[[TrainState, np.ndarray | None], CohortState]  # state, cohort [M] or None
+    sync: Callable[[CohortState], tuple[CohortState, SyncInfo]]
+    leave: Callable[[CohortState], TrainState]
+    state: CohortState  # shapes, dtypes and placement of the state that has entered
+
+
+def outputs(compiled: Any) -> Any:
+    """Shapes, dtypes and placement of what a compiled program returns."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        compiled.out_info,
+        compiled.output_shardings,
+    )
+
+
+def make_turn(algorithm: Algorithm, state: TrainState, cohort: int | None) -> Turn:
+    """Compile the algorithm's `enter` and `leave`, and jit its `sync`.
+
+    Args:
+      algorithm: from `mocosfl` or `flmoco`.
+      state: shapes, dtypes and placement of the states that the cohort enters.
+      cohort: M; None: every client takes part in every step.
+    """
+    members = None if cohort is None else jax.ShapeDtypeStruct((cohort,), np.int32)
+    enter, sync, leave = (
+        jax.jit(f, donate_argnums=0) for f in (algorithm.enter, algorithm.sync, algorithm.leave)
+    )
+    with warnings.catch_warnings():
+        # What all clients share has another shape in the cohort, so its memory is not reused.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        entering: Any = enter.lower(state, members).compile()
+        leaving: Any = leave.lower(outputs(entering)).compile()
+    return Turn(entering, sync, leaving, outputs(entering))
 
 
 def make_keeping_step(
@@ -55,32 +88,28 @@ def make_keeping_step(
     The arguments are those of `make_run_steps`, and the views drawn are the same. Compiled when first called.
 
     Returns:
-      A function (state, images [M, B, H, W, 3] uint8, cohort [M] int32 or None) -> state, Curve, SmashedData.
-      The state is donated.
+      A function (state, images [M, B, H, W, 3] uint8) -> state, Curve, SmashedData. The state is donated.
     """
 
-    def step(
-        state: TrainState, images: Array, rng: Array, cohort: Array | None
-    ) -> tuple[TrainState, Curve, SmashedData | None]:
+    def step(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve, SmashedData | None]:
         views = make_views(jax.random.fold_in(rng, state.step), spread(images))
-        state, info = algorithm.step(state, views, cohort, send_gradients=False)
+        state, info = algorithm.step(state, views, send_gradients=False)
         return state, Curve([info.loss[None]], [info.top1[None]]), info.smashed
 
     run_step: Any = jax.jit(step, donate_argnums=0)
-    return lambda state, images, cohort: run_step(state, images, rng, cohort)
+    return lambda state, images: run_step(state, images, rng)
 
 
 def make_replay_step(algorithm: Algorithm) -> ReplayStep:
     """Return a step of the server on smashed data that it has kept. Compiled when first called.
 
     Returns:
-      A function (state, SmashedData, the cohort [M] that sent it or None) -> state, Curve. The state is
-      donated.
+      A function (state, SmashedData that its cohort has sent) -> state, Curve. The state is donated.
     """
 
-    def step(state: TrainState, smashed: SmashedData, cohort: Array | None) -> tuple[TrainState, Curve]:
+    def step(state: CohortState, smashed: SmashedData) -> tuple[CohortState, Curve]:
         assert algorithm.replay is not None
-        state, info = algorithm.replay(state, smashed, cohort)
+        state, info = algorithm.replay(state, smashed)
         return state, Curve([info.loss[None]], [info.top1[None]])
 
     replay: Any = jax.jit(step, donate_argnums=0)
@@ -92,9 +121,8 @@ def make_run_steps(
     make_views: MakeViews,
     rng: Array,
     *,
-    state: TrainState,
+    state: CohortState,
     images: jax.ShapeDtypeStruct,
-    cohort: int | None,
     spread: Spread = _identity,
 ) -> RunSteps:
     """Compile the function that runs some steps of training.
@@ -107,47 +135,41 @@ def make_run_steps(
       algorithm: from `mocosfl` or `flmoco`.
       make_views: augmentation.
       rng: key of all augmentations of the run.
-      state: a state with the shapes and the placement of those that the function will receive.
+      state: with the shapes and the placement of those that the function will receive.
       images: [s, M, B, H, W, 3] uint8, shape and sharding of most pieces. If s > 1, the steps of a piece run
         as one program (see `Forms.scan_rounds`).
-      cohort: M, which may be less than in `images`; None: every client takes part in every step.
       spread: places a step's images on several devices, from `parallel.mesh.make_spread`.
 
     Returns:
-      A function (state, pieces of images, cohort [M] int32 or None) -> state, Curve. Each piece has s steps
-      or one. The state is donated.
+      A function (state, pieces of images) -> state, Curve. Each piece has s steps or one. The state is
+      donated.
     """
     piece_steps = images.shape[0]
 
-    def step(state: TrainState, images: Array, rng: Array, cohort: Array | None) -> tuple[TrainState, Curve]:
+    def step(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve]:
         views = make_views(jax.random.fold_in(rng, state.step), spread(images))
-        state, info = algorithm.step(state, views, cohort)
+        state, info = algorithm.step(state, views)
         return state, Curve([info.loss], [info.top1])
 
-    def one(state: TrainState, images: Array, rng: Array, cohort: Array | None) -> tuple[TrainState, Curve]:
-        state, curve = step(state, images[0], rng, cohort)
+    def one(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve]:
+        state, curve = step(state, images[0], rng)
         return state, jax.tree.map(lambda x: x[None], curve)
 
-    def several(
-        state: TrainState, images: Array, rng: Array, cohort: Array | None
-    ) -> tuple[TrainState, Curve]:
-        return jax.lax.scan(lambda s, batch: step(s, batch, rng, cohort), state, images)
+    def several(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve]:
+        return jax.lax.scan(lambda state, images: step(state, images, rng), state, images)
 
     run_one: Any = jax.jit(one, donate_argnums=0)
     run_several: Any = jax.jit(several, donate_argnums=0)
-    members = None if cohort is None else np.arange(cohort, dtype=np.int32)
     if piece_steps > 1:
-        run_several = run_several.lower(state, images, rng, members).compile()
+        run_several = run_several.lower(state, images, rng).compile()
     else:
-        run_one = run_one.lower(state, images, rng, members).compile()
+        run_one = run_one.lower(state, images, rng).compile()
 
-    def run(
-        state: TrainState, pieces: Iterable[Array], cohort: np.ndarray | None
-    ) -> tuple[TrainState, Curve]:
+    def run(state: CohortState, pieces: Iterable[Array]) -> tuple[CohortState, Curve]:
         curves: list[Curve] = []
         for piece in pieces:
             program = run_several if len(piece) == piece_steps > 1 else run_one
-            state, curve = program(state, piece, rng, cohort)
+            state, curve = program(state, piece, rng)
             curves.append(curve)
             if len(curves) > WAITING:
                 jax.block_until_ready(curves[-WAITING - 1])

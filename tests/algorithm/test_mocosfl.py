@@ -104,30 +104,36 @@ def test_loss_does_not_depend_on_the_order_of_clients(build: Build, toy_model: S
 
 def test_a_cohort_trains_like_a_separate_pool_and_others_stay(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
-    state, cohort = diverse(state), jnp.array([3, 1])
+    at_rest, cohort = algorithm.leave(diverse(state)), jnp.array([3, 1])
+    everyone = algorithm.enter(at_rest).clients
     views = random_views(3, 2, B)
-    new, info = algorithm.step(state, views, cohort)
-    pair, _ = build(toy_model, num_clients=2)
-    expected, expected_info = pair.step(state._replace(clients=client(state.clients, cohort)), views)
-    assert_trees_close(client(new.clients, cohort), expected.clients, rtol=1e-6, atol=1e-7)
+    new, info = algorithm.step(algorithm.enter(at_rest, cohort), views)
+    pair, alone = build(toy_model, num_clients=2)
+    alone = alone._replace(clients=client(everyone, cohort), server=at_rest.server)
+    expected, expected_info = pair.step(alone, views)
+    assert_trees_close(new.clients, expected.clients, rtol=1e-6, atol=1e-7)
     assert_trees_close(new.server, expected.server, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(info.loss, expected_info.loss, rtol=1e-6)
+    after = algorithm.enter(algorithm.leave(new)).clients
     idle = jnp.array([0, 2])
-    assert_trees_close(client(new.clients, idle), client(state.clients, idle), rtol=0)
+    for kept in ("key_params", "opt_state"):
+        before, now = getattr(everyone, kept), getattr(after, kept)
+        assert_trees_close(client(now, idle), client(before, idle), rtol=0)
+        assert_trees_close(client(now, cohort), getattr(new.clients, kept), rtol=0)
 
 
 def test_sync_averages_the_cohort_and_loads_the_mean_into_all(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
-    state, cohort = diverse(state), jnp.array([1, 2])
-    synced, _ = algorithm.sync(state, cohort)
-    for leaf, mean in zip(
-        jax.tree.leaves(state.clients.params), jax.tree.leaves(synced.clients.params), strict=True
+    state = diverse(algorithm.enter(algorithm.leave(state), jnp.array([1, 2])))
+    synced, _ = algorithm.sync(state)
+    everyone = algorithm.enter(algorithm.leave(synced)).clients.params
+    for leaf, mean, after in zip(
+        *map(jax.tree.leaves, (state.clients.params, synced.clients.params, everyone)), strict=True
     ):
-        np.testing.assert_allclose(mean, np.broadcast_to(leaf[1:3].mean(axis=0), leaf.shape), rtol=1e-6)
-    kept = (synced.clients.key_params, synced.clients.opt_state, synced.server, synced.step)
-    assert_trees_close(
-        kept, (state.clients.key_params, state.clients.opt_state, state.server, state.step), rtol=0
-    )
+        np.testing.assert_allclose(mean, np.broadcast_to(leaf.mean(axis=0), leaf.shape), rtol=1e-6)
+        np.testing.assert_array_equal(after, np.broadcast_to(mean[0], (N, *leaf.shape[1:])))
+    others, before = (s._replace(clients=s.clients._replace(params=None)) for s in (synced, state))
+    assert_trees_close(others, before, rtol=0)
 
 
 def test_sync_of_equal_clients_changes_nothing(build: Build, toy_model: SplitModel) -> None:
@@ -137,11 +143,11 @@ def test_sync_of_equal_clients_changes_nothing(build: Build, toy_model: SplitMod
     np.testing.assert_allclose(info.divergence, np.zeros(N), atol=1e-6)
 
 
-def test_encode_is_the_first_client_and_the_server(build: Build, toy_model: SplitModel, x64: None) -> None:
+def test_encode_is_the_average_client_and_the_server(build: Build, toy_model: SplitModel, x64: None) -> None:
     algorithm, state = build(toy_model)
-    state = diverse(state)
+    state, _ = algorithm.sync(diverse(state))
     images = random_views(4, 1, 5).query[0]
-    got = algorithm.encode(state, images)
+    got = algorithm.encode(algorithm.leave(state), images)
     expected = toy_model.server(
         state.server.params, toy_model.client(client(state.clients.params, 0), images)
     )
@@ -168,7 +174,7 @@ def test_incompatible_settings_are_refused(build: Build, toy_model: SplitModel) 
     with pytest.raises(AssertionError):
         algorithm.step(state, random_views(1, N - 1, B))
     with pytest.raises(AssertionError):
-        algorithm.step(state, random_views(1, N, B), jnp.array([0, 1]))
+        algorithm.step(algorithm.enter(algorithm.leave(state), jnp.array([0, 1])), random_views(1, N, B))
     small, state = build(toy_model, queue_size=N * B - 1)
     with pytest.raises(ValueError, match="queue of 11 keys cannot take 12"):
         small.step(state, random_views(1, N, B))

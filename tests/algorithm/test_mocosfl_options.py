@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax import SplitModel, TrainState, Views
+from mocosfl_jax import CohortState, SplitModel, Views
 from mocosfl_jax.algorithm import moco
 from mocosfl_jax.algorithm.clients import Sync
 from mocosfl_jax.algorithm.concatenation import merge, real_rows, split
@@ -20,7 +20,7 @@ from tests.support.toy import KEY_DIM, random_views
 TAU = 0.99  # momentum coefficient, mocosfl's default
 
 
-def in_float64(state: TrainState, views: Views) -> tuple[TrainState, Views]:
+def in_float64(state: CohortState, views: Views) -> tuple[CohortState, Views]:
     wide = jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, (state, views))
     return wide[0], Views(*wide[1])
 
@@ -40,13 +40,16 @@ def test_concatenation_drops_the_padding_and_restores_it() -> None:
 def test_queues_per_client_equal_deques_under_sampling(build: Build, toy_model: SplitModel) -> None:
     """Each member of the cohort enqueues its own keys, queries' before keys'; no other queue changes."""
     algorithm, state = build(toy_model, feature_sharing=False)
-    deques = [collections.deque(np.asarray(keys), maxlen=K // N) for keys in state.server.queue.keys]
-    assert state.server.queue.keys.shape == (N, K // N, KEY_DIM)
-    np.testing.assert_allclose(np.linalg.norm(state.server.queue.keys, axis=-1), 1, rtol=1e-6)
+    start = state.clients.queue
+    assert start is not None and start.keys.shape == (N, K // N, KEY_DIM)
+    assert state.server is not None and state.server.queue is None
+    np.testing.assert_allclose(np.linalg.norm(start.keys, axis=-1), 1, rtol=1e-6)
+    deques = [collections.deque(np.asarray(keys), maxlen=K // N) for keys in start.keys]
+    at_rest = algorithm.leave(state)
     for t, cohort in enumerate(([0, 2], [2, 3], [0, 1], [0, 3], [0, 2])):
         views = random_views(t, 2, B)
-        momentum = client(state.clients.key_params, jnp.array(cohort))
-        online = client(state.clients.params, jnp.array(cohort))
+        state = algorithm.enter(at_rest, jnp.array(cohort))
+        online, momentum = state.clients.params, state.clients.key_params
         momentum = jax.tree.map(lambda a, b: TAU * a + (1 - TAU) * b, momentum, online)
         server_key = jax.tree.map(
             lambda a, b: TAU * a + (1 - TAU) * b, state.server.key_params, state.server.params
@@ -55,9 +58,11 @@ def test_queues_per_client_equal_deques_under_sampling(build: Build, toy_model: 
             for params, images in ((online, views.query), (momentum, views.key)):
                 smashed = toy_model.client(client(params, place), images[place])
                 deques[i].extend(np.asarray(moco.normalise(toy_model.server(server_key, smashed).projection)))
-        state, _ = algorithm.step(state, views, jnp.array(cohort))
+        at_rest = algorithm.leave(algorithm.step(state, views)[0])
+        queues = at_rest.pool.own.queue
+        assert queues is not None
         for i in range(N):
-            keys, cursor = state.server.queue.keys[i], int(state.server.queue.cursor[i])
+            keys, cursor = queues.keys[i], int(queues.cursor[i])
             np.testing.assert_allclose(np.roll(keys, -cursor, axis=0), np.stack(deques[i]), atol=1e-5)
 
 
@@ -72,9 +77,9 @@ def test_a_client_contrasts_only_with_its_own_queue(
     losses = []
     for i in range(N):
         alone, _ = build(toy_model, num_clients=1, queue_size=K // N, symmetric=symmetric)
-        queue = moco.MoCoQueue(state.server.queue.keys[i], state.server.queue.cursor[i])
         own = state._replace(
-            clients=client(state.clients, jnp.array([i])), server=state.server._replace(queue=queue)
+            clients=client(state.clients, jnp.array([i]))._replace(queue=None),
+            server=state.server._replace(queue=client(state.clients.queue, i)),
         )
         losses.append(alone.step(own, Views(*(x[i : i + 1] for x in views)))[1].loss)
     np.testing.assert_allclose(info.loss, np.mean(losses), rtol=1e-9)
@@ -228,13 +233,15 @@ def test_replay_is_the_servers_half_of_a_step(
     build: Build, toy_model: SplitModel, feature_sharing: bool
 ) -> None:
     algorithm, state = build(toy_model, feature_sharing=feature_sharing)
-    state, cohort = diverse(state), jnp.array([1, 3])
-    full, info = algorithm.step(state, random_views(1, 2, B), cohort)
+    state = algorithm.enter(algorithm.leave(diverse(state)), jnp.array([1, 3]))
+    full, info = algorithm.step(state, random_views(1, 2, B))
     assert algorithm.replay is not None and info.smashed is not None
     kept = SmashedData(*map(jnp.asarray, map(np.asarray, info.smashed)))
-    replayed, again = algorithm.replay(state, kept, cohort)
+    replayed, again = algorithm.replay(state, kept)
     assert_trees_close(replayed.server, full.server, rtol=1e-5, atol=1e-7)
-    assert_trees_close(replayed.clients, state.clients, rtol=0)
+    assert_trees_close(replayed.clients.queue, full.clients.queue, rtol=1e-5, atol=1e-7)
+    models, before = (s.clients._replace(queue=None) for s in (replayed, state))
+    assert_trees_close(models, before, rtol=0)
     np.testing.assert_allclose(again.loss, info.loss, rtol=1e-6)
     assert replayed.step == state.step + 1
 
@@ -249,48 +256,48 @@ def stacked(tree: Any) -> list[np.ndarray]:
 def test_weighted_average(build: Build, toy_model: SplitModel) -> None:
     weights = np.array([1.0, 2.0, 3.0, 10.0], np.float32)
     algorithm, state = build(toy_model, sync=Sync(weights=weights))
-    state, cohort = diverse(state), [1, 3]
-    synced, _ = algorithm.sync(state, jnp.array(cohort))
+    cohort = [1, 3]
+    state = diverse(algorithm.enter(algorithm.leave(state), jnp.array(cohort)))
+    synced, _ = algorithm.sync(state)
     for leaf, mean in zip(stacked(state.clients.params), stacked(synced.clients.params), strict=True):
-        expected = np.average(leaf[cohort], axis=0, weights=weights[cohort])
+        expected = np.average(leaf, axis=0, weights=weights[cohort])
         np.testing.assert_allclose(mean, np.broadcast_to(expected, leaf.shape), rtol=1e-5, atol=1e-6)
 
 
 def test_monacosfl_averages_the_momentum_models_too(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model, sync=Sync(momentum_models=True))
-    state, cohort = diverse(state), [0, 2]
-    synced, _ = algorithm.sync(state, jnp.array(cohort))
+    state = diverse(algorithm.enter(algorithm.leave(state), jnp.array([0, 2])))
+    synced, _ = algorithm.sync(state)
     for name in ("params", "key_params"):
         pairs = zip(
             stacked(getattr(state.clients, name)), stacked(getattr(synced.clients, name)), strict=True
         )
         for leaf, mean in pairs:
-            expected = leaf[cohort].mean(axis=0)
+            expected = leaf.mean(axis=0)
             np.testing.assert_allclose(mean, np.broadcast_to(expected, leaf.shape), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("buffers", ["keep", "reset", "average"])
 def test_buffers_are_kept_reset_or_averaged(build: Build, toy_model: SplitModel, buffers: str) -> None:
     algorithm, state = build(toy_model, sync=Sync(buffers=buffers))
-    state, cohort = diverse(state), [0, 1, 3]
-    synced, _ = algorithm.sync(state, jnp.array(cohort))
+    state = diverse(algorithm.enter(algorithm.leave(state), jnp.array([0, 1, 3])))
+    synced, _ = algorithm.sync(state)
     for leaf, new in zip(stacked(state.clients.opt_state), stacked(synced.clients.opt_state), strict=True):
         expected = {
             "keep": leaf,
             "reset": np.zeros_like(leaf),
-            "average": np.broadcast_to(leaf[cohort].mean(axis=0), leaf.shape),
+            "average": np.broadcast_to(leaf.mean(axis=0), leaf.shape),
         }[buffers]
         np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_divergence_is_the_summed_distance_to_the_mean(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
-    state, cohort = diverse(state), [3, 0]
-    _, info = algorithm.sync(state, jnp.array(cohort))
+    state = diverse(algorithm.enter(algorithm.leave(state), jnp.array([3, 0])))
+    _, info = algorithm.sync(state)
     expected = np.zeros(2)
     for leaf in stacked(state.clients.params):
-        mean = leaf[cohort].mean(axis=0)
-        expected += [np.linalg.norm((leaf[i] - mean).ravel()) for i in cohort]
+        expected += [np.linalg.norm((own - leaf.mean(axis=0)).ravel()) for own in leaf]
     np.testing.assert_allclose(info.divergence, expected, rtol=1e-5)
 
 
@@ -300,25 +307,23 @@ def test_divergence_aware_averaging_equals_its_definition(
 ) -> None:
     """Two rounds: the first sets each client's lambda, which is smaller where mu was clipped."""
     algorithm, state = build(toy_model, sync=Sync(divergence_lambda=strength))
-    state = diverse(state)._replace(clients=diverse(state).clients._replace(scales=jnp.zeros(N)))
     scales = np.zeros(N)
     for cohort in ([0, 1, 2], [1, 2, 3]):
-        synced, info = algorithm.sync(state, jnp.array(cohort))
+        state = diverse(algorithm.enter(algorithm.leave(state), jnp.array(cohort)))
+        synced, info = algorithm.sync(state)
+        everyone = algorithm.enter(algorithm.leave(synced)).clients
         divergence = np.asarray(info.divergence)
         for place, i in enumerate(cohort):
             mu = min((scales[i] or strength) * divergence[place], 1.0)
-            for leaf, new in zip(stacked(state.clients.params), stacked(synced.clients.params), strict=True):
-                expected = mu * leaf[i] + (1 - mu) * leaf[cohort].mean(axis=0)
+            for leaf, new in zip(stacked(state.clients.params), stacked(everyone.params), strict=True):
+                expected = mu * leaf[place] + (1 - mu) * leaf.mean(axis=0)
                 np.testing.assert_allclose(new[i], expected, rtol=1e-4, atol=1e-5)
             scales[i] = scales[i] or mu / divergence[place]
         idle = ({0, 1, 2, 3} - set(cohort)).pop()
-        for leaf, new in zip(stacked(state.clients.params), stacked(synced.clients.params), strict=True):
-            np.testing.assert_allclose(new[idle], leaf[cohort].mean(axis=0), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(synced.clients.scales, scales, rtol=1e-5)
-        noisy = jax.tree.map(
-            lambda x: x + 0.2 * jax.random.normal(jax.random.key(7), x.shape), synced.clients.params
-        )
-        state = synced._replace(clients=synced.clients._replace(params=noisy))
+        for leaf, new in zip(stacked(state.clients.params), stacked(everyone.params), strict=True):
+            np.testing.assert_allclose(new[idle], leaf.mean(axis=0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(everyone.scales, scales, rtol=1e-5)
+        state = algorithm.enter(algorithm.leave(synced))
 
 
 # Everything on the server.

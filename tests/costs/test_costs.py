@@ -152,23 +152,23 @@ def test_server_of_resnet18_by_hand() -> None:
 def test_flops_equal_the_training_steps(model: str, option: dict[str, Any]) -> None:
     split, size = MODELS[model]
     numbers = plan(image_size=size, **option)
-    state, views, cohort, step = training(split, numbers)
+    state, views, step = training(split, numbers)
     result = accounting.costs(split, numbers)
     clients = numbers.cohort * result.client.flops.step
-    assert forward_flops(step, state, views, cohort) == clients + result.server.flops.step
+    assert forward_flops(step, state, views) == clients + result.server.flops.step
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_traffic_is_what_training_exchanges(model: str) -> None:
     split, size = MODELS[model]
     numbers = plan(image_size=size)
-    state, views, cohort, step = training(split, numbers)
-    state, info = jax.eval_shape(step, state, views, cohort)
+    state, views, step = training(split, numbers)
+    state, info = jax.eval_shape(step, state, views)
     traffic = accounting.client_traffic(split, numbers)
     assert traffic.smashed_up * numbers.cohort == nbytes(info.smashed)
     assert traffic.smashed_down * numbers.cohort == nbytes(info.smashed_grad)
-    assert traffic.weights_up * numbers.num_clients == nbytes(state.clients.params)
-    assert traffic.weights_down * numbers.num_clients == nbytes(state.clients.params)
+    assert traffic.weights_up * numbers.cohort == nbytes(state.clients.params)
+    assert traffic.weights_down * numbers.cohort == nbytes(state.clients.params)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -178,18 +178,19 @@ def test_memory_equals_the_training_states(model: str, option: dict[str, Any]) -
     numbers = plan(image_size=size, **option)
     state, *_ = training(split, numbers)
     client, server = accounting.client_memory(split, numbers), accounting.server_memory(split, numbers)
-    n = numbers.num_clients
+    n = numbers.cohort
     assert n * client.parameters == nbytes(state.clients.params) == n * client.gradient
     assert n * client.momentum_model == nbytes(state.clients.key_params)
     assert n * client.sgd_buffer == nbytes(state.clients.opt_state)
     assert server.parameters == nbytes(state.server.params) == server.gradient
     assert server.momentum_model == nbytes(state.server.key_params)
     assert server.sgd_buffer == nbytes(state.server.opt_state)
-    assert server.queue == nbytes(state.server.queue.keys)
+    queue = state.server.queue or state.pool.own.queue
+    assert server.queue == nbytes(queue.keys)
 
 
-def training(model: SplitModel, numbers: Plan) -> tuple[Any, Any, Any, Any]:
-    """Shapes of state, views and cohort, and the step itself, which computes nothing twice."""
+def training(model: SplitModel, numbers: Plan) -> tuple[Any, Any, Any]:
+    """Shapes of a cohort's state and of views, and the step itself, which computes nothing twice."""
     algorithm = mocosfl(
         model,
         num_clients=numbers.num_clients,
@@ -203,7 +204,8 @@ def training(model: SplitModel, numbers: Plan) -> tuple[Any, Any, Any, Any]:
     size = numbers.image_size
     views = jax.tree.map(lambda x: shape(*x.shape[:2], size, size, 3), views)
     cohort = jax.ShapeDtypeStruct((numbers.cohort,), "int32")
-    return jax.eval_shape(algorithm.init, jax.random.key(0)), views, cohort, algorithm.step
+    state = jax.eval_shape(algorithm.enter, jax.eval_shape(algorithm.init, jax.random.key(0)), cohort)
+    return state, views, algorithm.step
 
 
 def test_a_backward_pass_keeps_the_input_of_each_layer() -> None:

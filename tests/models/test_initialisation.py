@@ -88,7 +88,9 @@ def test_every_tensor_is_drawn_as_in_the_official_code(name: str, standardised: 
 @pytest.mark.parametrize("init", ["official", "xavier"])
 def test_clients_and_momentum_models_start_equal(init: str) -> None:
     model = split_model("vgg11", cut_layer=1, width=4, key_dim=8, init=init)
-    state = jax.jit(mocosfl(model, num_clients=3).init)(jax.random.key(0))
+    algorithm = mocosfl(model, num_clients=3)
+    state = jax.jit(lambda rng: algorithm.enter(algorithm.init(rng)))(jax.random.key(0))
+    assert state.server is not None
     for params in (state.clients.params, state.clients.key_params):
         for leaf, first in zip(jax.tree.leaves(params), jax.tree.leaves(state.clients.params), strict=True):
             np.testing.assert_array_equal(leaf, np.broadcast_to(first[:1], leaf.shape))

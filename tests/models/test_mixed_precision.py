@@ -15,9 +15,9 @@ from PIL import Image
 
 from mocosfl_jax import (
     Algorithm,
+    CohortState,
     MomentumContrast,
     SplitModel,
-    TrainState,
     Views,
     encode,
     export,
@@ -58,9 +58,10 @@ def build(compute_dtype: str, **changes: Any) -> tuple[SplitModel, Algorithm]:
     )
 
 
-def shapes(algorithm: Algorithm, size: int) -> tuple[TrainState, Views]:
+def shapes(algorithm: Algorithm, size: int) -> tuple[CohortState, Views]:
     view: Any = jax.ShapeDtypeStruct((CLIENTS, BATCH, size, size, 3), "float32")
-    return jax.eval_shape(algorithm.init, jax.random.key(0)), Views(view, view)
+    state = jax.eval_shape(lambda rng: algorithm.enter(algorithm.init(rng)), jax.random.key(0))
+    return state, Views(view, view)
 
 
 def dtypes(tree: Any) -> set[str]:
@@ -92,7 +93,8 @@ def test_networks_multiply_in_bfloat16_and_keep_float32(network: str) -> None:
     assert dtypes(new) == wanted
     assert dtypes((info.loss, info.top1)) == {"float32"}
     assert dtypes((info.smashed, info.smashed_grad)) == {"bfloat16"}
-    features = jax.eval_shape(algorithm.encode, state, views_of_one(views))
+    at_rest = jax.eval_shape(algorithm.leave, state)
+    features = jax.eval_shape(algorithm.encode, at_rest, views_of_one(views))
     assert dtypes(features) == {"float32"}
     jaxpr = jax.make_jaxpr(algorithm.step)(state, views).jaxpr
     convolutions = products(jaxpr, "conv_general_dilated")
@@ -132,11 +134,11 @@ def test_fl_moco_and_queues_per_client_keep_float32() -> None:
         assert info.loss.dtype == jnp.float32
 
 
-def trained(compute_dtype: str) -> tuple[TrainState, TrainState, np.ndarray]:
+def trained(compute_dtype: str) -> tuple[CohortState, CohortState, np.ndarray]:
     """First and last state, and the losses, of `STEPS` steps with FedAvg after every fifth step."""
     _, algorithm = build(compute_dtype)
     step, sync = jax.jit(algorithm.step), jax.jit(algorithm.sync)
-    first = state = jax.jit(algorithm.init)(jax.random.key(0))
+    first = state = jax.jit(lambda rng: algorithm.enter(algorithm.init(rng)))(jax.random.key(0))
     rng = np.random.default_rng(0)
     images = rng.normal(size=(12, CLIENTS, BATCH, SIZE, SIZE, 3))
     losses = []

@@ -16,6 +16,7 @@ from jax import Array
 
 from mocosfl_jax import (
     Algorithm,
+    CohortState,
     Forms,
     MomentumContrast,
     SplitModel,
@@ -26,6 +27,7 @@ from mocosfl_jax import (
     one_device,
 )
 from mocosfl_jax.algorithm.clients import Sync
+from mocosfl_jax.algorithm.pool import online_model
 from mocosfl_jax.config import Clients, Config, Data, Eval, Mesh, Moco, Model
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.feed import batches
@@ -123,12 +125,19 @@ def build(case: Case, mesh: jax.sharding.Mesh, forms: Forms = CPU) -> Algorithm:
 
 
 def diverse(state: TrainState) -> TrainState:
-    """A state in float64 whose clients differ."""
+    """A state in float64 in which clients differ in what they have of their own."""
     wide = jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, state)
-    noisy = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), wide.clients
+    own = wide.pool.own
+
+    def noisy(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), tree
+        )
+
+    own = own._replace(
+        params=noisy(own.params), key_params=noisy(own.key_params), opt_state=noisy(own.opt_state)
     )
-    return wide._replace(clients=noisy._replace(scales=jnp.zeros(len(noisy.scales))))
+    return wide._replace(pool=wide.pool._replace(own=own))
 
 
 def draw(case: Case, mesh: jax.sharding.Mesh, seed: int) -> Views:
@@ -140,6 +149,8 @@ class Trained(NamedTuple):
     results: Any  # all outputs of the algorithm, and the final state, as numpy arrays
     step: list["Collective"]  # of the compiled step
     sync: list["Collective"]
+    enter: list["Collective"]
+    leave: list["Collective"]
 
 
 @functools.cache
@@ -157,22 +168,25 @@ def train(name: str, data: int, model: int) -> Trained:
         )
         cohorts = [np.sort(members).astype(np.int32) for members in draws]
 
-    def scalars(state: TrainState, views: Views, cohort: Array | None) -> tuple[TrainState, Any]:
-        state, info = algorithm.step(state, views, cohort)
+    def scalars(state: CohortState, views: Views) -> tuple[CohortState, Any]:
+        state, info = algorithm.step(state, views)
         return state, (info.loss, info.top1)
 
-    lowered = jax.jit(scalars, donate_argnums=0).lower(state, draw(case, mesh, 0), cohorts[0])
-    step: Any = lowered.compile()
-    sync: Any = jax.jit(algorithm.sync, donate_argnums=0).lower(state, cohorts[0]).compile()
+    turn: Any = rounds.make_turn(algorithm, state, case.cohort)
+    step: Any = jax.jit(scalars, donate_argnums=0).lower(turn.state, draw(case, mesh, 0)).compile()
+    sync: Any = turn.sync.lower(turn.state).compile()
     outputs: list[Any] = []
     for round_, cohort in enumerate(cohorts):
+        at_work = turn.enter(state, cohort)
         for i in range(2):
-            state, info = step(state, draw(case, mesh, 2 * round_ + i), cohort)
+            at_work, info = step(at_work, draw(case, mesh, 2 * round_ + i))
             outputs.append(info)
-        state, info = sync(state, cohort)
+        at_work, info = sync(at_work)
         outputs.append(info)
+        state = turn.leave(at_work)
     results = jax.tree.map(np.asarray, (outputs, trimmed(case, state)))
-    return Trained(results, collectives(step.as_text()), collectives(sync.as_text()))
+    programs = (step, sync, turn.enter, turn.leave)
+    return Trained(results, *(collectives(program.as_text()) for program in programs))
 
 
 @functools.cache
@@ -188,12 +202,7 @@ def trimmed(case: Case, state: TrainState) -> TrainState:
         assert not np.any(leaf[case.num_clients :])
         return np.asarray(leaf[: case.num_clients])
 
-    state = state._replace(clients=jax.tree.map(trim, state.clients))
-    if case.baseline:
-        return state._replace(server=jax.tree.map(trim, state.server))
-    if not case.moco.get("feature_sharing", True):
-        return state._replace(server=state.server._replace(queue=jax.tree.map(trim, state.server.queue)))
-    return state
+    return state._replace(pool=state.pool._replace(own=jax.tree.map(trim, state.pool.own)))
 
 
 @pytest.mark.usefixtures("x64")
@@ -238,36 +247,42 @@ def collectives(text: str | None) -> list[Collective]:
 
 
 def assert_nothing_large_is_gathered(name: str, data: int, model: int) -> None:
-    """Assert that all data received in a step is smaller than the pool's clients, the batch and the queue.
+    """Assert that all data received in a step is smaller than the cohort, the batch and the queue.
 
-    Also that FedAvg is one all-reduce of one client's parameters.
+    Also that FedAvg is an all-reduce of one client's parameters, and that members enter and leave one
+    device's share at a time.
     """
-    case, found, state = CASES[name], train(name, data, model).step, initial(name)
+    case, trained, state = CASES[name], train(name, data, model), initial(name)
+    found = trained.step
     places = case.cohort or case.num_clients
     rows = sum(case.options.get("batch_sizes", [case.batch] * places))
     rows *= 2 if case.moco.get("full_symmetric") else 1
     smashed = rows * SIZE * SIZE * CHANNELS
-    client = [leaf.size // case.num_clients for leaf in jax.tree.leaves(state.clients.params)]
-    pool = case.num_clients * max(client)
-    queue = (state.server if case.baseline else state.server.queue).keys
+    client = [leaf.size for leaf in jax.tree.leaves(online_model(state))]
+    cohort = places * max(client)
+    queue = (state.pool.own.queue or state.server.queue).keys
     if case.baseline:
-        smashed = pool  # no smashed data is sent
-    assert all(max(c.sizes) < min(smashed, pool, queue.size) for c in found), found
+        smashed = cohort  # no smashed data is sent
+    assert all(max(c.sizes) < min(smashed, cohort, queue.size) for c in found), found
     largest = {kind: max((max(c.sizes) for c in found if c.kind == kind), default=0) for kind in KINDS}
     server_tensor = max(map(math.prod, SHAPES[1:]))
     embeddings = math.ceil(rows / 8) * 8 * KEY_DIM
     assert largest["all-gather"] <= max(server_tensor, embeddings), found
     assert largest["all-reduce"] <= server_tensor, found
-    # Members of the cohort, and rows where clients differ, are exchanged one device's share at a time.
-    share = max(math.ceil(places / 8) * max(*client, queue[0].size), math.ceil(rows / 8) * smashed // rows)
-    assert largest["collective-permute"] <= share, found
+    # Where clients differ, rows are exchanged one device's share at a time.
+    assert largest["collective-permute"] <= math.ceil(rows / 8) * smashed // rows, found
     assert not largest["all-to-all"], found
     if (name, model) == ("whole pool", 1):  # only the keys of both views are gathered on all devices
         assert [c.sizes for c in found if c.kind == "all-gather"] == 2 * [[embeddings]], found
 
-    averaged = [c for c in train(name, data, model).sync if max(c.sizes) >= max(client)]
+    share = math.ceil(places / 8) * max(*client, queue[0].size)
+    turns = trained.enter + trained.leave
+    assert all(max(c.sizes) <= max(share, *client) for c in turns), turns
+    assert {c.kind for c in trained.enter} <= {"collective-permute"}, trained.enter
+
+    averaged = [c for c in trained.sync if max(c.sizes) >= max(client)]
     trees = 3 if name == "sampled cohort" else 1  # momentum models and buffers are averaged too
-    assert [c.kind for c in averaged] == trees * ["all-reduce"], averaged
+    assert {c.kind for c in averaged} == {"all-reduce"}, averaged
     few = 3 * case.num_clients  # additional scalars, such as weights and divergences
     assert 0 <= sum(sum(c.sizes) for c in averaged) - trees * sum(client) <= few, averaged
 
@@ -314,7 +329,7 @@ def test_state_is_sharded_evenly() -> None:
     for data, model in MESHES:
         mesh = make_mesh(Mesh(data=data, model=model), jax.devices())
         state = jax.jit(build(CASES["whole pool"], mesh).init)(jax.random.key(0))
-        for leaf in jax.tree.leaves(state.clients):
+        for leaf in jax.tree.leaves(state.pool.own):
             assert {s.data.nbytes for s in leaf.addressable_shards} == {leaf.nbytes // 8}
         for leaf in [*jax.tree.leaves(state.server.params), state.server.queue.keys]:
             assert {s.data.nbytes for s in leaf.addressable_shards} == {leaf.nbytes // model}
@@ -402,13 +417,13 @@ def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
         places = padded(mesh, 5, 2)
         filled = np.pad(indices, [(0, 0), (0, places[0] - 5), (0, 0)])
         state = jax.jit(algorithm.init)(jax.random.key(0))
+        turn = rounds.make_turn(algorithm, state, 5)
         run = rounds.make_run_steps(
             algorithm,
             make_views,
             jax.random.key(2),
-            state=state,
+            state=turn.state,
             images=jax.ShapeDtypeStruct((size, *places, *pictures.shape[1:]), np.uint8, sharding=place),
-            cohort=5,
             spread=make_spread(mesh, 5, 2),
         )
         dealt = {epoch: filled for epoch in range(2)}
@@ -426,9 +441,10 @@ def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
         ]
         losses = []
         for epoch in range(2):
-            state, curve = run(state, feeds[epoch](epoch, range(3)), cohort)
+            at_work, curve = run(turn.enter(state, cohort), feeds[epoch](epoch, range(3)))
+            state = turn.leave(at_work)
             losses += np.concatenate(curve.loss).tolist()
-        ends.append((losses, np.asarray(jax.tree.leaves(state.clients.params)[0])[:7]))
+        ends.append((losses, jax.tree.map(np.asarray, online_model(state))["kernel"]))
     np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-5)
     np.testing.assert_allclose(ends[0][1], ends[1][1], rtol=1e-4, atol=1e-6)
 

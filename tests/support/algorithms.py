@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from mocosfl_jax import Algorithm, Forms, MomentumContrast, SplitModel, TrainState, mocosfl, one_device
+from mocosfl_jax import Algorithm, CohortState, Forms, MomentumContrast, SplitModel, mocosfl, one_device
 from mocosfl_jax.models.forms import ACCELERATOR, CPU
 
 N, B, K = 4, 3, 48
@@ -21,13 +21,13 @@ class Build(Protocol):
 
     def __call__(
         self, model: SplitModel, num_clients: int = N, **changes: Any
-    ) -> tuple[Algorithm, TrainState]: ...
+    ) -> tuple[Algorithm, CohortState]: ...
 
 
 def build(
     forms: Forms, model: SplitModel, num_clients: int = N, **changes: Any
-) -> tuple[Algorithm, TrainState]:
-    """Compile MocoSFL on `model` and make its first state. `changes` go to MomentumContrast or mocosfl."""
+) -> tuple[Algorithm, CohortState]:
+    """Compile MocoSFL on `model`, and let all clients enter. `changes` go to MomentumContrast or mocosfl."""
     moco = {name: changes.pop(name) for name in MomentumContrast._fields if name in changes}
     pure = mocosfl(
         model,
@@ -37,21 +37,30 @@ def build(
         **{"server_lr": LR, "client_lr": LR} | changes,
     )
     algorithm = Algorithm(
-        jax.jit(pure.init),
-        jax.jit(pure.step, static_argnames="send_gradients"),
-        jax.jit(pure.sync),
-        jax.jit(pure.encode),
-        jax.jit(pure.replay) if pure.replay else None,
+        init=jax.jit(pure.init),
+        enter=jax.jit(pure.enter),
+        step=jax.jit(pure.step, static_argnames="send_gradients"),
+        sync=jax.jit(pure.sync),
+        leave=jax.jit(pure.leave),
+        encode=jax.jit(pure.encode),
+        replay=jax.jit(pure.replay) if pure.replay else None,
     )
-    return algorithm, algorithm.init(jax.random.key(0))
+    return algorithm, algorithm.enter(algorithm.init(jax.random.key(0)))
 
 
-def diverse(state: TrainState) -> TrainState:
-    """Make the clients differ, as after some steps without synchronization."""
-    noisy = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), state.clients
+def diverse(state: CohortState) -> CohortState:
+    """Make the clients' models and buffers differ, as after some steps without synchronization."""
+
+    def noisy(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), tree
+        )
+
+    params, key_params, opt_state, *_ = state.clients
+    clients = state.clients._replace(
+        params=noisy(params), key_params=noisy(key_params), opt_state=noisy(opt_state)
     )
-    return state._replace(clients=noisy)
+    return state._replace(clients=clients)
 
 
 def assert_trees_close(one: Any, other: Any, *, rtol: float, atol: float = 0.0) -> None:

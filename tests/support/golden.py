@@ -11,9 +11,9 @@ import numpy as np
 
 from mocosfl_jax import (
     Algorithm,
+    CohortState,
     Forms,
     MomentumContrast,
-    TrainState,
     Views,
     mocosfl,
     one_device,
@@ -43,17 +43,15 @@ class Case:
             return z / np.sqrt(np.prod(shape[1:]))
         return 1 + 0.1 * z if name.endswith("scale") else 0.1 * z
 
-    def cohort(self, step: int) -> list[int] | None:
-        """Clients that take part in the step; None: all of them."""
-        return self.settings["pools"][step] if self.settings["pools"] else None
-
     def views(self, step: int) -> Views:
         s = self.settings
-        cohort = self.cohort(step) or range(s["num_client"])
         shape = (s["batch_size"], 3, s["size"], s["size"])
 
         def draw(view: str) -> jax.Array:
-            images = [self.rng(f"{view}.client{i}.step{step}").standard_normal(shape) for i in cohort]
+            images = [
+                self.rng(f"{view}.client{i}.step{step}").standard_normal(shape)
+                for i in range(s["num_client"])
+            ]
             return jnp.asarray(np.stack(images).transpose(0, 1, 3, 4, 2))
 
         return Views(draw("query"), draw("key"))
@@ -122,8 +120,8 @@ def summary(x: np.ndarray) -> np.ndarray:
     return np.concatenate([[flat.sum(), np.sqrt((flat**2).sum())], flat[positions]])
 
 
-def build(case: Case, forms: Forms) -> tuple[Algorithm, TrainState]:
-    """The public algorithm of the case, and the case's initial state."""
+def build(case: Case, forms: Forms) -> tuple[Algorithm, CohortState]:
+    """The public algorithm of the case, and the case's initial state, in which all clients have entered."""
     s = case.settings
     model = split_model(
         s["arch"].lower(),
@@ -153,7 +151,7 @@ def build(case: Case, forms: Forms) -> tuple[Algorithm, TrainState]:
     )
     state = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, float if leaf.dtype == jnp.float32 else leaf.dtype),
-        jax.eval_shape(algorithm.init, jax.random.key(0)),
+        jax.eval_shape(lambda rng: algorithm.enter(algorithm.init(rng)), jax.random.key(0)),
     )
     seen = 0
     for parameter in s["parameters"]:
@@ -172,10 +170,13 @@ def build(case: Case, forms: Forms) -> tuple[Algorithm, TrainState]:
     assert seen == len(jax.tree.leaves((state.clients.params, state.clients.key_params))) + len(
         jax.tree.leaves((state.server.params, state.server.key_params))
     )
-    # Without feature sharing each client has an equal share of the rows.
-    keys = jnp.asarray(case.queue()).reshape(state.server.queue.keys.shape)
-    queue = state.server.queue._replace(keys=keys)
-    return algorithm, state._replace(server=state.server._replace(queue=queue))
+    keys = jnp.asarray(case.queue())
+    if s["feature_sharing"]:
+        queue = state.server.queue._replace(keys=keys)
+        return algorithm, state._replace(server=state.server._replace(queue=queue))
+    # Each client has an equal share of the rows.
+    queue = state.clients.queue._replace(keys=keys.reshape(state.clients.queue.keys.shape))
+    return algorithm, state._replace(clients=state.clients._replace(queue=queue))
 
 
 def cases_in(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -191,6 +192,7 @@ def assert_equals_official(
     """Compare every number of the case, to a relative 1e-6. Requires float64 to be enabled."""
     golden = Case(case)
     s = golden.settings
+    assert not s["pools"], "all clients take part in every step"
     algorithm, state = build(golden, forms)
     step = jax.jit(algorithm.step, compiler_options=compiler_options)
     sync = jax.jit(algorithm.sync)
@@ -201,10 +203,9 @@ def assert_equals_official(
         compared.add(name)
 
     for t in range(s["steps"]):
-        cohort = None if golden.cohort(t) is None else jnp.asarray(golden.cohort(t))
-        state, info = step(state, golden.views(t), cohort)
+        state, info = step(state, golden.views(t))
         if t + 1 in s["sync_after"]:
-            state, _ = sync(state, cohort)
+            state, _ = sync(state)
         check(f"step{t}.loss", info.loss)
         check(f"step{t}.top1_percent", 100 * info.top1)
         crossed = {
@@ -228,7 +229,7 @@ def assert_equals_official(
             for i in range(s["num_client"]):
                 check(f"step{t}.client{i}.online.{name}", torch_summary(online[i]))
                 check(f"step{t}.client{i}.momentum.{name}", torch_summary(momentum[i]))
-        keys, cursors = state.server.queue
+        keys, cursors = state.server.queue or state.clients.queue
         if s["feature_sharing"]:
             check(f"step{t}.queue", summary(np.asarray(keys)))
             check(f"step{t}.queue_ptr", cursors)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from mocosfl_jax import Forms, MomentumContrast, SplitModel, TrainState, Views, mocosfl, one_device
+from mocosfl_jax import CohortState, Forms, MomentumContrast, SplitModel, Views, mocosfl, one_device
 from mocosfl_jax.feed import batches
 from mocosfl_jax.models.forms import CPU
 from mocosfl_jax.training import rounds
 from tests.support.toy import IMAGE
 
 N, M, B, R = 4, 2, 3, 4
-RunSteps = Callable[[TrainState, np.ndarray, np.ndarray | None], tuple[TrainState, rounds.Curve]]
+RunSteps = Callable[[CohortState, np.ndarray], tuple[CohortState, rounds.Curve]]
 
 PLACE = SingleDeviceSharding(jax.devices()[0])
 
@@ -33,7 +33,7 @@ def build(
     whole_pool: bool,
     traces: list[int] | None = None,
     forms: Forms = CPU,
-) -> tuple[RunSteps, TrainState]:
+) -> tuple[RunSteps, CohortState]:
     moco = MomentumContrast(queue_size=24, temperature=1.0)
     algorithm = mocosfl(model, num_clients=N, moco=moco, placement=one_device(forms))
 
@@ -44,21 +44,19 @@ def build(
 
     images = np.random.default_rng(1).integers(0, 256, (40, *IMAGE), np.uint8)
     size = R if scan else 1
-    state = jax.jit(algorithm.init)(jax.random.key(0))
+    cohort = None if whole_pool else jnp.array([0, 3])
+    state = jax.jit(lambda rng: algorithm.enter(algorithm.init(rng), cohort))(jax.random.key(0))
     run = rounds.make_run_steps(
         algorithm._replace(step=counted),
         make_views,
         jax.random.key(2),
         state=state,
         images=jax.ShapeDtypeStruct((size, N if whole_pool else M, B, *IMAGE), jnp.uint8),
-        cohort=None if whole_pool else M,
     )
 
-    def run_steps(
-        state: TrainState, indices: np.ndarray, cohort: np.ndarray | None
-    ) -> tuple[TrainState, rounds.Curve]:
+    def run_steps(state: CohortState, indices: np.ndarray) -> tuple[CohortState, rounds.Curve]:
         feed = batches.resident(jax.device_put(images), lambda epoch: indices, size, PLACE)
-        return run(state, feed(0, range(len(indices))), cohort)
+        return run(state, feed(0, range(len(indices))))
 
     return run_steps, state
 
@@ -73,8 +71,8 @@ def test_a_program_is_traced_once_for_all_calls(toy_model: SplitModel, scan: boo
     run, state = build(toy_model, scan=scan, whole_pool=False, traces=traces)
     assert len(traces) == 1
     for round_, steps in enumerate((R, R, 1, 3, R)):
-        cohort = np.sort(np.random.default_rng(round_).choice(N, M, replace=False)).astype(np.int32)
-        state, curve = run(state, indices(round_, steps, M), cohort)
+        state = state._replace(cohort=jnp.sort(jax.random.choice(jax.random.key(round_), N, (M,), False)))
+        state, curve = run(state, indices(round_, steps, M))
         assert sum(map(len, curve.loss)) == sum(map(len, curve.top1)) == steps
     assert int(state.step) == 3 * R + 4
     assert len(traces) == (2 if scan else 1)  # where rounds are scanned, shorter ones run step by step
@@ -87,10 +85,9 @@ def test_scan_equals_loop(toy_model: SplitModel, whole_pool: bool, forms: Forms,
         run, state = build(toy_model, scan=scan, whole_pool=whole_pool, forms=forms)
         assert all(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(state))
         clients = N if whole_pool else M
-        cohort = None if whole_pool else np.array([0, 3], np.int32)
         losses: list[float] = []
         for round_, steps in enumerate((R, 3)):
-            state, curve = run(state, indices(round_, steps, clients), cohort)
+            state, curve = run(state, indices(round_, steps, clients))
             losses += np.concatenate(jax.device_get(curve.loss)).tolist()
         ends.append((losses, jax.device_get(state)))
     np.testing.assert_allclose(ends[0][0], ends[1][0], rtol=1e-9)
@@ -109,7 +106,7 @@ def test_nothing_is_fetched(toy_model: SplitModel, monkeypatch: pytest.MonkeyPat
         for name in ("__array__", "__float__", "__int__", "__bool__", "item", "tolist", "block_until_ready"):
             patch.setattr(type(state.step), name, fetched)
         patch.setattr(jax, "device_get", fetched)
-        state, curve = run(state, batches, None)
+        state, curve = run(state, batches)
         with pytest.raises(AssertionError, match="fetched"):
             float(curve.loss[0][0])
     assert all(np.isfinite(float(loss[0])) for loss in curve.loss)
@@ -117,7 +114,7 @@ def test_nothing_is_fetched(toy_model: SplitModel, monkeypatch: pytest.MonkeyPat
 
 def test_the_state_is_donated(toy_model: SplitModel) -> None:
     run, state = build(toy_model, scan=False, whole_pool=True)
-    new, _ = run(state, indices(0, 1, N), None)
+    new, _ = run(state, indices(0, 1, N))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
@@ -126,9 +123,9 @@ def test_each_step_draws_views_by_its_number(toy_model: SplitModel) -> None:
     """Two calls of one step equal one call of two: results do not depend on where a run was interrupted."""
     batches = indices(0, 2, N)
     run, state = build(toy_model, scan=False, whole_pool=True)
-    together, _ = run(state, batches, None)
+    together, _ = run(state, batches)
     run, state = build(toy_model, scan=False, whole_pool=True)
     for batch in batches:
-        state, _ = run(state, batch[None], None)
+        state, _ = run(state, batch[None])
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -154,12 +154,11 @@ def test_clients_pause_and_the_server_continues(run: Run, tmp_path: pathlib.Path
         if len(states) == 1:
             assert train(run, tmp_path)
     before, after = states
-    for a, b in zip(
-        jax.tree.leaves(before.clients.params), jax.tree.leaves(after.clients.params), strict=True
-    ):
+    before_params, after_params = before.pool.shared.params, after.pool.shared.params
+    for a, b in zip(jax.tree.leaves(before_params), jax.tree.leaves(after_params), strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.any(before.server.params["kernel"] != after.server.params["kernel"])
-    assert np.any(before.server.queue.keys != after.server.queue.keys)
+    assert np.any(before.pool.own.queue.keys != after.pool.own.queue.keys)
 
 
 @pytest.mark.parametrize("epoch", [2, 3, 5])

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mocosfl_jax import TrainState, export, import_official, load_encoder, normalise
+from mocosfl_jax.algorithm.pool import online_model
 from mocosfl_jax.config import quickstart, resolve
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.forms import ACCELERATOR
@@ -153,8 +154,8 @@ def test_an_exported_run_encodes_as_the_run_does(
 
     assert export.main(["export", f"--workdir={folder}", f"--out={path}", "--checkpoint=3"]) == 0
     _, (other, _), metadata = load_encoder(path)
-    side = state(3).clients.params
-    same(other, jax.tree.map(lambda leaf: np.asarray(leaf[0]), side[0] if algorithm == "flmoco" else side))
+    side = online_model(state(3))
+    same(other, jax.tree.map(np.asarray, side[0] if algorithm == "flmoco" else side))
     assert metadata.source == f"checkpoint 3 of {folder}"
     capsys.readouterr()
     assert export.main(["export", f"--workdir={folder}", f"--out={path}", "--checkpoint=7"]) == 2

@@ -1,0 +1,149 @@
+"""The client pool: clients enter it from a cohort and leave it for one.
+
+A cohort enters training at the start of its epoch, takes steps, is synchronized, and leaves. Steps neither
+read nor write the pool.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from mocosfl_jax.algorithm import clients, fedavg
+from mocosfl_jax.algorithm.clients import ClientState, Pool, Sync
+from mocosfl_jax.algorithm.interface import CohortState, SyncInfo, TrainState
+from mocosfl_jax.algorithm.moco import MoCoQueue
+from mocosfl_jax.algorithm.placement import Placement
+
+
+def owned(sync: Sync, *, frozen: bool = False) -> ClientState:
+    """For each part of a client's state, whether each client of the pool has its own.
+
+    Args:
+      sync: How the clients are synchronized.
+      frozen: Whether the clients are never trained, and so stay equal.
+    """
+    return ClientState(
+        params=not frozen and sync.divergence_lambda is not None,
+        key_params=not frozen and not sync.momentum_models,
+        opt_state=not frozen and sync.buffers == "keep",
+        scales=True,
+        queue=True,
+    )
+
+
+def init(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    num_clients: int,
+    sync: Sync,
+    *,
+    own: ClientState,
+    queues: MoCoQueue | None = None,
+) -> Pool:
+    """A pool in which all clients have the same `params`; the momentum models start as copies.
+
+    Args:
+      params: Parameters of one client-side model.
+      optimizer: Without a learning rate, as `optim.sgd` makes it.
+      num_clients: N.
+      sync: How the clients are synchronized.
+      own: From `owned`.
+      queues: A queue for each client, with keys [N, K, D]; None if all clients share the server's.
+    """
+    one = ClientState(
+        params,
+        # A copy, since donation forbids two leaves that share a buffer.
+        jax.tree.map(jnp.copy, params),
+        optimizer.init(params),
+        scales=None if sync.divergence_lambda is None else jnp.zeros(()),
+        queue=None,
+    )
+    each, shared = _divide(one, own)
+    return Pool(fedavg.broadcast(each, num_clients)._replace(queue=queues), shared)
+
+
+def enter(
+    state: TrainState, cohort: Array | None = None, *, num_clients: int, placement: Placement
+) -> CohortState:
+    """The state for the steps of the clients in `cohort` [M]; None stands for all clients, in order.
+
+    Raises:
+      TypeError: If another cohort has not left yet.
+    """
+    _require_at_rest(state)
+    own, shared = state.pool
+    members = _combine(
+        placement.select(own, cohort),
+        fedavg.broadcast(shared, num_clients if cohort is None else len(cohort)),
+    )
+    return CohortState(state.step, members, state.server, cohort, None if cohort is None else state.pool)
+
+
+def leave(state: CohortState, *, own: ClientState, placement: Placement) -> TrainState:
+    """The state after the cohort has returned to the pool.
+
+    Of what all clients share, the pool takes the mean over the cohort. After a synchronization the members
+    hold the same, and the mean is exactly that.
+
+    Args:
+      state: The cohort at work.
+      own: From `owned`.
+      placement: As given to `enter`.
+    """
+    each, equal = _divide(state.clients, own)
+    if state.pool is not None:
+        each = placement.put_back(state.pool.own, each, state.cohort)
+    return TrainState(state.step, Pool(each, jax.tree.map(_mean_of_equals, equal)), state.server)
+
+
+def synchronize(state: CohortState, *, sync: Sync) -> tuple[CohortState, SyncInfo]:
+    """FedAvg over the cohort, see `clients.synchronize`.
+
+    Where clients keep online models of their own, those that are not in the cohort receive the mean too.
+    """
+    weights = None if sync.weights is None else jnp.asarray(sync.weights)
+    if weights is not None and state.cohort is not None:
+        weights = weights[state.cohort]
+    members, mean, divergence = clients.synchronize(state.clients, weights, sync)
+    pool = state.pool
+    if pool is not None and pool.own.params is not None:
+        pool = pool._replace(own=pool.own._replace(params=fedavg.load(mean, pool.own.params)))
+    return state._replace(clients=members, pool=pool), SyncInfo(divergence)
+
+
+def online_model(state: TrainState) -> Any:
+    """The online model to evaluate: the one that all clients share, or the first client's.
+
+    Raises:
+      TypeError: If a cohort has not left yet.
+    """
+    _require_at_rest(state)
+    if state.pool.own.params is None:
+        return state.pool.shared.params
+    return jax.tree.map(lambda leaf: leaf[0], state.pool.own.params)
+
+
+def _require_at_rest(state: TrainState) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state: found {type(state).__name__}, allowed: TrainState, from `init` or `leave`")
+
+
+def _divide(state: ClientState, own: ClientState) -> tuple[ClientState, ClientState]:
+    """The parts that each client has of its own, and those that all share; None in place of the others."""
+    pairs = list(zip(state, own, strict=True))
+    return (
+        ClientState(*(part if mine else None for part, mine in pairs)),
+        ClientState(*(None if mine else part for part, mine in pairs)),
+    )
+
+
+def _combine(own: ClientState, shared: ClientState) -> ClientState:
+    return ClientState(*(b if a is None else a for a, b in zip(own, shared, strict=True)))
+
+
+def _mean_of_equals(leaf: Array) -> Array:
+    """The mean over the leading axis, without rounding if all rows are equal."""
+    return leaf[0] + jnp.mean(leaf - leaf[:1], axis=0)

@@ -1,0 +1,123 @@
+"""Clients enter from the pool and leave for it: what each has of its own, and what all share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mocosfl_jax import Algorithm, CohortState, SplitModel, TrainState
+from mocosfl_jax.algorithm.clients import Sync
+from tests.support.algorithms import B, Build, N, assert_trees_close, client, diverse
+from tests.support.toy import random_views
+
+PARTS = ("params", "key_params", "opt_state")
+# How clients are synchronized, and what each then has of its own.
+OWN = [
+    (Sync(), {"key_params", "opt_state"}),
+    (Sync(momentum_models=True), {"opt_state"}),
+    (Sync(buffers="reset"), {"key_params"}),
+    (Sync(momentum_models=True, buffers="average"), set()),
+    (Sync(momentum_models=True, buffers="reset"), set()),
+    (Sync(divergence_lambda=0.1), {"params", "key_params", "opt_state"}),
+]
+COHORT = [3, 1]
+
+
+def trained(algorithm: Algorithm, at_rest: TrainState, seed: int) -> CohortState:
+    """A cohort after two steps and a synchronization."""
+    state = algorithm.enter(at_rest, jnp.array(COHORT))
+    for step in range(2):
+        state, _ = algorithm.step(state, random_views(seed + step, len(COHORT), B))
+    return algorithm.sync(state)[0]
+
+
+@pytest.mark.parametrize("sync, own", OWN)
+def test_the_pool_keeps_one_of_what_all_clients_share(
+    build: Build, toy_model: SplitModel, sync: Sync, own: set[str]
+) -> None:
+    """Everyone who enters next has what a pool of N whole clients would give them."""
+    algorithm, state = build(toy_model, sync=sync)
+    at_rest = algorithm.leave(algorithm.sync(diverse(state))[0])
+    everyone = algorithm.enter(at_rest).clients
+    members = trained(algorithm, at_rest, 1)
+    left = algorithm.leave(members)
+    after = algorithm.enter(left).clients
+    for part in PARTS:
+        before, now, of_members = (getattr(c, part) for c in (everyone, after, members.clients))
+        shapes = {leaf.shape for leaf in jax.tree.leaves(getattr(left.pool.own, part))}
+        assert bool(shapes) == (part in own) and all(shape[0] == N for shape in shapes)
+        assert_trees_close(client(now, jnp.array(COHORT)), of_members, rtol=0)
+        others = client(now, jnp.array([0, 2]))
+        if part not in own:  # synchronized: the others have received it too
+            assert_trees_close(others, of_members, rtol=0)
+        elif part != "params":
+            assert_trees_close(others, client(before, jnp.array([0, 2])), rtol=0)
+
+
+def test_a_stateless_pool_does_not_grow_with_its_clients(build: Build, toy_model: SplitModel) -> None:
+    def size(num_clients: int, sync: Sync) -> int:
+        algorithm, _ = build(toy_model, num_clients=4, sync=sync)
+        del algorithm
+        state = jax.eval_shape(
+            build(toy_model, num_clients=num_clients, sync=sync)[0].init, jax.random.key(0)
+        )
+        return sum(leaf.size for leaf in jax.tree.leaves(state.pool))
+
+    stateless = Sync(momentum_models=True, buffers="average")
+    kernel = 3 * 5
+    assert size(4, stateless) == size(40, stateless) == 3 * kernel  # online, momentum model, buffer
+    assert size(40, Sync()) == kernel + 40 * 2 * kernel
+
+
+@pytest.mark.parametrize("sync", [Sync(), Sync(momentum_models=True, buffers="average")])
+def test_leaving_and_entering_changes_no_bit_after_a_synchronization(
+    build: Build, toy_model: SplitModel, sync: Sync
+) -> None:
+    """So a run may be saved and resumed after any round."""
+    algorithm, state = build(toy_model, sync=sync)
+    members = trained(algorithm, algorithm.leave(state), 3)
+    again = algorithm.enter(algorithm.leave(members), jnp.array(COHORT))
+    assert_trees_close(again._replace(pool=None), members._replace(pool=None), rtol=0)
+
+
+def test_a_cohort_that_leaves_unsynchronized_is_averaged(build: Build, toy_model: SplitModel) -> None:
+    algorithm, state = build(toy_model)
+    state = diverse(state)
+    left = algorithm.leave(state)
+    for leaf, mean in zip(
+        jax.tree.leaves(state.clients.params), jax.tree.leaves(left.pool.shared.params), strict=True
+    ):
+        np.testing.assert_allclose(mean, np.mean(leaf, axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_clients_share_everything(build: Build, toy_model: SplitModel) -> None:
+    algorithm, state = build(toy_model, client_lr=0.0)
+    left = algorithm.leave(algorithm.step(state, random_views(1, N, B))[0])
+    assert not jax.tree.leaves(left.pool.own)
+    expected: Any = jax.tree.map(lambda leaf: leaf[0], state.clients.params)
+    assert_trees_close(left.pool.shared.params, expected, rtol=0)
+
+
+def test_a_step_does_not_touch_the_pool(build: Build, toy_model: SplitModel) -> None:
+    """The traced step returns the pool that it gets, and no operation has it as an operand."""
+    algorithm, state = build(toy_model)
+    entered = algorithm.enter(algorithm.leave(state), jnp.array(COHORT))
+    views = random_views(1, len(COHORT), B)
+    jaxpr = jax.make_jaxpr(lambda pool: algorithm.step(entered._replace(pool=pool), views))(
+        entered.pool
+    ).jaxpr
+    (call,) = [equation for equation in jaxpr.eqns if equation.primitive.name == "jit"]
+    inner = call.params["jaxpr"].jaxpr
+    pool = [inner.invars[call.invars.index(var)] for var in jaxpr.invars]
+    assert len(pool) == len(jax.tree.leaves(entered.pool)) > 0
+    assert not any(var in equation.invars for equation in inner.eqns for var in pool)
+
+
+def test_only_a_state_at_rest_is_entered_and_encoded(build: Build, toy_model: SplitModel) -> None:
+    algorithm, state = build(toy_model)
+    with pytest.raises(TypeError, match="found CohortState, allowed: TrainState"):
+        algorithm.enter(state)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="found CohortState, allowed: TrainState"):
+        algorithm.encode(state, random_views(4, 1, 5).query[0])  # type: ignore[arg-type]
