@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mocosfl_jax.models.convolution import PLAIN, Lowering, cpu_conv, matmul_conv
+from mocosfl_jax.models.norms import GroupNorm, fused_group_norm, group_norm
 
 
 def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,6 +34,7 @@ class Forms(NamedTuple):
     """How a training program is written for a platform."""
 
     convolutions: Lowering
+    group_norm: GroupNorm
     # A function of one client -> the same function of stacked clients [M, ...]
     over_clients: Callable[[Callable[..., Any]], Callable[..., Any]]
     # Whether the steps between two synchronizations are one program. That saves an accelerator the dispatch
@@ -41,8 +43,8 @@ class Forms(NamedTuple):
     scan_rounds: bool
 
 
-ACCELERATOR = Forms(PLAIN, at_once, scan_rounds=True)
-CPU = Forms(Lowering(cpu_conv, matmul_conv), one_by_one, scan_rounds=False)
+ACCELERATOR = Forms(PLAIN, fused_group_norm, at_once, scan_rounds=True)
+CPU = Forms(Lowering(cpu_conv, matmul_conv), group_norm, one_by_one, scan_rounds=False)
 
 
 def forms(platform: str) -> Forms:

@@ -5,7 +5,6 @@ NHWC and kernels HWIO. No layer has running statistics.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,8 +16,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mocosfl_jax.models.convolution import Convolution, depthwise_conv, transposed_conv, windows
+from mocosfl_jax.models.norms import CHANNELS_PER_GROUP, GroupNorm, batch_norm
 
-CHANNELS_PER_GROUP = 4
 NORMS = ("group", "layer", "instance")
 HEADS = ("linear", "mlp", "mlp_bn")
 INITS = ("official", "xavier")
@@ -49,86 +48,12 @@ def standardise(kernel: Array) -> Array:
     return centred / (jnp.std(kernel, axis=(0, 1, 2), ddof=1, keepdims=True) + 1e-5)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def group_norm(
-    x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP, epsilon: float = 1e-5
-) -> Array:
-    """Group normalisation (Wu and He 2018) of `x` [n, H, W, C] with `group` channels per group.
-
-    `scale` and `bias` are [C], and the computation is in their dtype. The result and the gradient of `x` are
-    rounded to the dtype of `x`, which may be bfloat16. The variance takes two passes, since in float32 the
-    difference of two large means would cancel.
-    """
-    return _group_norm_fwd(x, scale, bias, group, epsilon)[0]
-
-
-# Means are taken over the pixels of each channel and then over the channels of a group, and the norm is
-# applied as x * a + b. On a CPU this is several times faster than reshaping x into groups.
-
-
-def _group_norm_fwd(
-    x: Array, scale: Array, bias: Array, group: int, epsilon: float
-) -> tuple[Array, tuple[Array, ...]]:
-    dtype, x_as_given = x.dtype, x
-    x = x.astype(scale.dtype)
-    mean = _group_mean(_pixel_mean(x), group)
-    variance = _group_mean(_pixel_mean(jnp.square(x - mean)), group)
-    inverse = jax.lax.rsqrt(variance + epsilon)
-    scale, bias = scale.reshape(1, 1, 1, -1), bias.reshape(1, 1, 1, -1)
-    a = scale * inverse
-    return (x * a + (bias - mean * a)).astype(dtype), (x_as_given, mean, inverse, scale)
-
-
-def _group_norm_bwd(
-    group: int, epsilon: float, saved: tuple[Array, ...], grad: Array
-) -> tuple[Array, Array, Array]:
-    x, mean, inverse, scale = saved
-    dtype = x.dtype
-    x, grad = x.astype(scale.dtype), grad.astype(scale.dtype)
-    pixels = x.shape[1] * x.shape[2]
-    of_bias = _pixel_mean(grad)  # for each image
-    of_scale = _pixel_mean(grad * (x - mean)) * inverse
-    # The parts of the gradient that would change a group's mean or its variance are removed.
-    shift = _group_mean(scale * of_bias, group)
-    stretch = _group_mean(scale * of_scale, group) * inverse
-    of_x = inverse * (grad * scale - shift - (x - mean) * stretch)
-    of_scale, of_bias = (pixels * jnp.sum(mean, axis=(0, 1, 2)) for mean in (of_scale, of_bias))
-    return of_x.astype(dtype), of_scale, of_bias
-
-
-group_norm.defvjp(_group_norm_fwd, _group_norm_bwd)
-
-
-def _pixel_mean(x: Array) -> Array:
-    """The mean over pixels, [n, H, W, C] -> [n, 1, 1, C]. Adding halves lets XLA vectorise the sum."""
-    n, height, width, channels = x.shape
-    x = x.reshape(n, height * width, channels)
-    while x.shape[1] > 1 and x.shape[1] % 2 == 0:
-        half = x.shape[1] // 2
-        x = x[:, :half] + x[:, half:]
-    return jnp.sum(x, axis=1).reshape(n, 1, 1, channels) / (height * width)
-
-
-def _group_mean(per_channel: Array, group: int) -> Array:
-    """[n, 1, 1, C] -> [n, 1, 1, C]: every channel gets the mean of its group of `group` channels."""
-    groups = per_channel.reshape(len(per_channel), 1, 1, -1, group)
-    means = jnp.mean(groups, axis=-1, keepdims=True)
-    return jax.lax.optimization_barrier(jnp.broadcast_to(means, groups.shape).reshape(per_channel.shape))
-
-
-def batch_norm(x: Array, scale: Array, bias: Array, *, epsilon: float = 1e-5) -> Array:
-    """Batch normalisation of `x` [..., n, D] by mean and biased variance of its n rows, in evaluation too."""
-    centred = x - jnp.mean(x, axis=-2, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-2, keepdims=True)
-    shape = (1,) * (x.ndim - 1) + (-1,)
-    return centred * jax.lax.rsqrt(variance + epsilon) * scale.reshape(shape) + bias.reshape(shape)
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Settings that all layers on one side of the cut share."""
 
     conv: Convolution  # the form of convolutions
+    group_norm: GroupNorm  # the form of norms
     weight_standardisation: bool
     norm: str  # one of NORMS
     residual: bool  # whether blocks have shortcuts
@@ -242,7 +167,7 @@ class Norm(nn.Module):
         group = {"group": CHANNELS_PER_GROUP, "layer": channels, "instance": 1}[self.options.norm]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return group_norm(x, scale, bias, group)
+        return self.options.group_norm(x, scale, bias, group)
 
 
 class BatchNorm(nn.Module):

@@ -1,5 +1,6 @@
 """A network cut in two: the client's first layers and the server's rest."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -271,20 +272,13 @@ def split_model(
     hidden_dim = {"linear": None, "mlp": mlp_dim, "mlp_bn": 2 * key_dim}[head]
     single, stacked = forms.convolutions
     dtype = COMPUTE_DTYPES[compute_dtype]
-    client = _Client(
-        tuple(client_layers),
-        Options(stacked, weight_standardisation, norm, residual=client_residual, dtype=dtype, init=init),
+    options = Options(
+        stacked, forms.group_norm, weight_standardisation, norm, residual=True, dtype=dtype, init=init
     )
+    client = _Client(tuple(client_layers), dataclasses.replace(options, residual=client_residual))
     server = _Server(
         tuple(server_layers),
-        Options(
-            stacked if stacked_server else single,
-            weight_standardisation,
-            norm,
-            residual=True,
-            dtype=dtype,
-            init=init,
-        ),
+        dataclasses.replace(options, conv=stacked if stacked_server else single),
         ProjectionHead(key_dim, hidden_dim, batch_norm=head == "mlp_bn", name="head"),
     )
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax.models import layers
+from mocosfl_jax.models import layers, norms
 from mocosfl_jax.models.convolution import direct_conv, patches_conv
 from mocosfl_jax.models.layers import Options
 
-OPTIONS = Options(patches_conv, weight_standardisation=True, norm="group", residual=True)
+OPTIONS = Options(patches_conv, norms.group_norm, weight_standardisation=True, norm="group", residual=True)
 XAVIER = dataclasses.replace(OPTIONS, init="xavier")
 
 
@@ -58,8 +58,11 @@ def test_norms_equal_numpy_also_far_from_zero(norm: str, group: int, offset: flo
     np.testing.assert_allclose(got, plain_norm(x, scale, bias, group), rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("form", [norms.group_norm, norms.fused_group_norm])
 @pytest.mark.parametrize("group, size", [(4, 6), (12, 7), (1, 1)])
-def test_group_norm_has_the_gradients_of_its_plain_form(x64: None, group: int, size: int) -> None:
+def test_group_norm_has_the_values_and_gradients_of_its_plain_form(
+    x64: None, form: norms.GroupNorm, group: int, size: int
+) -> None:
     rng = np.random.default_rng(9)
     x, weight = (jnp.asarray(rng.normal(1.0, 2.0, size=(3, size, size, 12))) for _ in range(2))
     scale, bias = jnp.asarray(rng.normal(size=12)), jnp.asarray(rng.normal(size=12))
@@ -75,9 +78,36 @@ def test_group_norm_has_the_gradients_of_its_plain_form(x64: None, group: int, s
     def gradients(norm: Any) -> Any:
         return jax.jit(jax.grad(lambda *args: jnp.sum(weight * norm(*args)), (0, 1, 2)))(x, scale, bias)
 
-    pairs = zip(gradients(lambda *args: layers.group_norm(*args, group)), gradients(plain), strict=True)
+    def ours(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        return form(x, scale, bias, group)
+
+    np.testing.assert_allclose(ours(x, scale, bias), plain(x, scale, bias), rtol=1e-9, atol=1e-10)
+    pairs = zip(gradients(ours), gradients(plain), strict=True)
     for got, expected in pairs:
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(jnp.float32, 2e-5), (jnp.bfloat16, 2**-8)])
+@pytest.mark.parametrize("form", [norms.group_norm, norms.fused_group_norm])
+def test_the_variance_of_a_norm_does_not_cancel(form: norms.GroupNorm, dtype: Any, rtol: float) -> None:
+    """Pixels of 100 +- 3, and of 1,000 +- 3 in float32, against float64 on the same rounded pixels."""
+    rng = np.random.default_rng(3)
+    scale, bias = np.linspace(0.5, 2.0, 8), np.linspace(-1.0, 1.0, 8)
+    for mean in (100.0, 1000.0) if dtype == jnp.float32 else (100.0,):
+        x = jnp.asarray(rng.normal(mean, 3.0, size=(2, 8, 8, 8)), dtype)
+        found = form(x, jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32), 4)
+        expected = plain_norm(np.asarray(x, np.float64), scale, bias, 4)
+        assert found.dtype == dtype
+        error = np.abs(np.asarray(found, np.float64) - expected)
+        assert error.max() < rtol * (mean / 100) * np.abs(expected).max(), mean
+
+
+@pytest.mark.parametrize("form", [norms.group_norm, norms.fused_group_norm])
+def test_a_constant_image_has_a_finite_gradient(form: norms.GroupNorm) -> None:
+    """Where the variance is 0, rounding may make the difference of means negative."""
+    x = jnp.full((1, 5, 5, 4), 77.7, jnp.bfloat16)
+    value, grad = jax.value_and_grad(lambda x: jnp.sum(form(x, jnp.ones(4), jnp.ones(4), 4)))(x)
+    assert np.isfinite(float(value)) and np.all(np.isfinite(np.asarray(grad, np.float32)))
 
 
 def test_batch_norm_treats_views_as_separate_batches(x64: None) -> None:
@@ -85,7 +115,7 @@ def test_batch_norm_treats_views_as_separate_batches(x64: None) -> None:
     module = layers.BatchNorm()
     together: Any = module.apply(module.init(jax.random.key(0), x), x)
     for view, out in zip(x, together, strict=True):
-        np.testing.assert_allclose(out, layers.batch_norm(view, jnp.ones(3), jnp.zeros(3)), rtol=1e-12)
+        np.testing.assert_allclose(out, norms.batch_norm(view, jnp.ones(3), jnp.zeros(3)), rtol=1e-12)
 
 
 def test_head_with_batch_norm_equals_numpy(x64: None) -> None:

@@ -30,7 +30,7 @@ from mocosfl_jax import (
 )
 from mocosfl_jax.config import quickstart, resolve
 from mocosfl_jax.costs import accounting
-from mocosfl_jax.models import layers
+from mocosfl_jax.models import norms
 from mocosfl_jax.models.convolution import cpu_conv, depthwise_conv, direct_conv
 from mocosfl_jax.models.forms import ACCELERATOR
 from mocosfl_jax.training import workdir
@@ -185,7 +185,7 @@ def test_fifty_steps_drift_little_from_float32(short_resnet: None) -> None:
 @pytest.mark.parametrize(
     "layer, shapes",
     [
-        (layers.group_norm, [(8,), (8,)]),
+        (norms.group_norm, [(8,), (8,)]),
         (functools.partial(depthwise_conv, stride=1, padding=1), [(3, 3, 1, 8)]),
     ],
 )

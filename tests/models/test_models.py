@@ -17,6 +17,7 @@ from mocosfl_jax.models import mobilenetv2
 from mocosfl_jax.models.bottleneck import Bottleneck, read_bottleneck
 from mocosfl_jax.models.convolution import direct_conv
 from mocosfl_jax.models.layers import Options
+from mocosfl_jax.models.norms import group_norm
 from mocosfl_jax.models.resnet import BasicBlock
 
 
@@ -182,7 +183,7 @@ def test_only_the_blocks_of_clients_lose_their_shortcuts() -> None:
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_what_a_block_adds_to_its_input(residual: bool) -> None:
-    options = Options(direct_conv, weight_standardisation=True, norm="group", residual=residual)
+    options = Options(direct_conv, group_norm, weight_standardisation=True, norm="group", residual=residual)
     x = jax.random.normal(jax.random.key(0), (1, 3, 3, 4))
     blocks = {"norm2": BasicBlock(4, 1, options), "norm3": mobilenetv2.Block(1, 4, 1, options)}
     for last_norm, block in blocks.items():

@@ -34,7 +34,7 @@ from mocosfl_jax.feed import batches
 from mocosfl_jax.models import convolution
 from mocosfl_jax.models.convolution import direct_conv, patches_conv
 from mocosfl_jax.models.forms import CPU
-from mocosfl_jax.models.layers import batch_norm, group_norm
+from mocosfl_jax.models.norms import batch_norm, group_norm
 from mocosfl_jax.parallel.exchange import make_placement
 from mocosfl_jax.parallel.mesh import make_mesh, make_spread, of_images, padded, replicate
 from mocosfl_jax.parallel.state import distribute, rest
