@@ -46,6 +46,7 @@ ROOMS = [
     {"evaluation"},
     {"training"},
     {"costs"},
+    {"preflight"},
     {"train", "evaluate", "encode", "export", "import_official"},
 ]
 

@@ -26,10 +26,15 @@ def forward_flops(function: Callable[..., Any], *shapes: Any) -> int:
       >>> forward_flops(jnp.matmul, jnp.zeros((2, 3)), jnp.zeros((3, 5)))
       60
     """
-    return 2 * _multiply_adds(jax.make_jaxpr(function)(*shapes).jaxpr)
+    return 2 * multiply_adds(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
-def _multiply_adds(jaxpr: core.Jaxpr) -> int:
+def multiply_adds(jaxpr: core.Jaxpr) -> int:
+    """Count the multiply-adds of a jaxpr, on all devices.
+
+    Raises:
+      ValueError: if it has a loop of unknown length that multiplies.
+    """
     total = 0
     for eqn in jaxpr.eqns:
         match eqn.primitive.name:
@@ -38,13 +43,16 @@ def _multiply_adds(jaxpr: core.Jaxpr) -> int:
             case "conv_general_dilated":
                 total += _of_convolution(eqn)
             case "scan":
-                total += eqn.params["length"] * _multiply_adds(eqn.params["jaxpr"].jaxpr)
+                total += eqn.params["length"] * multiply_adds(eqn.params["jaxpr"].jaxpr)
             case "cond":
-                total += max(_multiply_adds(branch.jaxpr) for branch in eqn.params["branches"])
+                total += max(multiply_adds(branch.jaxpr) for branch in eqn.params["branches"])
             case "while":
-                raise ValueError("found a while loop, allowed: loops of known length")
+                if sum(map(multiply_adds, core.jaxprs_in_params(eqn.params))):
+                    raise ValueError("found a while loop, allowed: loops of known length")
+            case "shard_map":
+                total += eqn.params["mesh"].size * multiply_adds(eqn.params["jaxpr"])
             case _:
-                total += sum(map(_multiply_adds, core.jaxprs_in_params(eqn.params)))
+                total += sum(map(multiply_adds, core.jaxprs_in_params(eqn.params)))
     return total
 
 

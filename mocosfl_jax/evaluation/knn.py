@@ -46,15 +46,20 @@ def knn_accuracy(
       1.0
     """
     k = min(k, len(train))
-    block = min(len(test), max(1, BLOCK_BYTES // (4 * len(train))))
+    block = block_rows(len(train), len(test))
     train_rows, labels = _unit_rows(jnp.asarray(train)), jnp.asarray(train_labels)
     correct = 0
     for start in range(0, len(test), block):
         rows = test[start : start + block]
         padded = np.concatenate([rows, np.zeros((block - len(rows), rows.shape[1]), rows.dtype)])
-        predicted = _knn_predict(train_rows, labels, padded, num_classes, k, temperature)
+        predicted = predict(train_rows, labels, padded, num_classes, k, temperature)
         correct += int(np.sum(np.asarray(predicted)[: len(rows)] == test_labels[start : start + block]))
     return correct / len(test)
+
+
+def block_rows(train: int, test: int) -> int:
+    """The number of test images that are classified at a time, given the numbers of images."""
+    return min(test, max(1, BLOCK_BYTES // (4 * train)))
 
 
 def _unit_rows(x: Array) -> Array:
@@ -62,9 +67,13 @@ def _unit_rows(x: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames=("num_classes", "k"))
-def _knn_predict(
+def predict(
     train_rows: Array, train_labels: Array, test: Array, num_classes: int, k: int, temperature: float
 ) -> Array:
+    """The classes [b] of a block of test features [b, D], by the votes of `train_rows` [n, D] of unit length.
+
+    The labels are [n] integers; the other arguments are those of `knn_accuracy`.
+    """
     similarities = jnp.matmul(_unit_rows(test), train_rows.T, precision=jax.lax.Precision.HIGHEST)
     similarity, neighbours = jax.lax.top_k(similarities, k)
     # Subtracting the largest similarity keeps the vote, and exp cannot overflow at a small temperature.

@@ -43,13 +43,13 @@ class Residence(NamedTuple):
     why: str  # the reason, in words
 
 
-def residence(resident: bool | None, size: int, device: jax.Device) -> Residence:
+def residence(resident: bool | None, size: int, memory: int | None) -> Residence:
     """Decides where the training images are kept.
 
     Args:
       resident: The wanted answer, or None to decide by size.
       size: Bytes of all training images.
-      device: The device that would hold them.
+      memory: Bytes of the device that would hold them; None if it does not report them.
 
     Raises:
       UserError: If `resident` is True and the run has several processes.
@@ -63,9 +63,8 @@ def residence(resident: bool | None, size: int, device: jax.Device) -> Residence
         return Residence(False, "each process loads those of its own clients")
     if resident is not None:
         return Residence(resident, f"config.data.resident is {resident}")
-    stats = device.memory_stats() or {}
-    if limit := stats.get("bytes_limit"):
-        most = RESIDENT_SHARE * limit
+    if memory:
+        most = RESIDENT_SHARE * memory
         bound = f"{RESIDENT_SHARE:.0%} of the device's memory"
     else:
         most, bound = RESIDENT_BYTES_ON_CPU, "the limit for a device that does not report its memory"

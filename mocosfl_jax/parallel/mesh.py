@@ -106,9 +106,14 @@ def _sharding(mesh: Mesh, spec: P) -> Sharding:
     return SingleDeviceSharding(first_device(mesh)) if mesh.size == 1 else NamedSharding(mesh, spec)
 
 
+def everywhere(mesh: Mesh) -> Sharding:
+    """The sharding of an array with a copy on every device of the mesh."""
+    return _sharding(mesh, P())
+
+
 def replicate(mesh: Mesh, array: np.ndarray) -> Array:
     """Put a copy of `array` on every device of the mesh."""
-    return jax.device_put(array, _sharding(mesh, P()))
+    return jax.device_put(array, everywhere(mesh))
 
 
 def of_clients(mesh: Mesh, count: int) -> Sharding:

@@ -102,11 +102,9 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
     Raises:
       UserError: if a part of the configuration or the data is impossible.
     """
-    forms = forms or platforms.forms(meshes.platform(mesh))
-    _check_before_data(config, mesh)
-    pool = config.clients
-    rich = Rich(max(1, round(pool.rich * pool.num)), pool.rich_data, pool.rich_batch) if pool.rich else None
+    check(config, mesh)
     dataset, data_fingerprint, residence = _load(config, mesh)
+    pool = config.clients
     parts = partition.partition(
         dataset.y_train,
         num_clients=pool.num,
@@ -114,8 +112,38 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
         noniid_ratio=pool.noniid_ratio,
         dirichlet_alpha=pool.dirichlet_alpha,
         seed=config.seed,
-        rich=rich,
+        rich=_rich(config),
     )
+    run = assemble(config, mesh, forms, dataset, parts, residence, data_fingerprint)
+    _check_saving(run)
+    return run
+
+
+def assemble(
+    config: Resolved,
+    mesh: Mesh,
+    forms: Forms | None,
+    dataset: data.Dataset,
+    parts: list[np.ndarray],
+    residence: batches.Residence,
+    data_fingerprint: Fingerprint,
+) -> Run:
+    """Build the algorithm for data that are loaded and divided among the clients.
+
+    Args:
+      config: the resolved configuration.
+      mesh: the mesh to train on.
+      forms: the forms of the program; None: the fast ones for the mesh's platform.
+      dataset: only the shape of its images matters here.
+      parts: indices of each client's images; only their numbers matter here.
+      residence: where the training images are kept.
+      data_fingerprint: of the data set.
+
+    Raises:
+      UserError: if the queue is smaller than the keys of a step.
+    """
+    forms = forms or platforms.forms(meshes.platform(mesh))
+    pool, rich = config.clients, _rich(config)
     batch_sizes = partition.batch_sizes(pool.num, pool.batch_size, rich)
     # These hold for every cohort: rich clients come first, and their number is always the same.
     places = batch_sizes[partition.sample_cohort(pool.num, pool.cohort, seed=config.seed, epoch=0, rich=rich)]
@@ -139,7 +167,7 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
         mean=dataset.mean,
         std=dataset.std,
     )
-    run = Run(
+    return Run(
         config=config,
         dataset=dataset,
         fingerprint=data_fingerprint,
@@ -157,11 +185,14 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
         mesh=mesh,
         forms=forms,
     )
-    _check_saving(run)
-    return run
 
 
-def _check_before_data(config: Resolved, mesh: Mesh) -> None:
+def _rich(config: Resolved) -> Rich | None:
+    pool = config.clients
+    return Rich(max(1, round(pool.rich * pool.num)), pool.rich_data, pool.rich_batch) if pool.rich else None
+
+
+def check(config: Resolved, mesh: Mesh) -> None:
     """Raise UserError for an impossible network or queue, before the data is read."""
     check_model(
         config.model.name,
@@ -187,7 +218,8 @@ def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, Fingerprint, batc
     if height != width:
         raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
     size = math.prod(dataset.x_train.shape)
-    residence = batches.residence(config.data.resident, size, mesh.local_devices[0])
+    memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    residence = batches.residence(config.data.resident, size, memory)
     # Before all images are read into memory, so that it does not depend on where they are kept.
     data_fingerprint = fingerprint(dataset)
     return data.in_memory(dataset) if residence.resident else dataset, data_fingerprint, residence

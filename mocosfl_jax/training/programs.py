@@ -1,7 +1,7 @@
 """The compiled programs of a run, and the images that feed the compiled step."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,18 +37,14 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
       encode: from `make_encode`.
     """
     turn = rounds.make_turn(run.algorithm, state, None if run.whole_pool else run.cohort)
-    batch = (*places(run), *run.dataset.x_train.shape[1:])
-    place = meshes.of_images(run.mesh, run.cohort)
+    size = piece_steps(run)
     spread = meshes.make_spread(run.mesh, run.cohort, int(run.batch_sizes.max()))
-    size = 1
-    if run.forms.scan_rounds:
-        size = batches.steps_per_piece(math.prod(batch), run.steps_per_round)
     run_steps = rounds.make_run_steps(
         run.algorithm,
         run.make_views,
         rng_views,
         state=turn.state,
-        images=jax.ShapeDtypeStruct((size, *batch), np.uint8, sharding=place),
+        images=piece(run, size),
         spread=spread,
     )
     return Programs(
@@ -59,6 +55,26 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
         turn,
         encode,
     )
+
+
+def round_programs(run: Run) -> tuple[Any, Any]:
+    """Return the jitted training of one step and of a whole piece, see `rounds.round_programs`."""
+    spread = meshes.make_spread(run.mesh, run.cohort, int(run.batch_sizes.max()))
+    return rounds.round_programs(run.algorithm, run.make_views, spread)
+
+
+def piece_steps(run: Run) -> int:
+    """Return the number of steps that one program trains."""
+    if not run.forms.scan_rounds:
+        return 1
+    batch = (*places(run), *run.dataset.x_train.shape[1:])
+    return batches.steps_per_piece(math.prod(batch), run.steps_per_round)
+
+
+def piece(run: Run, steps: int) -> jax.ShapeDtypeStruct:
+    """Return shape, dtype and sharding of the images of some steps."""
+    shape = (steps, *places(run), *run.dataset.x_train.shape[1:])
+    return jax.ShapeDtypeStruct(shape, np.uint8, sharding=meshes.of_images(run.mesh, run.cohort))
 
 
 def places(run: Run) -> tuple[int, int]:

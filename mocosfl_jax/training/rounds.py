@@ -116,6 +116,34 @@ def make_replay_step(algorithm: Algorithm) -> ReplayStep:
     return replay
 
 
+def round_programs(
+    algorithm: Algorithm, make_views: MakeViews, spread: Spread = _identity
+) -> tuple[Any, Any]:
+    """Jit the training of one step, and of the steps of a whole piece as one program.
+
+    The arguments are those of `make_run_steps`. A step makes the views of its images and trains. Its random
+    numbers depend on its number in the run, so a resumed run draws the same ones as an uninterrupted run.
+
+    Returns:
+      Two functions (state, images [s, M, B, H, W, 3] uint8, rng) -> state, Curve: the first for s = 1, the
+      second for any s. The state is donated.
+    """
+
+    def step(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve]:
+        views = make_views(jax.random.fold_in(rng, state.step), spread(images))
+        state, info = algorithm.step(state, views)
+        return state, Curve([info.loss], [info.top1])
+
+    def one(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve]:
+        state, curve = step(state, images[0], rng)
+        return state, jax.tree.map(lambda x: x[None], curve)
+
+    def several(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve]:
+        return jax.lax.scan(lambda state, images: step(state, images, rng), state, images)
+
+    return jax.jit(one, donate_argnums=0), jax.jit(several, donate_argnums=0)
+
+
 def make_run_steps(
     algorithm: Algorithm,
     make_views: MakeViews,
@@ -127,9 +155,7 @@ def make_run_steps(
 ) -> RunSteps:
     """Compile the function that runs some steps of training.
 
-    A step makes the views of its images and trains. Its random numbers depend on its number in the run, so a
-    resumed run draws the same ones as an uninterrupted run. Nothing is fetched: the call returns while the
-    device works on the last `WAITING` pieces.
+    Nothing is fetched: the call returns while the device works on the last `WAITING` pieces.
 
     Args:
       algorithm: from `mocosfl` or `flmoco`.
@@ -146,20 +172,7 @@ def make_run_steps(
     """
     piece_steps = images.shape[0]
 
-    def step(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve]:
-        views = make_views(jax.random.fold_in(rng, state.step), spread(images))
-        state, info = algorithm.step(state, views)
-        return state, Curve([info.loss], [info.top1])
-
-    def one(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve]:
-        state, curve = step(state, images[0], rng)
-        return state, jax.tree.map(lambda x: x[None], curve)
-
-    def several(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve]:
-        return jax.lax.scan(lambda state, images: step(state, images, rng), state, images)
-
-    run_one: Any = jax.jit(one, donate_argnums=0)
-    run_several: Any = jax.jit(several, donate_argnums=0)
+    run_one, run_several = round_programs(algorithm, make_views, spread)
     if piece_steps > 1:
         run_several = run_several.lower(state, images, rng).compile()
     else:

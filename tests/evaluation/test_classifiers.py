@@ -166,7 +166,7 @@ def test_semi_supervised_uses_the_drawn_labels_only() -> None:
 def test_knn_of_50_000_by_10_000_fits_in_2_gb() -> None:
     """According to the compiler's count of arguments and temporaries, for features as wide as ResNet-50's."""
     rows = knn.BLOCK_BYTES // (4 * 50_000)
-    compiled = knn._knn_predict.lower(
+    compiled = knn.predict.lower(
         jax.ShapeDtypeStruct((50_000, 2048), jnp.float32),
         jax.ShapeDtypeStruct((50_000,), jnp.int32),
         jax.ShapeDtypeStruct((rows, 2048), jnp.float32),

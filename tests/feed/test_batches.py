@@ -3,7 +3,7 @@
 import pathlib
 import threading
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,18 +68,8 @@ def test_the_next_images_are_loaded_while_the_device_works() -> None:
     assert len(loaded) <= 1 + 2 * batches._THREADS
 
 
-class Device:
-    """A device that reports its memory, as accelerators do and a CPU does not."""
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-
-    def memory_stats(self) -> dict[str, int] | None:
-        return {"bytes_limit": self.limit} if self.limit else None
-
-
 def test_a_small_data_set_is_resident() -> None:
-    limit, cpu, accelerator = batches.RESIDENT_BYTES_ON_CPU, cast(Any, Device(None)), cast(Any, Device(2**34))
+    limit, cpu, accelerator = batches.RESIDENT_BYTES_ON_CPU, None, 2**34
     assert batches.residence(None, limit, cpu) == (
         True,
         "at most 2 GiB, the limit for a device that does not report its memory",
