@@ -160,7 +160,7 @@ def _present(array: "_Array | None", key: str, where: str) -> "_Array":
 def _images(array: "_Array") -> Images:
     shape, dtype = array.shape, array.dtype
     if dtype != np.uint8:
-        hint = f"; {_not_finite(array)}multiply by 255 and round" if dtype.kind == "f" else ""
+        hint = _hint(array) if dtype.kind in "fiu" and 0 not in shape else ""
         raise UserError(f"{array.what} is {dtype}, allowed: {_IMAGES}{hint}")
     gray = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
     if not (gray or (len(shape) == 4 and shape[3] == 3)) or 0 in shape:
@@ -176,14 +176,21 @@ def _images(array: "_Array") -> Images:
     return OnDisk((*shape[:3], 3), lambda rows: rgb(np.asarray(mapped[rows])), load)
 
 
-def _not_finite(array: "_Array") -> str:
-    """Describes values that are not finite, which rounding would hide; empty if there are none."""
+def _hint(array: "_Array") -> str:
+    """Says what the values are, and how they become uint8 if that is clear."""
     values = array.read()
     wrong = np.argwhere(~np.isfinite(values))
-    if not len(wrong):
-        return ""
-    first = tuple(wrong[0].tolist())
-    return f"{len(wrong):,} values are not finite, the first is {values[first]} at {list(first)}; "
+    if len(wrong):  # rounding would hide them
+        first = tuple(wrong[0].tolist())
+        return f"; {len(wrong):,} values are not finite, the first is {values[first]} at {list(first)}"
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f" and low >= 0 and high <= 1:
+        advice = ": multiply by 255 and round"
+    elif low >= 0 and high <= 255:
+        advice = ": round, and convert to uint8" if values.dtype.kind == "f" else ": convert to uint8"
+    else:
+        advice = ""
+    return f"; found values from {low:g} to {high:g}{advice}"
 
 
 def _labels(array: "_Array") -> np.ndarray:

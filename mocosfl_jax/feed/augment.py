@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -76,7 +77,8 @@ def two_views(
 
     Args:
       rng: PRNG key.
-      images: [M, B, H, W, 3], uint8 (or floats in [0, 1]): B images of each of M clients.
+      images: [M, B, H, W, 3], B images of each of M clients: uint8, or floats in [0, 1]. The values of
+        floats are checked where they are in a NumPy array. In a JAX array they may not be known yet.
       size: Height and width of the views.
       mean: Mean of each of the three channels, for images in [0, 1].
       std: Standard deviation of each of the three channels, for images in [0, 1].
@@ -87,8 +89,10 @@ def two_views(
       Query and key views, each [M, B, size, size, 3] float32, normalised.
 
     Raises:
-      UserError: If the version is unknown or `min_crop_scale` is out of range.
+      UserError: If the images are of another dtype, or floats far above 1; if the version is unknown, or
+        `min_crop_scale` is out of range.
     """
+    _check_images(images)
 
     def view(rng_view: Array, image: Array) -> Array:
         drawn = augment(rng_view, to_float(image), size=size, version=version, min_crop_scale=min_crop_scale)
@@ -137,13 +141,20 @@ def normalise(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) ->
       [[0.0, 0.0, 2.0]]
 
     Args:
-      images: [..., 3], uint8 or floats in [0, 1].
+      images: [..., 3], uint8, or floats in [0, 1]. The values of floats are checked where they are in a NumPy
+        array or a list. In a JAX array they may not be known yet.
       mean: Mean of each of the three channels, for images in [0, 1].
       std: Standard deviation of each of the three channels, for images in [0, 1].
 
     Returns:
       [..., 3] float32.
+
+    Raises:
+      UserError: If the images are of another dtype, or floats far above 1.
     """
+    if not isinstance(images, Array):
+        images = np.asarray(images)
+    _check_images(images)
     images = to_float(jnp.asarray(images))
     channels = (1,) * (images.ndim - 1) + (3,)
     shift = jnp.asarray(mean, jnp.float32).reshape(channels)
@@ -156,6 +167,20 @@ def to_float(images: Array) -> Array:
     if images.dtype == jnp.uint8:
         return images.astype(jnp.float32) / 255
     return images.astype(jnp.float32)
+
+
+_ALLOWED = "uint8 in 0..255, or floats in [0, 1]"
+# Images that were resized or filtered may exceed 1 a little; in 0..255 all but black ones exceed this.
+_FAR_ABOVE_1 = 2
+
+
+def _check_images(images: Array | np.ndarray) -> None:
+    """Refuses floats in 0..255, and other integers than uint8, whose range nothing tells."""
+    floats = jnp.issubdtype(images.dtype, jnp.floating)
+    if images.dtype != np.uint8 and not floats:
+        raise UserError(f"images: found {images.dtype}, allowed: {_ALLOWED}")
+    if floats and isinstance(images, np.ndarray) and images.size and images.max() > _FAR_ABOVE_1:
+        raise UserError(f"images: found {images.dtype} up to {images.max():g}, allowed: {_ALLOWED}")
 
 
 # --- crop

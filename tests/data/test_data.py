@@ -691,12 +691,19 @@ def test_npz_mistakes(tmp_path: Path) -> None:
         save(path, {k: v for k, v in (data | changes).items() if v is not None})
         assert str(path) in refuses(match, "npz", path)
 
-    wrong("x_train is float32, .*uint8.*0..255", x_train=data["x_train"].astype(np.float32) / 255)
+    x = data["x_train"]
+    wrong(
+        "x_train is float32, .*uint8.* from 0.* to 1: multiply by 255 and round$", x_train=x / np.float32(255)
+    )
+    wrong("x_train is float64, .* from 0 to 255: round, and convert to uint8$", x_train=x * 1.0)
+    wrong("x_train is float16, .* from -2 to 2$", x_train=(x / 63.75 - 2).astype(np.float16))
+    wrong("x_train is int32, .* from 0 to 255: convert to uint8$", x_train=x.astype(np.int32))
+    wrong("x_train is uint16, .* from 0 to 65535$", x_train=x.astype(np.uint16) * 257)
+    wrong("x_train is bool, allowed: [^;]*$", x_train=x > 9)
+    wrong(r"x_train is float32, allowed: [^;]*$", x_train=x[:0].astype(np.float32))
     broken = data["x_train"].astype(np.float64)
     broken[3, 2, 1], broken[7, 0, 0, 2] = np.nan, -np.inf
-    wrong(
-        "x_train is float64, .* 4 values are not finite, the first is nan at .3, 2, 1, 0.; ", x_train=broken
-    )
+    wrong("x_train is float64, .* 4 values are not finite, the first is nan at .3, 2, 1, 0.$", x_train=broken)
     wrong("x_test is int64, .*uint8", x_test=data["x_test"].astype(np.int64))
     wrong("y_test is missing", y_test=None)
     wrong(r"x_train has the shape \[12, 8, 8, 2\]", x_train=data["x_train"][..., :2])

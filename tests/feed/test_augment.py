@@ -385,6 +385,36 @@ def test_normalise(client_images: Array) -> None:
         np.testing.assert_allclose(normalised, expected, atol=1e-5)
 
 
+def test_one_picture_in_any_type_is_the_same_or_refused(arrays: Arrays) -> None:
+    """Integers that are not uint8, and floats in 0..255, would come out a thousand times too large."""
+    picture = arrays["images"][:2].reshape(1, 2, 32, 32, 3)
+    plain = partial(aug.normalise, mean=MEAN, std=STD)
+    drawn = partial(two_views, jax.random.key(0))
+    want, views = plain(picture), drawn(picture)
+    assert abs(np.asarray(views.query)).max() < 3
+    np.testing.assert_allclose(plain((picture / 255).tolist()), want, atol=1e-5)
+    for floats in (np.float16, np.float32, np.float64):
+        np.testing.assert_allclose(plain((picture / 255).astype(floats)), want, atol=2e-3)
+        np.testing.assert_allclose(drawn((picture / 255).astype(floats)).query, views.query, atol=2e-2)
+    np.testing.assert_allclose(
+        plain(np.array([1.1, -0.1, 1.0])), np.array([3.01, -2.92, 2.76]), atol=0.01
+    )  # resized
+    for other in (np.int8, np.int16, np.uint16, np.int32, np.int64, np.uint32, bool):
+        name = np.dtype(other).name
+        with pytest.raises(UserError, match=f"images: found {name}, allowed: uint8 in 0..255, or floats"):
+            plain(picture.astype(other))
+    for found in (picture.tolist(), jnp.asarray(picture, jnp.int32)):
+        with pytest.raises(UserError, match=r"images: found int\d\d, allowed: uint8"):
+            plain(found)
+    with pytest.raises(UserError, match="images: found int16"):
+        drawn(picture.astype(np.int16))
+    largest = picture.max()
+    with pytest.raises(UserError, match=f"images: found float32 up to {largest}, allowed: uint8"):
+        plain(picture.astype(np.float32))
+    with pytest.raises(UserError, match=f"images: found float64 up to {largest}, allowed: uint8"):
+        aug.two_views(jax.random.key(0), picture * 1.0, size=32, mean=MEAN, std=STD)  # type: ignore[arg-type]
+
+
 def test_images_of_any_shape() -> None:
     images = jnp.zeros((2, 1, 40, 56, 3), jnp.uint8)
     views = jax.eval_shape(partial(two_views, size=24), jax.random.key(0), images)
