@@ -11,7 +11,6 @@ Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --
 """
 
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 import numpy as np
@@ -37,9 +36,9 @@ def pictures(count: int, setting: Setting) -> np.ndarray:
 def ours_features(setting: Setting, count: int) -> Call:
     _, algorithm = settings.build(setting)
     state = jax.jit(algorithm.init)(jax.random.key(0))
-    encode = partial(make_encode(algorithm, MEAN, STD), state)
+    encode = make_encode(algorithm, MEAN, STD)
     images = pictures(count, setting)
-    return lambda: jax.block_until_ready(extract(encode, images, BATCH))
+    return lambda: extract(encode, state, images, BATCH)
 
 
 def baseline_features(setting: Setting, count: int) -> Call:

@@ -6,15 +6,14 @@ This is the experiment of `python -m mocosfl_jax.train` with a training loop tha
 needs no data set and no GPU.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import numpy as np
 
 from mocosfl_jax import (
-    Features,
     MomentumContrast,
+    TrainState,
     data,
     forms,
     mocosfl,
@@ -24,7 +23,7 @@ from mocosfl_jax import (
 )
 from mocosfl_jax.algorithm import optim
 from mocosfl_jax.data import Dataset
-from mocosfl_jax.evaluation.features import extract, make_encode
+from mocosfl_jax.evaluation.features import Encode, extract, make_encode
 from mocosfl_jax.evaluation.knn import knn_accuracy
 from mocosfl_jax.feed import partition
 
@@ -95,7 +94,7 @@ def main(
     # step takes a batch from every client; a synchronization averages the client-side models.
     rng_init, rng_views = jax.random.split(jax.random.key(SEED))
     state = jax.jit(algorithm.init)(rng_init)
-    lines = [{"epoch": 0, "kNN": evaluate(partial(encode, state), dataset)}]
+    lines = [{"epoch": 0, "kNN": evaluate(encode, state, dataset)}]
     report(lines[-1])
     everyone = np.arange(num_clients)
     for epoch in range(epochs):
@@ -111,15 +110,15 @@ def main(
             if (i + 1) % max(1, steps // syncs_per_epoch) == 0 or i + 1 == steps:
                 at_work, _ = sync(at_work)
         state = leave(at_work)
-        accuracy = evaluate(partial(encode, state), dataset)
+        accuracy = evaluate(encode, state, dataset)
         lines.append({"epoch": epoch + 1, "loss": float(np.mean(losses)), "kNN": accuracy})
         report(lines[-1])
     return lines
 
 
-def evaluate(encode: Callable[[np.ndarray], Features], dataset: Dataset) -> float:
+def evaluate(encode: Encode, state: TrainState, dataset: Dataset) -> float:
     """kNN accuracy on the features: the nearest training images vote for the class of a test image."""
-    train, test = (extract(encode, images).backbone for images in (dataset.x_train, dataset.x_test))
+    train, test = (extract(encode, state, images).backbone for images in (dataset.x_train, dataset.x_test))
     return knn_accuracy(train, dataset.y_train, test, dataset.y_test, num_classes=len(dataset.class_names))
 
 

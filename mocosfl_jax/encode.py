@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -67,26 +66,29 @@ def encode(argv: Sequence[str]) -> None:
 
     compiler.set_up()
     # Imported lazily, so that argument errors precede slow imports.
-    from mocosfl_jax.evaluation.features import extract, make_encode
+    from mocosfl_jax.evaluation.features import extract_batches, make_encode
     from mocosfl_jax.models.forms import forms
     from mocosfl_jax.parallel.mesh import one_device
     from mocosfl_jax.training import checkpoint
-    from mocosfl_jax.training.build import build
+    from mocosfl_jax.training.build import build, whole_head
 
     device = jax.devices()[0]
-    _, algorithm = build(
-        config, one_device(device), forms(device.platform), image_size=preprocessing.image_size
-    )
+    mesh = one_device(device)
+    model, algorithm = build(config, mesh, forms(device.platform), image_size=preprocessing.image_size)
     state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init, device)
-    encode_batch = partial(make_encode(algorithm, preprocessing.mean, preprocessing.std), state)
+    encode_batch = make_encode(
+        algorithm, preprocessing.mean, preprocessing.std, whole_head(config, model, mesh)
+    )
     read: list[Path] = []
-    features: list[tuple[np.ndarray, ...]] = []
-    for paths, pictures in batches(files, preprocessing.image_size):
-        read += paths
-        features.append(tuple(np.asarray(x) for x in extract(encode_batch, pictures, BATCH)))
-    if not read:
-        raise UserError(f"--images: none of the {len(files):,} files in {images} can be read")
-    backbone, projection = (np.concatenate(parts) for parts in zip(*features, strict=True))
+
+    def pictures() -> Iterator[np.ndarray]:
+        for paths, batch in batches(files, preprocessing.image_size):
+            read.extend(paths)
+            yield batch
+        if not read:
+            raise UserError(f"--images: none of the {len(files):,} files in {images} can be read")
+
+    backbone, projection = extract_batches(encode_batch, state, pictures(), BATCH)
     names = np.array([path.relative_to(images).as_posix() for path in read])
     temporary = out.with_name(f"{out.name}.tmp")
     with temporary.open("wb") as file:

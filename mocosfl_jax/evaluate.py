@@ -71,6 +71,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from mocosfl_jax.evaluation.features import make_encode
     from mocosfl_jax.parallel.mesh import one_device
     from mocosfl_jax.training import checkpoint, experiment, report
+    from mocosfl_jax.training.build import whole_head
 
     device = jax.devices()[0]
     with download.forbidden():
@@ -82,7 +83,8 @@ def evaluate(argv: Sequence[str]) -> None:
     )
     epoch = progress.step / run.steps_per_epoch
     say(f"{folder}: checkpoint {progress.step:,}, epoch {epoch:g} of {run.config.total_epochs:,}")
-    encode = make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
+    head = whole_head(config, run.model, run.mesh)
+    encode = make_encode(run.algorithm, run.dataset.mean, run.dataset.std, head)
     features = monitor.features(run.dataset, state, encode)
     numbers = monitor.knn(run.dataset, run.config.eval, features) | monitor.knn_raw_pixels(
         run.dataset, run.config.eval

@@ -47,11 +47,10 @@ def export(argv: Sequence[str]) -> None:
 
     compiler.set_up()
     # Imported lazily, so that argument errors precede slow imports.
-    from mocosfl_jax.algorithm import pool
     from mocosfl_jax.models.forms import forms
     from mocosfl_jax.parallel.mesh import one_device
     from mocosfl_jax.training import checkpoint
-    from mocosfl_jax.training.build import build, network_arguments
+    from mocosfl_jax.training.build import build, encoder_params, network_arguments
     from mocosfl_jax.weights import encoder_file
 
     device = jax.devices()[0]
@@ -59,9 +58,7 @@ def export(argv: Sequence[str]) -> None:
         config, one_device(device), forms(device.platform), image_size=preprocessing.image_size
     )
     state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init, device)
-    client = pool.online_model(state)
-    # In FL-MoCo, each client has the whole network.
-    client, server = (client, state.server.params) if state.server else client
+    client, server = encoder_params(config, state)
     source = f"checkpoint {progress.step:,} of {folder}"
     network = network_arguments(config, preprocessing.image_size)
     metadata = encoder_file.Metadata(network, preprocessing.mean, preprocessing.std, source)

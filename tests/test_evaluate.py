@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocosfl_jax import encode, evaluate
+from mocosfl_jax import encode, evaluate, export, load_encoder
 from mocosfl_jax.data import images as fitting
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import make_encode
+from mocosfl_jax.train import main as train
 from mocosfl_jax.training import checkpoint, experiment, workdir
-from tests.support.small_run import CLASSES, PER_CLASS
+from tests.support.small_run import CLASSES, PER_CLASS, arguments, metrics
 from tests.support.training import single
 
 KNN = ("knn_backbone", "knn_projection")
@@ -233,6 +234,54 @@ def test_files_are_fitted_or_skipped(
     out = capsys.readouterr().out
     assert f"skipped: {folder / 'a.jpg'} (not a PNG or JPEG image)" in out
     assert "skipped: 1 of 4 files" in out
+
+
+@pytest.mark.usefixtures("short_resnet")
+@pytest.mark.parametrize("algorithm", ["mocosfl", "flmoco"])
+def test_batch_norm_in_the_head_is_over_all_images(
+    algorithm: str,
+    images: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Neither the batches nor the rows that pad them count. One picture alone has no projection."""
+    run, pictures = tmp_path / "run", tmp_path / "pictures"
+    fields = {"algorithm": algorithm, "moco.head": "mlp_bn", "epochs": 1, "mesh.data": 2, "eval.knn_k": 3}
+    assert train(arguments(images, run, *(f"--config.{k}={v}" for k, v in fields.items()))) == 0
+    assert run_evaluate(run)["knn_projection"] == metrics(run)[-2]["knn_projection"]
+
+    pictures.mkdir()
+    with np.load(images) as arrays:
+        for i, picture in enumerate(arrays["x_train"][:9]):
+            Image.fromarray(picture).save(pictures / f"{i}.png")
+    together = run_encode(run, pictures)
+    monkeypatch.setattr(encode, "BATCH", 4)
+    apart = run_encode(run, pictures)
+    np.testing.assert_allclose(apart["projection"], together["projection"], rtol=1e-4, atol=1e-5)
+
+    file = tmp_path / "encoder.safetensors"
+    assert export.main(["export", f"--workdir={run}", f"--out={file}"]) == 0
+    model, (client, server), _ = load_encoder(file)
+    head = jax.tree.map(np.float64, server["head"])
+    hidden = together["backbone"] @ head["hidden"]["kernel"] + head["hidden"]["bias"]
+    unit = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
+    rectified = np.maximum(unit * head["norm"]["scale"] + head["norm"]["bias"], 0)
+    expected = rectified @ head["out"]["kernel"] + head["out"]["bias"]
+    np.testing.assert_allclose(together["projection"], expected, rtol=1e-3, atol=1e-4)
+    assert np.std(expected, axis=0).min() > 0.01
+
+    one = model.client(client, jnp.zeros((1, 16, 16, 3)))
+    assert model.backbone(server, one).shape == (1, 8)
+    with pytest.raises(UserError, match=r"config.moco.head: found mlp_bn and a batch of one image"):
+        model.server(server, one)
+    for path in sorted(pictures.iterdir())[1:]:
+        path.unlink()
+    capsys.readouterr()
+    assert encode.main(["encode", f"--workdir={run}", f"--images={pictures}", f"--out={tmp_path}/x.npz"]) == 2
+    error = capsys.readouterr().err
+    assert "config.moco.head: found mlp_bn and a batch of one image" in error and error.count("\n") == 1
+    assert not (tmp_path / "x.npz").exists()
 
 
 @pytest.mark.parametrize(

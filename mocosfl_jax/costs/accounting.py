@@ -163,10 +163,10 @@ def client_flops(model: SplitModel, plan: Plan) -> Flops:
 
 def server_flops(model: SplitModel, plan: Plan) -> Flops:
     """FLOPs of the server for one image. Frozen clients need no gradients of their smashed data."""
-    _, params, _, smashed = shapes_of(model, plan.image_size, 1)
+    _, params, _, smashed = shapes_of(model, plan.image_size, 2)  # a head with batch norm refuses one image
     project = _projection(model)
-    forward = plan.server_views * forward_flops(project, params, smashed)
-    backward = plan.server_views * backward_flops(project, params, smashed, of_input=not plan.frozen)
+    forward = plan.server_views * forward_flops(project, params, smashed) // 2
+    backward = plan.server_views * backward_flops(project, params, smashed, of_input=not plan.frozen) // 2
     products = plan.server_views * 2 * model.key_dim * plan.keys  # products of queries and keys
     return Flops(online=forward, momentum=forward, backward=backward, contrast=2 * products)
 

@@ -1,7 +1,6 @@
 """The accuracies that a run reports: kNN and probes on the features of its data set."""
 
 import math
-from functools import partial
 
 from jax import Array
 
@@ -9,19 +8,17 @@ from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.config import Eval
 from mocosfl_jax.data import Dataset
 from mocosfl_jax.evaluation import classifiers
-from mocosfl_jax.evaluation.features import Encode, Rows, extract
+from mocosfl_jax.evaluation.features import Encode, Extracted, Rows, extract
 from mocosfl_jax.evaluation.knn import knn_accuracy
 from mocosfl_jax.feed import augment
-from mocosfl_jax.models import Features
 
-Evaluated = tuple[Features, Features]  # of the training and of the test images
+Evaluated = tuple[Extracted, Extracted]  # of the training and of the test images
 RAW_PIXELS_LIMIT = 2**30  # bytes of float images; above it, raw pixels are not evaluated
 
 
 def features(dataset: Dataset, state: TrainState, encode: Encode) -> Evaluated:
     """Compute the features of the training and of the test images."""
-    encode_batch = partial(encode, state)
-    return extract(encode_batch, dataset.x_train), extract(encode_batch, dataset.x_test)
+    return extract(encode, state, dataset.x_train), extract(encode, state, dataset.x_test)
 
 
 def knn(dataset: Dataset, settings: Eval, evaluated: Evaluated) -> dict[str, float]:

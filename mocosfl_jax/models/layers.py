@@ -184,7 +184,8 @@ class ProjectionHead(nn.Module):
     """MoCo's projection head: linear D -> key_dim (V1), or an MLP with one hidden layer (V2).
 
     With `batch_norm` the hidden layer is normalised by the current batch, also when images are only encoded.
-    The projection of an image then depends on the other images of its batch. Pooled features do not.
+    The projection of an image then depends on the other images of its batch, and `split_model`
+    refuses a batch of one image. Pooled features do not.
     """
 
     key_dim: int

@@ -226,6 +226,7 @@ def split_model(
       key_dim: Width of query and key embeddings.
       head: "linear" (MoCo V1); "mlp" with one hidden layer of width key_dim, or four times key_dim from
         ResNet-50 on (V2); or "mlp_bn" with a batch-normalised hidden layer of width twice key_dim (large V2).
+        "mlp_bn" raises UserError when it is called on a batch of one image.
       bottleneck: Layers at the cut that shrink the smashed data, such as "C4S2"; see `read_bottleneck`.
       client_residual: Whether the client's blocks have shortcuts.
       weight_standardisation: Whether kernels of convolutions are standardised. Those of the bottleneck layers
@@ -297,6 +298,11 @@ def split_model(
         return backbone
 
     def apply_head(params: Params, backbone: Array) -> Array:
+        if head == "mlp_bn" and backbone.shape[-2] == 1:
+            raise UserError(
+                "config.moco.head: found mlp_bn and a batch of one image, whose batch norm is constant, "
+                "allowed: two images or more"
+            )
         projection: Any = server.head.apply({"params": params["head"]}, backbone)
         return projection
 

@@ -2,16 +2,21 @@
 
 from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mocosfl_jax.algorithm import optim
 from mocosfl_jax.algorithm.clients import Sync
 from mocosfl_jax.algorithm.flmoco import flmoco
-from mocosfl_jax.algorithm.interface import Algorithm
+from mocosfl_jax.algorithm.interface import Algorithm, TrainState
 from mocosfl_jax.algorithm.moco import MomentumContrast
 from mocosfl_jax.algorithm.mocosfl import mocosfl
+from mocosfl_jax.algorithm.pool import online_model
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.evaluation.features import Head
 from mocosfl_jax.models import SplitModel, split_model
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
 from mocosfl_jax.parallel import exchange, state
@@ -132,3 +137,33 @@ def build_model(config: Resolved, image_size: int, forms: Forms = ACCELERATOR) -
     """Build the network of a configuration, for images of `image_size` pixels."""
     stacked_server = config.algorithm == "flmoco"
     return split_model(**network_arguments(config, image_size), stacked_server=stacked_server, forms=forms)
+
+
+def encoder_params(config: Resolved, state: TrainState) -> tuple[Any, Any]:
+    """Return the parameters of a run's encoder: those of the client side, and those of the server side.
+
+    In FL-MoCo, each client has the whole network.
+    """
+    client = online_model(state)
+    return client if config.algorithm == "flmoco" else (client, state.server.params)
+
+
+def whole_head(config: Resolved, model: SplitModel, mesh: Mesh) -> Head | None:
+    """Return the compiled head of a run's encoder, on as many rows as it is given.
+
+    Args:
+      config: the resolved configuration.
+      model: its network.
+      mesh: of the states.
+
+    Returns:
+      The head for `make_encode`; None for a head that treats each row by itself.
+    """
+    if config.moco.head != "mlp_bn":
+        return None
+
+    def head(state: TrainState, backbone: Array) -> Array:
+        _, server_params = encoder_params(config, state)
+        return model.head(server_params, backbone)
+
+    return jax.jit(head, out_shardings=NamedSharding(mesh, P()))

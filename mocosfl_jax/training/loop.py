@@ -17,7 +17,7 @@ from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import Encode, make_encode
 from mocosfl_jax.runtime import hosts
-from mocosfl_jax.training import checkpoint, journal, plots, report, rounds, saving, workdir
+from mocosfl_jax.training import build, checkpoint, journal, plots, report, rounds, saving, workdir
 from mocosfl_jax.training.checkpoint import Progress
 from mocosfl_jax.training.experiment import Run
 from mocosfl_jax.training.journal import Output
@@ -53,7 +53,8 @@ def _train(run: Run, stop: Stop, output: Output) -> bool:
     output.say(report.header(run))
     init: Any = jax.jit(run.algorithm.init).lower(rng_init).compile()
     dataset, folder = run.dataset, output.folder
-    encode = make_encode(run.algorithm, dataset.mean, dataset.std)
+    head = build.whole_head(run.config, run.model, run.mesh)
+    encode = make_encode(run.algorithm, dataset.mean, dataset.std, head)
     store = saving.Store(folder, run.replay)
     if run.config.saving.loss_threshold:
         store.require_space()

@@ -1,5 +1,7 @@
 """kNN and batch norm against loops, and the probes on features of known quality."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from mocosfl_jax import Features
 from mocosfl_jax.evaluation import classifiers, knn
-from mocosfl_jax.evaluation.features import extract
+from mocosfl_jax.evaluation.features import Encode, extract, extract_batches
 
 
 def plain_knn(
@@ -46,14 +48,24 @@ def test_extract_keeps_order_and_drops_padding() -> None:
     shapes = set()
 
     @jax.jit
-    def encode(batch: jax.Array) -> Features:
+    def encode(state: Any, batch: jax.Array) -> Features:
         shapes.add(batch.shape)  # runs once per trace
         flat = batch.reshape(len(batch), -1).astype(jnp.float32)
-        return Features(flat, 2 * flat)
+        return Features(flat, state * flat)
 
-    features = extract(encode, images, batch_size=3)
-    np.testing.assert_array_equal(features.backbone, images.reshape(7, 4))
-    np.testing.assert_array_equal(features.projection, 2 * features.backbone)
+    def head(state: Any, backbone: np.ndarray) -> jax.Array:
+        return jnp.asarray(backbone) / (state * backbone.sum())
+
+    flat = images.reshape(7, 4)
+    for seven in (
+        extract(Encode(encode, None), 2, images, batch_size=3),  # type: ignore[arg-type]
+        extract_batches(Encode(encode, None), 2, np.split(images, [1, 4]), batch_size=3),  # type: ignore[arg-type]
+    ):
+        assert all(isinstance(x, np.ndarray) for x in seven)  # on no device until somebody needs them
+        np.testing.assert_array_equal(seven.backbone, flat)
+        np.testing.assert_array_equal(seven.projection, 2 * flat)
+    mixed = extract(Encode(encode, head), 2, images, batch_size=3)  # type: ignore[arg-type]
+    np.testing.assert_allclose(mixed.projection, flat / (2 * flat.sum()), rtol=1e-6)
     assert shapes == {(3, 2, 2, 1)}
 
 
