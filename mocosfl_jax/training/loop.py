@@ -146,6 +146,7 @@ def run_epochs(
                 if ended or (config.eval.every and epoch % config.eval.every == 0):
                     features = monitor.features(run.dataset, state, programs.encode)
                     metrics |= monitor.knn(run.dataset, run.config.eval, features)
+                    features = features if ended else None  # they take much memory
                 progress = journal.record(run, progress, metrics, output)._replace(
                     traffic=next_traffic(run, progress, metrics["loss"], epoch),
                     last_loss=metrics["loss"],

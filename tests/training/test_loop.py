@@ -1,6 +1,7 @@
 """The loop in one process: one compilation for a whole run, and stopping at any moment changes nothing."""
 
 import pathlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from mocosfl_jax import MomentumContrast, mocosfl
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Synchronization
+from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.training import workdir
 from mocosfl_jax.training.experiment import Run
 from tests.support.toy import IMAGE, make_toy_model
@@ -92,6 +94,31 @@ def test_a_stopped_run_resumes_as_if_uninterrupted(
     assert comparable(tmp_path) == comparable(undisturbed[0])[: len(comparable(tmp_path))]
     assert train(run, tmp_path)
     assert comparable(tmp_path) == comparable(undisturbed[0])
+
+
+def test_features_are_let_go_after_their_evaluation(
+    run: Run, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those of the last epoch are kept, for the linear probe."""
+    made: list[weakref.ref] = []
+    features = monitor.features
+
+    def watched(*args: Any) -> monitor.Evaluated:
+        train_and_test = features(*args)
+        made.append(weakref.ref(train_and_test[0].backbone))
+        return train_and_test
+
+    def never(metrics: Metrics) -> bool:
+        alive.append([each() is not None for each in made])
+        return False
+
+    monkeypatch.setattr(monitor, "features", watched)
+    alive: list[list[bool]] = []  # at each line of metrics, for each evaluation so far
+    assert train(run, tmp_path, never)
+    untrained, one, two, three, four, probe = alive
+    assert untrained == one == [False]
+    assert two == three == [False, False]
+    assert four == probe == [False, False, True]
 
 
 def test_an_incomplete_last_line_is_written_again(
