@@ -238,6 +238,8 @@ def _check_values(config: Resolved) -> None:
     elif not clients.rich:  # `experiment.prepare` knows how many of a cohort are rich
         keys = clients.cohort * largest * views
         _in_range("moco.queue_size", moco.queue_size, keys, why="the keys of one step")
+    if moco.head == "mlp_bn":
+        _check_batch_norm(config)
     _in_range("moco.temperature", moco.temperature, 0.0, open_low=True)
     _in_range("moco.momentum", moco.momentum, 0.0, 1.0)
     _in_range("moco.min_crop_scale", moco.min_crop_scale, 0.0, 1.0, open_low=True)
@@ -258,6 +260,21 @@ def _check_values(config: Resolved) -> None:
         _only_mocosfl(config)
     elif clients.local_epochs != 1:
         raise UserError(f"config.clients.local_epochs: found {clients.local_epochs}, allowed: 1 (not flmoco)")
+
+
+def _check_batch_norm(config: Resolved) -> None:
+    """Refuses a head with batch norm over one row, which is constant: nothing would be learnt."""
+    clients, moco = config.clients, config.moco
+    rows = clients.batch_size * (2 if moco.full_symmetric else 1)
+    what = "a client"
+    if config.algorithm == "mocosfl":
+        what = "the cohort"
+        rows *= clients.cohort
+    if rows == 1:
+        raise UserError(
+            f"config.moco.head: found mlp_bn where {what} has one image in a step, over which batch norm is "
+            "constant, allowed: linear, mlp, or a larger config.clients.batch_size"
+        )
 
 
 def _only_mocosfl(config: Resolved) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -172,6 +173,37 @@ def test_a_queue_below_the_keys_of_a_step_of_rich_and_poor_is_refused() -> None:
         prepare(config)
     config.moco.queue_size = 34
     assert prepare(config).images_per_step == 17
+
+
+@pytest.mark.parametrize(
+    "algorithm, clients, more, refused",
+    [
+        ("flmoco", Clients(num=100), {}, "where a client has one image in a step"),  # the paper's B is 1
+        ("flmoco", Clients(num=100), {"head": "mlp"}, None),
+        ("flmoco", Clients(num=50), {}, None),  # two images
+        ("mocosfl", Clients(num=100), {}, None),
+        ("mocosfl", Clients(num=100, cohort=1), {}, "where the cohort has one image in a step"),
+        ("mocosfl", Clients(num=1, batch_size=1), {"preset": "v2", "head": "mlp_bn"}, "the cohort has one"),
+        (
+            "mocosfl",
+            Clients(num=100, cohort=1),
+            {"full_symmetric": True},
+            None,
+        ),  # both views are in the batch
+        ("mocosfl", Clients(num=100, cohort=2), {}, None),
+    ],
+)
+def test_batch_norm_over_one_row_is_refused(
+    algorithm: str, clients: Clients, more: dict[str, Any], refused: str | None
+) -> None:
+    """The output would be the same for every image, whatever the network learns."""
+    config = Config(algorithm=algorithm, clients=clients, moco=Moco(**{"preset": "large_v2"} | more))
+    if refused is None:
+        resolve(config)
+        return
+    with pytest.raises(UserError, match=r"config.moco.head: found mlp_bn .*constant, allowed: ") as error:
+        resolve(config)
+    assert refused in str(error.value)
 
 
 @pytest.mark.parametrize(
