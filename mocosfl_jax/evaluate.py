@@ -94,7 +94,8 @@ def evaluate(argv: Sequence[str]) -> None:
     if config.eval.probe_epochs:
         numbers |= monitor.linear_probe(run.dataset, run.config.eval, features, rng_probe)
     if values.semi_supervised:
-        numbers |= monitor.semi_supervised(run.dataset, run.config.eval, features, rng_probe)
+        rng_few = jax.random.fold_in(jax.random.key(config.seed), 3)  # a fourth key, beside those three
+        numbers |= monitor.semi_supervised(run.dataset, run.config.eval, features, rng_few)
     untrained = workdir.read_metrics(folder, 1)
     say(report.accuracies(numbers, untrained[0] if untrained else {}))
     settings = {name: getattr(config.eval, name) for name in ("knn_k", "knn_temperature", "probe_epochs")}

@@ -482,7 +482,10 @@ def test_workdir_is_named_after_the_config_file() -> None:
             ],
             ["1 rich", "batch 2 to 4", "bottleneck C4S2", "4 queues of 16 keys", "MonAcoSFL"],
         ),
-        (["optim.client_lr=0", "moco.preset=v1"], ["frozen", "0 B down"]),
+        (
+            ["optim.client_lr=0", "moco.preset=v1", "clients.cohort=3"],
+            ["frozen", "0 B down", "a client takes part in 0.75 epochs on average, for config.epochs 1;"],
+        ),
         (["algorithm=flmoco", "clients.local_epochs=2"], ["FL-MoCo", "whole resnet18"]),
         (
             ["clients.num=1", "clients.batch_size=6", "clients.noniid_ratio=1.0", "model.cut_layer=0"],

@@ -214,7 +214,8 @@ class Config:
     # mocosfl, or flmoco: the baseline that trains the whole network on each client.
     algorithm: str = "mocosfl"
     seed: int = 1234
-    # Passes over the data if the whole pool takes part. Smaller cohorts train N // M times as many epochs.
+    # Passes over the data if the whole pool takes part. Smaller cohorts train N // M times as many epochs, so
+    # that a client takes part in `epochs` of them on average, or in fewer where M does not divide N.
     epochs: int = 200
     data: Data = dataclasses.field(default_factory=Data)
     clients: Clients = dataclasses.field(default_factory=Clients)

@@ -214,6 +214,9 @@ def _check_values(config: Resolved) -> None:
         _in_range("clients.dirichlet_alpha", clients.dirichlet_alpha, 0.0, open_low=True)
     if not 0 <= clients.rich < 1:
         raise UserError(f"config.clients.rich: found {clients.rich}, allowed: 0 or more, less than 1")
+    if clients.rich:
+        why = "with rich clients, one of them rich and one poor"
+        _in_range("clients.cohort", clients.cohort, 2, clients.num, why)
     if not 0 < clients.rich_data < 1:
         raise UserError(
             f"config.clients.rich_data: found {clients.rich_data}, allowed: more than 0, less than 1"

@@ -17,7 +17,7 @@ from mocosfl_jax.data import arrays, cifar, folder, images, stl10, svhn, tfds_se
 from mocosfl_jax.data.images import Images
 from mocosfl_jax.errors import UserError
 
-__all__ = ["NAMES", "PUBLISHED", "SIZES", "Dataset", "Images", "in_memory", "load"]
+__all__ = ["MAX_SIZE", "NAMES", "PUBLISHED", "SIZES", "Dataset", "Images", "in_memory", "load"]
 
 Channels = tuple[float, float, float]
 _Loader = Callable[[str, Path, int | None, float], images.Loaded]
@@ -48,7 +48,7 @@ SIZES: dict[str, tuple[int, int]] = {
     "imagenet12": (15_600, 224),
 }
 
-_MAX_SIZE = math.isqrt(images.MAX_PIXELS)
+MAX_SIZE = math.isqrt(images.MAX_PIXELS)  # height and width of an image
 
 # Mean and standard deviation of the channels with which the paper's experiments normalise images.
 _SVHN = ((0.3522, 0.4004, 0.4463), (0.1189, 0.1377, 0.1784))
@@ -111,9 +111,9 @@ def load(name: str, directory: str, image_size: int | None, max_broken: float = 
     if not isinstance(directory, str) or not directory or "\0" in directory:
         raise UserError(f"config.data.dir: found {directory!r}, allowed: a path")
     if image_size is not None and (
-        isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= _MAX_SIZE
+        isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= MAX_SIZE
     ):
-        raise UserError(f"config.data.image_size: found {image_size!r}, allowed: None or 1 to {_MAX_SIZE}")
+        raise UserError(f"config.data.image_size: found {image_size!r}, allowed: None or 1 to {MAX_SIZE}")
     if image_size is None and name == "imagenet12":
         image_size = SIZES[name][1]
     path = Path(directory)

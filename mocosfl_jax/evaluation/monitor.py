@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 from jax import Array
 
 from mocosfl_jax.algorithm.interface import TrainState
@@ -69,12 +70,15 @@ def linear_probe(dataset: Dataset, settings: Eval, evaluated: Evaluated, rng: Ar
 
 
 def semi_supervised(dataset: Dataset, settings: Eval, evaluated: Evaluated, rng: Array) -> dict[str, float]:
-    """Return the accuracies of a small network on backbone features, from 10 % and from 1 % of the labels."""
+    """Return the accuracies of a small network on backbone features, from 10 % and from 1 % of the labels.
+
+    Their draws are independent: the percentage is folded into `rng`.
+    """
     train, test = evaluated
     numbers = {}
     for percent in (10, 1):
         probe = classifiers.semi_supervised(
-            rng,
+            jax.random.fold_in(rng, percent),
             train.backbone,
             dataset.y_train,
             test.backbone,

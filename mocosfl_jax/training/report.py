@@ -64,9 +64,17 @@ def header(run: Run) -> str:
     rows["plan"] = (
         f"{epochs} of {run.steps_per_epoch:,} steps of {run.images_per_step:,} images, "
         f"synchronized every {interval}{', MonAcoSFL' if sync.momentum_models else ''}; "
-        f"seed {config.seed}"
+        f"{'' if run.whole_pool else _passes(run)}seed {config.seed}"
     )
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+
+
+def _passes(run: Run) -> str:
+    """How often a client takes part: N // M is rounded, so it may not be `epochs` times."""
+    passes = run.config.total_epochs * run.cohort / run.config.clients.num
+    return (
+        f"a client takes part in {passes:,.4g} epochs on average, for config.epochs {run.config.epochs:,}; "
+    )
 
 
 def _span(values: Sequence[int]) -> str:

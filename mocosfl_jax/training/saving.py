@@ -7,7 +7,9 @@ that sends nothing: the server trains on smashed data that it has kept, in shuff
 import enum
 import os
 import shutil
+import zlib
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -59,6 +61,8 @@ def gibibytes(arrays: jax.ShapeDtypeStruct) -> float:
 class Store:
     """The smashed data of one epoch, in a file: [steps, 2, n, h, w, c] of query and key views.
 
+    The array, in NumPy's format, is followed by a CRC-32 for each step, as little-endian uint32 [steps].
+
     The operating system caches as much of the file as fits in memory. The file name contains the epoch, so
     that a run resumed from an earlier checkpoint cannot replay the wrong one.
     """
@@ -90,39 +94,58 @@ class Store:
         if not path.exists():
             for other in self._kept():
                 other.unlink()
-        file = self._open(path, "r+" if path.exists() else "w+")
+        file, checksums = self._open(path, "r+" if path.exists() else "w+")
         file[step, 0], file[step, 1] = smashed.query, smashed.key
+        checksums[step] = _checksum(file[step])
 
     def read(self, epoch: int, step: int) -> SmashedData:
         """Return the smashed data of a step of `epoch`, as it was kept.
 
         Raises:
-          UserError: if the file is missing or has another shape or dtype.
+          UserError: if the file is missing, has another shape or dtype, or is damaged.
         """
         path = self.path(epoch)
         if not path.exists():
             raise UserError(f"{path}: this file is missing, but the run stopped in an epoch that replays it")
-        return SmashedData(*np.array(self._open(path, "r")[step]))
+        file, checksums = self._open(path, "r")
+        kept = np.array(file[step])
+        if _checksum(kept) != checksums[step]:
+            raise UserError(f"{path}: damaged, the smashed data of step {step} are not those that were kept")
+        return SmashedData(*kept)
 
     def _kept(self) -> list[Path]:
         return list(self.folder.glob("replay_*.npy"))
 
-    def _open(self, path: Path, mode: str) -> np.memmap:
+    def _open(self, path: Path, mode: Literal["r", "r+", "w+"]) -> tuple[np.ndarray, np.ndarray]:
+        """Map the array and its checksums; "w+" makes the file."""
+        shape, dtype = self.arrays.shape, self.arrays.dtype
         if mode == "w+":
             try:
-                file = np.lib.format.open_memmap(path, mode, self.arrays.dtype, self.arrays.shape)
-                # Reserve the space: writing to a mapped file on a full disk would kill the process.
-                if hasattr(os, "posix_fallocate"):
-                    with path.open("r+b") as whole:
-                        os.posix_fallocate(whole.fileno(), 0, path.stat().st_size)
+                file = np.lib.format.open_memmap(path, mode, dtype, shape)
+                size = file.offset + file.nbytes + 4 * shape[0]
+                with path.open("r+b") as whole:
+                    whole.truncate(size)
+                    # Reserve the space: writing to a mapped file on a full disk would kill the process.
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(whole.fileno(), 0, size)
             except OSError as error:
                 path.unlink(missing_ok=True)
                 raise DiskFullError(f"{path}: {gibibytes(self.arrays):.3g} GiB, {error.strerror}") from error
-            return file
-        file = np.lib.format.open_memmap(path, mode)
-        shape, dtype = self.arrays.shape, self.arrays.dtype
+            return file, np.memmap(path, "<u4", "r+", size - 4 * shape[0], shape[0])
+        try:
+            file = np.lib.format.open_memmap(path, mode)
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error})") from error
         if file.shape != shape:
             raise UserError(f"{path}: found {file.shape}, allowed: {shape}, that of the run's smashed data")
         if file.dtype.itemsize != dtype.itemsize:
             raise UserError(f"{path}: found {file.dtype}, allowed: {dtype}, that of the run's smashed data")
-        return file.view(dtype)  # NumPy's format lacks bfloat16 and reads it as two raw bytes
+        end = file.offset + file.nbytes
+        if (found := path.stat().st_size) != end + 4 * shape[0]:
+            raise UserError(f"{path}: damaged, found {found:,} bytes, allowed: {end + 4 * shape[0]:,}")
+        # NumPy's format lacks bfloat16 and reads it as two raw bytes.
+        return file.view(dtype), np.memmap(path, "<u4", mode, end, shape[0])
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)

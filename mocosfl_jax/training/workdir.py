@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mocosfl_jax.config import Resolved, from_dict, upgraded
 from mocosfl_jax.config import differences as config_differences
+from mocosfl_jax.data import MAX_SIZE
 from mocosfl_jax.data.fingerprint import Fingerprint, changes
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.runtime.environment import Environment, differences
@@ -197,11 +199,20 @@ def read_preprocessing(workdir: Path) -> Preprocessing:
       UserError: if the file is missing or invalid.
     """
     path = workdir / "preprocessing.json"
-    try:
-        return Preprocessing(**_read_json(path))
-    except TypeError as error:
-        allowed = ", ".join(Preprocessing._fields)
-        raise UserError(f"{path}: found other fields, allowed: {allowed}") from error
+    values = _read_json(path)
+    if not isinstance(values, dict) or set(values) != set(Preprocessing._fields):
+        raise UserError(f"{path}: found other fields, allowed: {', '.join(Preprocessing._fields)}")
+    size, mean, std = (values[name] for name in Preprocessing._fields)
+    if type(size) is not int or not 1 <= size <= MAX_SIZE:
+        raise UserError(f"{path}: image_size: found {size!r}, allowed: 1 to {MAX_SIZE}")
+    for name, three in (("mean", mean), ("std", std)):
+        numbers = isinstance(three, list) and [
+            x for x in three if type(x) in (int, float) and math.isfinite(x)
+        ]
+        if not numbers or len(numbers) != 3 or numbers != three or (name == "std" and min(numbers) <= 0):
+            above = " above 0" if name == "std" else ""
+            raise UserError(f"{path}: {name}: found {three!r}, allowed: three numbers{above}")
+    return Preprocessing(size, tuple(mean), tuple(std))
 
 
 def write_evaluation(workdir: Path, evaluation: Mapping[str, Any]) -> None:

@@ -142,6 +142,8 @@ def _metadata(header: dict[str, str]) -> Metadata:
         if not isinstance(numbers, list) or len(numbers) != 3 or not all(map(math.isfinite, numbers)):
             raise ValueError(f"{field} is not three numbers")
         values[field] = tuple(numbers)
+    if min(values["std"]) <= 0:
+        raise ValueError("std is not above 0")
     if not isinstance(values["network"], dict):
         raise ValueError("network is not arguments of split_model")
     return Metadata(**values)

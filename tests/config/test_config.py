@@ -164,6 +164,14 @@ def test_presets_of_the_paper(preset: str, expected: tuple[object, ...]) -> None
     assert config.optim.client_lr == config.optim.server_lr
 
 
+def test_a_cohort_of_one_has_no_place_for_the_poor() -> None:
+    """Its only client would always be a rich one."""
+    with pytest.raises(UserError, match=r"config.clients.cohort: found 1, allowed: 2 to 100 \(with rich cl"):
+        resolve(Config(clients=Clients(num=100, cohort=1, rich=0.2)))
+    assert resolve(Config(clients=Clients(num=100, cohort=2, rich=0.2))).clients.cohort == 2
+    assert resolve(Config(clients=Clients(num=100, cohort=1))).clients.cohort == 1
+
+
 def test_a_queue_below_the_keys_of_a_step_of_rich_and_poor_is_refused() -> None:
     """A cohort of two has a rich client, with a batch of 16, though a fifth of two rounds to none."""
     config = quickstart()

@@ -74,10 +74,37 @@ def test_store_keeps_bfloat16_bit_for_bit_in_half_the_bytes(tmp_path: pathlib.Pa
     for found, sent in zip(store.read(0, 1), kept, strict=True):
         assert found.dtype == jnp.bfloat16
         np.testing.assert_array_equal(found, sent)
-    header = store.path(0).stat().st_size - saving.gibibytes(arrays) * 2**30
+    checksums = 2 * 4
+    header = store.path(0).stat().st_size - saving.gibibytes(arrays) * 2**30 - checksums
     assert saving.gibibytes(arrays) * 2**30 == 2 * 2 * 512 * 2 and 0 < header <= 128
     with pytest.raises(UserError, match=r"replay_0.npy: found \|V2, allowed: float32, that of the run's"):
         saving.Store(tmp_path, floats(*arrays.shape)).read(0, 1)
+
+
+def test_a_damaged_file_is_not_replayed(tmp_path: pathlib.Path) -> None:
+    store = saving.Store(tmp_path, floats(3, 2, 50))
+    rng = np.random.default_rng(0)
+    for step in (0, 1):
+        store.write(4, step, SmashedData(*jnp.asarray(rng.normal(size=(2, 50)), jnp.float32)))
+    path = store.path(4)
+    whole = path.read_bytes()
+    with pytest.raises(UserError, match=r"replay_4\.npy: damaged, the smashed data of step 2 are not those"):
+        store.read(4, 2)  # never written
+    start = len(whole) - 3 * 2 * 50 * 4 - 3 * 4
+    for bit in rng.integers(0, 8 * 2 * 50 * 4, 20):
+        flipped = bytearray(whole)
+        flipped[start + bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(flipped)
+        store.read(4, 1)
+        with pytest.raises(UserError, match=r"damaged, the smashed data of step 0 are not those"):
+            store.read(4, 0)
+    for damaged in (whole[:-1], whole[:-12], whole[:900], whole[:50], b"", whole + b"x"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"replay_4\.npy: damaged") as error:
+            store.read(4, 0)
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+    store.read(4, 0)
 
 
 def test_epochs_are_not_confused(tmp_path: pathlib.Path) -> None:

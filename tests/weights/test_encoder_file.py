@@ -92,6 +92,7 @@ def test_no_file_truncated_files_and_another_file(file: pathlib.Path) -> None:
         ("mean", [0.5, 0.5], "mean is not three numbers"),
         ("std", [0.5, 0.5, "a"], "not an encoder"),
         ("std", 0.5, "std is not three numbers"),
+        ("std", [0.5, 0.5, 0], "std is not above 0"),
         ("source", None, "its header lacks source"),
     ],
 )
