@@ -1,9 +1,13 @@
-# ruff: noqa: E402
 """MocoSFL: self-supervised learning across many small clients, in JAX (Li et al., ICLR 2023)."""
 
 from mocosfl_jax.runtime import import_path
 
-import_path.leave_current_folder()  # before anything else is imported
+if import_path.is_command():  # before anything else is imported
+    import_path.leave_current_folder()
+
+    from mocosfl_jax.runtime import streams
+
+    streams.make_safe()
 
 from mocosfl_jax.algorithm.clients import ClientState, Pool, Sync
 from mocosfl_jax.algorithm.flmoco import flmoco

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from mocosfl_jax.config import Config, quickstart
 from mocosfl_jax.errors import UserError, one_line
+from mocosfl_jax.paths import user_path
 
 HELP = {"--help", "-h", "-help", "--helpfull"}
 
@@ -62,7 +63,7 @@ def parse(
     names = ["quickstart"]
 
     def load(path: str) -> Config:
-        file, parameter = split_parameter(path)
+        file, parameter = split_parameter(str(user_path("--config", path)))
         names.append("_".join([Path(file).stem, *parameter]))
         return load_config(file, parameter)
 
@@ -117,9 +118,9 @@ def output_file(text: str) -> Path:
     """Return the path given by --out.
 
     Raises:
-      UserError: if the path is a folder, or its parent folder does not exist.
+      UserError: if the path is a URL or a folder, or its parent folder does not exist.
     """
-    path = Path(text)
+    path = user_path("--out", text)
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"--out: found {path}, allowed: a file in an existing folder")
     return path

@@ -28,6 +28,7 @@ from mocosfl_jax.commandline import say
 from mocosfl_jax.data import decode
 from mocosfl_jax.data import folder as image_folder
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.paths import user_path, utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
@@ -54,7 +55,8 @@ def encode(argv: Sequence[str]) -> None:
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "images", "out"])
-    folder, images = Path(values.workdir), Path(values.images)
+    folder = utf8_path("--workdir", values.workdir)
+    images = user_path("--images", values.images)
     config = workdir.read_config(folder)
     preprocessing = workdir.read_preprocessing(folder)
     if not images.is_dir():
@@ -89,7 +91,10 @@ def encode(argv: Sequence[str]) -> None:
             raise UserError(f"--images: none of the {len(files):,} files in {images} can be read")
 
     backbone, projection = extract_batches(encode_batch, state, pictures(), BATCH)
-    names = np.array([path.relative_to(images).as_posix() for path in read])
+    # As UTF-8, in any locale.
+    names = np.array(
+        [os.fsencode(path.relative_to(images)).decode("utf-8", "surrogateescape") for path in read]
+    )
     temporary = out.with_name(f"{out.name}.tmp")
     with temporary.open("wb") as file:
         np.savez(file, backbone=backbone, projection=projection, files=names)

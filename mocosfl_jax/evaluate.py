@@ -17,7 +17,6 @@ Nothing is downloaded: a data set that is missing is reported.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -26,6 +25,7 @@ from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
 from mocosfl_jax.data import download
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.paths import utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
@@ -56,7 +56,7 @@ def evaluate(argv: Sequence[str]) -> None:
         flags.DEFINE_bool("accept_other_data", False, "Evaluate on other data.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir"])
-    folder = Path(values.workdir)
+    folder = utf8_path("--workdir", values.workdir)
     config = workdir.read_config(folder)
     if values.probe_epochs is not None:
         config.eval.probe_epochs = values.probe_epochs

@@ -10,13 +10,13 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from absl import flags
 
 from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
+from mocosfl_jax.paths import utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
@@ -41,7 +41,7 @@ def export(argv: Sequence[str]) -> None:
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "out"])
-    folder, out = Path(values.workdir), commandline.output_file(values.out)
+    folder, out = utf8_path("--workdir", values.workdir), commandline.output_file(values.out)
     config = workdir.read_config(folder)
     preprocessing = workdir.read_preprocessing(folder)
 

@@ -13,7 +13,6 @@
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -21,6 +20,7 @@ from mocosfl_jax import commandline, data
 from mocosfl_jax.commandline import say
 from mocosfl_jax.config import Resolved, resolve
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.paths import user_path
 
 USAGE = "--client=FILE, --server=FILE, --config=FILE, --config.FIELD=VALUE, --out=FILE, --mean, --std, --help"
 
@@ -52,6 +52,7 @@ def import_official(argv: Sequence[str]) -> None:
         if name not in given:
             raise UserError(f"--{name} is missing; allowed: {USAGE}")
     out = commandline.output_file(values.out)
+    files = [user_path("--client", values.client), user_path("--server", values.server)]
     config = resolve(arguments.config)
     mean, std = (_channels(name, values[name].value, config) for name in ("mean", "std"))
     image_size = config.data.image_size or data.SIZES.get(config.data.name, (None, None))[1]
@@ -65,7 +66,7 @@ def import_official(argv: Sequence[str]) -> None:
     from mocosfl_jax.weights import encoder_file, official, torch_file
 
     network = network_arguments(config, image_size)
-    states = [torch_file.read_state_dict(Path(path)) for path in (values.client, values.server)]
+    states = [torch_file.read_state_dict(path) for path in files]
     client, server = official.from_official(*states, **network)
     metadata = encoder_file.Metadata(network, mean, std, f"{values.client}, {values.server}")
     encoder_file.export_encoder(out, client, server, metadata)

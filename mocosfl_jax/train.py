@@ -29,6 +29,7 @@ from mocosfl_jax import commandline
 from mocosfl_jax.commandline import fail, say
 from mocosfl_jax.config import Config, resolve
 from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
+from mocosfl_jax.paths import utf8_path
 from mocosfl_jax.runtime import compiler, hosts
 from mocosfl_jax.training import workdir
 
@@ -171,8 +172,8 @@ def parse(argv: Sequence[str]) -> Options:
         flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
 
     arguments = commandline.parse(argv, USAGE, define)
-    folder = Path(arguments.flags.workdir or f"runs/{arguments.name}")
     values = arguments.flags
+    folder = utf8_path("--workdir", values.workdir or f"runs/{arguments.name}")
     address = hosts.address(values.coordinator, values.num_processes, values.process_id)
     return Options(arguments.config, folder, values.tensorboard, values.accept_other_data, address)
 
@@ -201,7 +202,8 @@ def stop_on_signals() -> Iterator[tuple[Callable[[], bool], list[signal.Signals]
         received.append(signal.Signals(number))
         stop.set()
         # os.write, since the signal may have interrupted a print.
-        os.write(2, f"\n{received[0].name}: saving after the current round\n".encode())
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, f"\n{received[0].name}: saving after the current round\n".encode())
         for each in signals:
             signal.signal(each, before[each])
         if hosts.several():

@@ -40,6 +40,7 @@ def modules(folder: str, name: str) -> set[str]:
 # Each room may import those in earlier lines; rooms in the same line do not import each other.
 ROOMS = [
     {"errors"},
+    {"paths"},
     {"config", "data", "models", "runtime"},
     {"algorithm", "commandline"},
     {"feed", "parallel", "weights"},

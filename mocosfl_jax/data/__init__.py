@@ -16,6 +16,7 @@ import numpy as np
 from mocosfl_jax.data import arrays, cifar, folder, images, stl10, svhn, tfds_sets, tiny_imagenet
 from mocosfl_jax.data.images import Images
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.paths import user_path
 
 __all__ = ["MAX_SIZE", "NAMES", "PUBLISHED", "SIZES", "Dataset", "Images", "in_memory", "load"]
 
@@ -116,7 +117,7 @@ def load(name: str, directory: str, image_size: int | None, max_broken: float = 
         raise UserError(f"config.data.image_size: found {image_size!r}, allowed: None or 1 to {MAX_SIZE}")
     if image_size is None and name == "imagenet12":
         image_size = SIZES[name][1]
-    path = Path(directory)
+    path = user_path("config.data.dir", directory)
     try:
         loader = _LOADERS.get(name)
         if loader:

@@ -249,5 +249,6 @@ def _leave(status: int, message: str | None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if message is not None:
-        os.write(2, f"error: {' '.join(message.split())[:2000]}\n".encode())
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, f"error: {' '.join(message.split())[:2000]}\n".encode(errors="backslashreplace"))
     os._exit(status)

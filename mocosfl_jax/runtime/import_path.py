@@ -4,16 +4,20 @@ import os
 import sys
 
 
+def is_command() -> bool:
+    """Whether Python is starting `python -m mocosfl_jax.COMMAND`, and not another program that imports us."""
+    # Python sets argv[0] to -m while it looks for the command, and imports the package on the way.
+    return sys.argv[:1] == ["-m"] and _starts_ours(sys.orig_argv[1:])
+
+
 def leave_current_folder() -> None:
-    """Take the current folder off sys.path where `python -m mocosfl_jax.COMMAND` has put it there.
+    """Take the current folder off sys.path, where `python -m` has put it.
 
     Libraries try to import optional packages long after the start. A folder or file of that name in the
-    current folder, which may be somebody's workdir, would then be imported. Other programs, and folders that
-    PYTHONPATH names, are left alone. Only modules that Python has loaded at its start are imported here.
+    current folder, which may be somebody's workdir, would then be imported. Folders that PYTHONPATH names are
+    left alone. Only modules that Python has loaded at its start are imported here.
     """
-    # Python sets argv[0] to -m while it looks for the command, and imports the package on the way.
-    ours = sys.argv[:1] == ["-m"] and _starts_ours(sys.orig_argv[1:])
-    if ours and not sys.flags.safe_path and sys.path[:1] in ([""], [os.getcwd()]):
+    if not sys.flags.safe_path and sys.path[:1] in ([""], [os.getcwd()]):
         del sys.path[0]
 
 

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from mocosfl_jax.runtime.streams import text_stream
+
 # When a process of the run dies, XLA ends the others from C++, with a stack trace that Python can neither
 # catch nor prevent. This program runs in a process of its own. It replaces the trace by a single line, drops
 # the other messages of the coordination service and passes everything else on.
@@ -43,6 +45,6 @@ def filter_stderr(lost: str, meeting: str) -> None:
         start_new_session=True,
     )
     assert child.stdin is not None
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    sys.stderr = text_stream(os.dup(2), sys.stderr)
     os.dup2(child.stdin.fileno(), 2)
     child.stdin.close()

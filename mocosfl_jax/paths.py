@@ -1,0 +1,49 @@
+"""Paths as people give them, in flags and in fields of the configuration."""
+
+import re
+from pathlib import Path
+
+from mocosfl_jax.errors import UserError
+
+
+def user_path(name: str, text: str) -> Path:
+    """Return the path that a flag or a field holds, with `~` and `~user` expanded.
+
+    Args:
+      name: the flag or field, for messages.
+      text: its value.
+
+    Raises:
+      UserError: if the value is a URL, or the home folder is not known.
+
+    Example:
+      >>> user_path("--workdir", "gs://bucket/run")
+      Traceback (most recent call last):
+      ...
+      mocosfl_jax.errors.UserError: --workdir: found 'gs://bucket/run', allowed: a path; URLs are not opened
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise UserError(f"{name}: found {text!r}, allowed: a path; URLs are not opened")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{name}: found {text!r}, allowed: a path without ~, as no home folder is known"
+        ) from error
+
+
+def utf8_path(name: str, text: str) -> Path:
+    """Return `user_path`, for a path that libraries in C++ will open, which need UTF-8.
+
+    Raises:
+      UserError: as for `user_path`, or if the absolute path is not UTF-8, or not read as such.
+    """
+    path = user_path(name, text)
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name}: found {str(path.absolute())!a}, allowed: a path in UTF-8; in an ASCII "
+            "locale, PYTHONUTF8=1 lets Python read it as such"
+        ) from error
+    return path

@@ -1,0 +1,81 @@
+"""Paths in flags and fields: the home folder, URLs, and names that C++ cannot open."""
+
+import os
+import pathlib
+import shutil
+
+import pytest
+
+from mocosfl_jax import commandline, encode, evaluate, export, import_official, train
+from mocosfl_jax.costs import __main__ as costs
+from mocosfl_jax.data import load
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.paths import user_path, utf8_path
+
+
+def test_the_home_folder_is_expanded_everywhere(
+    images: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(images, tmp_path / "a.npz")
+    assert len(load("npz", "~/a.npz", image_size=None).x_train) == 48
+    (tmp_path / "config.py").write_text(
+        "from mocosfl_jax.config import Config\nget_config = lambda epochs='7': Config(epochs=int(epochs))\n"
+    )
+    for file, epochs in (("~/config.py", 7), ("~/config.py:3", 3)):
+        options = train.parse(["train", f"--config={file}", "--workdir=~/run"])
+        assert (options.config.epochs, options.folder) == (epochs, tmp_path / "run")
+    assert commandline.output_file("~/x.npz") == tmp_path / "x.npz"
+    assert user_path("--workdir", "a~/~") == pathlib.Path("a~/~")
+
+
+@pytest.mark.parametrize(
+    "command, arguments",
+    [
+        (train, ["--workdir={}"]),
+        (train, ["--config={}"]),
+        (train, ["--workdir={tmp}/run", "--config.data.name=npz", "--config.data.dir={}"]),
+        (costs, ["--config={}"]),
+        (evaluate, ["--workdir={}"]),
+        (evaluate, ["--workdir={run}", "--data_dir={}"]),
+        (encode, ["--workdir={}", "--images={tmp}", "--out={tmp}/x"]),
+        (encode, ["--workdir={run}", "--images={}", "--out={tmp}/x"]),
+        (encode, ["--workdir={run}", "--images={tmp}", "--out={}"]),
+        (export, ["--workdir={}", "--out={tmp}/x"]),
+        (export, ["--workdir={run}", "--out={}"]),
+        (import_official, ["--client={}", "--server={tmp}/x", "--config={config}", "--out={tmp}/x"]),
+        (import_official, ["--client={tmp}/x", "--server={}", "--config={config}", "--out={tmp}/x"]),
+        (import_official, ["--client={tmp}/x", "--server={tmp}/x", "--config={config}", "--out={}"]),
+    ],
+)
+def test_a_url_is_refused_in_one_line(
+    command: object,
+    arguments: list[str],
+    finished: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_noniid.py"
+    argv = [a.format("s3://bucket/x.py", run=finished, tmp=tmp_path, config=config) for a in arguments]
+    assert command.main(["command", *argv]) == 2  # type: ignore[attr-defined]
+    error = capsys.readouterr().err
+    assert "found 's3://bucket/x.py', allowed: a path; URLs are not opened" in error
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_home_folder_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--out: found '~nobody_here/x', allowed: a path without ~"):
+        user_path("--out", "~nobody_here/x")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # neither HOME nor an entry in passwd
+    with pytest.raises(UserError, match=r"--out: found '~/x', allowed: a path without ~"):
+        user_path("--out", "~/x")
+
+
+def test_a_workdir_has_to_be_utf8(capsys: pytest.CaptureFixture) -> None:
+    """Orbax opens it in C++, where other names failed when the first checkpoint was saved."""
+    assert utf8_path("--workdir", "/wörk") == pathlib.Path("/wörk")
+    assert train.main(["train", "--workdir=/w\udcff"]) == 2
+    error = capsys.readouterr().err
+    assert r"--workdir: found '/w\udcff', allowed: a path in UTF-8" in error and error.count("\n") == 1
