@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
                     claim = workdir.claim(
                         folder,
                         resolved,
-                        environment(meshes.first_device(mesh)),
+                        environment(meshes.first_device(mesh), mesh.shape),
                         run.fingerprint,
                         accept_other_data=options.accept_other_data,
                     )
@@ -121,8 +121,8 @@ def report_claim(folder: Path, claim: workdir.Claim) -> None:
         say(f"{folder}: held a run of which no step was trained; it makes way for this one")
     if claim.environment:
         say(
-            f"{folder}: the run started in another environment, so results may differ in the last "
-            f"bits: {'; '.join(claim.environment)}"
+            f"{folder}: the run started in another environment, so results may not be those of an "
+            f"undisturbed run: {'; '.join(claim.environment)}"
         )
 
 

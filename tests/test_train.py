@@ -68,7 +68,7 @@ def test_a_run_leaves_what_is_promised(finished: pathlib.Path) -> None:
     config = json.loads((finished / "config.json").read_text())
     assert config["clients"]["num"] == config["clients"]["cohort"] == 4
     assert config["seed"] == 1234
-    assert config["environment"] == environment(jax.devices()[0])
+    assert config["environment"] == environment(jax.devices()[0], {"data": 1, "model": 1})
     assert config["environment"]["jax"] == jax.__version__
     for name in ("curves.png", "partition.png"):
         with Image.open(finished / name) as picture:
@@ -91,18 +91,20 @@ def test_other_versions_are_reported_and_other_ways_to_run_are_not(
 ) -> None:
     workdir = shutil.copytree(finished, tmp_path / "run")
     config = json.loads((workdir / "config.json").read_text())
-    config["environment"] |= {"jax": "0.9.9", "commit": None}
+    config["environment"] |= {"jax": "0.9.9", "commit": None, "x64": "True"}
     config["environment"].pop("device")
     (workdir / "config.json").write_text(json.dumps(config))
     fields = ("data.resident=False", "checkpoint.on_full_disk=continue", "checkpoint.keep=2", "mesh.data=2")
     indifferent = [f"--config.{field}" for field in fields]
     assert main(arguments(images, workdir, *indifferent)) == 0
     reported, *_ = capsys.readouterr().out.splitlines()
-    now = environment(jax.devices()[0])
+    now = environment(jax.devices()[0], {"data": 2, "model": 1})
     assert reported == (
-        f"{workdir}: the run started in another environment, so results may differ in the last bits: "
+        f"{workdir}: the run started in another environment, so results may not be those of "
+        "an undisturbed run: "
         f"jax 0.9.9 at the start, {now['jax']} now; commit unknown at the start, {now['commit']} now; "
-        f"device unknown at the start, {now['device']} now"
+        f"device unknown at the start, {now['device']} now; "
+        "devices data 1 x model 1 at the start, data 2 x model 1 now; x64 True at the start, False now"
     )
     assert json.loads((workdir / "config.json").read_text()) == config
 

@@ -192,7 +192,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Mesh:
-    """Number of devices that share the work, along two axes. Results do not depend on it."""
+    """Number of devices that share the work, along two axes. It changes the order of sums, nothing else."""
 
     # Devices over which clients and their data are sharded. None: what `model` leaves; by default all
     # devices.

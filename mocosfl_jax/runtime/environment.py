@@ -1,8 +1,10 @@
-"""Everything besides the configuration that affects a run's bits: versions, commit, kind of device."""
+"""Everything besides the configuration that affects a run's bits: versions, devices, settings of JAX."""
 
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +18,42 @@ _GIT_SECONDS = 10  # then give up, as on a slow disk
 Environment = Mapping[str, str | None]  # name -> version; None: unknown
 
 
-def environment(device: jax.Device) -> dict[str, str | None]:
-    """Return the versions of Python and the numerical packages, our own commit, and the kind of `device`."""
+def environment(device: jax.Device, mesh: Mapping[str, int]) -> dict[str, str | None]:
+    """Return what a run depends on besides its configuration.
+
+    Args:
+      device: one of the run's.
+      mesh: number of devices along each axis of the run's mesh.
+
+    Returns:
+      The versions of Python and the numerical packages, our own commit, kind and number of the devices, the
+      processor, XLA's flags, whether float64 is enabled, and the PRNG. With several processes, processor and
+      flags are those of this one.
+    """
+    settings = jax.config.values
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "mocosfl_jax": _version(_DISTRIBUTION),
         "commit": commit(Path(__file__).parents[1]),
         "device": device.device_kind,
+        "devices": " x ".join(f"{axis} {size}" for axis, size in mesh.items()),
+        "cpu": processor(),
+        "xla_flags": os.environ.get("XLA_FLAGS") or "none",
+        "x64": str(settings["jax_enable_x64"]),
+        "prng": settings["jax_default_prng_impl"]
+        + (", partitionable" if settings["jax_threefry_partitionable"] else ""),
     }
+
+
+def processor(file: Path = Path("/proc/cpuinfo")) -> str:
+    """Name the processor: XLA compiles for it. On a virtual machine its name alone may say little."""
+    try:
+        first = file.read_text(errors="replace").split("\n\n")[0]
+        fields = dict(re.findall(r"^(.+?)\s*: (.+)$", first, re.MULTILINE))
+        return f"{fields['model name']}, family {fields['cpu family']}, model {fields['model']}"
+    except (OSError, KeyError):  # another system, or another kind of processor
+        return platform.processor() or platform.machine()
 
 
 def differences(found: Environment, now: Environment) -> list[str]:

@@ -24,7 +24,7 @@ def header(run: Run) -> str:
     height, width, channels = dataset.x_train.shape[1:]
     client_params, server_params = jax.eval_shape(run.model.init, jax.random.key(0))
     device = meshes.first_device(run.mesh)
-    versions = environment(device)
+    versions = environment(device, run.mesh.shape)
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if name in _PACKAGES)
     rows = {
         "devices": f"{run.mesh.size} x {device.device_kind} ({device.platform})"

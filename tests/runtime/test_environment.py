@@ -5,9 +5,10 @@ import json
 import pathlib
 import subprocess
 
+import jax
 import pytest
 
-from mocosfl_jax.runtime.environment import commit, differences
+from mocosfl_jax.runtime.environment import commit, differences, environment, processor
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -81,6 +82,28 @@ def test_an_installation_from_git_has_the_commit_that_pip_recorded(
     copy = tmp_path / "copy" / "mocosfl_jax"  # runs, but is not the installed package
     copy.mkdir(parents=True)
     assert commit(copy) is None
+
+
+def test_what_changes_sums_and_draws_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = environment(jax.devices()[0], {"data": 2, "model": 1})
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    with jax.enable_x64(True), jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
+        now = environment(jax.devices()[0], {"data": 1, "model": 2})
+    changed = {name for name in before if before[name] != now[name]}
+    assert changed == {"devices", "xla_flags", "x64", "prng"}
+    assert (now["devices"], now["x64"], now["prng"]) == ("data 1 x model 2", "True", "rbg")
+    assert now["xla_flags"] == "--xla_cpu_enable_fast_math=true"
+    assert before["cpu"] == now["cpu"] != ""
+
+
+def test_a_processor_is_known_by_more_than_its_name(tmp_path: pathlib.Path) -> None:
+    """That of a virtual machine has the name of its maker's whole series."""
+    file = tmp_path / "cpuinfo"
+    fields = "processor\t: {}\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags : a b\n\n"
+    file.write_text(fields.format(0) + fields.format(1))
+    assert processor(file) == "AMD EPYC, family 25, model 17"
+    file.write_text("processor\t: 0\nBogoMIPS\t: 243.75\n\n")  # ARM
+    assert processor(file) == processor(tmp_path / "missing") != ""
 
 
 def test_differences_name_both_sides() -> None:
