@@ -13,7 +13,7 @@ from mocosfl_jax.config import Resolved
 from mocosfl_jax.data import Dataset
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.evaluation import knn
-from mocosfl_jax.evaluation.features import make_encode
+from mocosfl_jax.evaluation.features import BATCH, make_encode
 from mocosfl_jax.feed import batches
 from mocosfl_jax.models import Features
 from mocosfl_jax.parallel import mesh as meshes
@@ -22,7 +22,6 @@ from mocosfl_jax.training.experiment import Run
 
 NAMES = ("init", "enter", "round", "sync", "leave", "encode", "knn")
 CLASSES = 10  # their number hardly matters
-BATCH = 250
 TEST_IMAGES = 10_000
 
 
@@ -132,7 +131,7 @@ def plans(run: Run, names: tuple[str, ...] = NAMES) -> Iterator[Plan]:
     if "leave" in names:
         yield plan("leave", algorithm.leave, turn.state)
     pictures = _shape(run.dataset.x_train[:BATCH], everywhere)
-    encode = make_encode(algorithm, run.dataset.mean, run.dataset.std)
+    encode = make_encode(algorithm, run.dataset.mean, run.dataset.std).batch
     if "encode" in names:
         yield plan("encode", encode, state, pictures, images=_bytes_on_device(pictures))
     if "knn" in names:
