@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 
 from benchmarks.results import Result, result
 from mocosfl_jax import MomentumContrast, config, mocosfl, split_model
@@ -45,11 +44,7 @@ def held_bytes(data: int, model: int, num_clients: int = CLIENTS, width: int = 6
         num_clients,
     )
     state = jax.eval_shape(lambda rng: algorithm.enter(algorithm.init(rng)), jax.random.key(0))
-    state = jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
-        state,
-        states.specs(mesh, state),
-    )
+    state = states.placed(mesh, state)
     program = jax.jit(algorithm.sync, donate_argnums=0, keep_unused=True).lower(state).compile()
 
     def shard_bytes(leaf: Any) -> int:

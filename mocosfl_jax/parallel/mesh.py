@@ -102,13 +102,14 @@ def describe(mesh: Mesh) -> str:
     return "" if mesh.size == 1 else f", mesh of data {mesh.shape[DATA]} x model {mesh.shape[MODEL]}"
 
 
-def _sharding(mesh: Mesh, spec: P) -> Sharding:
+def sharding(mesh: Mesh, spec: P) -> Sharding:
+    """How an array of this spec lies on the mesh."""
     return SingleDeviceSharding(first_device(mesh)) if mesh.size == 1 else NamedSharding(mesh, spec)
 
 
 def everywhere(mesh: Mesh) -> Sharding:
     """The sharding of an array with a copy on every device of the mesh."""
-    return _sharding(mesh, P())
+    return sharding(mesh, P())
 
 
 def replicate(mesh: Mesh, array: np.ndarray) -> Array:
@@ -118,12 +119,12 @@ def replicate(mesh: Mesh, array: np.ndarray) -> Array:
 
 def of_clients(mesh: Mesh, count: int) -> Sharding:
     """The sharding of a stack of `count` clients: one shard per device, if the devices divide `count`."""
-    return _sharding(mesh, CLIENTS if count % mesh.size == 0 else P())
+    return sharding(mesh, CLIENTS if count % mesh.size == 0 else P())
 
 
 def of_images(mesh: Mesh, places: int) -> Sharding:
     """The sharding of `padded` images [s, M, B, H, W, 3]: each client's images are on the client's device."""
-    return _sharding(mesh, P(None, *of_views(places)))
+    return sharding(mesh, P(None, *of_views(places)))
 
 
 def padded(mesh: Mesh, places: int, batch: int) -> tuple[int, int]:

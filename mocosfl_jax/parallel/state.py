@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mocosfl_jax.algorithm.interface import Algorithm, CohortState, StepInfo, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData, Views
 from mocosfl_jax.models import Features
-from mocosfl_jax.parallel.mesh import CLIENTS, MODEL, at, of_views, pad
+from mocosfl_jax.parallel.mesh import CLIENTS, MODEL, at, of_views, pad, sharding
 
 State = TypeVar("State", TrainState, CohortState)
 
@@ -95,6 +95,20 @@ def specs(mesh: Mesh, state: State) -> Any:
     if isinstance(state, CohortState):
         places = places._replace(clients=jax.tree.map(lambda leaf: CLIENTS, state.clients))
     return places
+
+
+def placed(mesh: Mesh, state: State) -> Any:
+    """Shapes and dtypes of a state at rest, with the sharding of each leaf.
+
+    Args:
+      mesh: The mesh on which the state rests.
+      state: Shapes and dtypes, as from `jax.eval_shape`.
+    """
+    return jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh, spec)),
+        state,
+        specs(mesh, state),
+    )
 
 
 def enter(mesh: Mesh, num_clients: int, state: State) -> State:

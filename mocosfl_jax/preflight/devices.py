@@ -127,7 +127,8 @@ def topology(kind: Kind, count: int) -> list[jax.Device]:
             platform="tpu", topology_name=f"{kind.name}:{sizes[min(fitting)]}"
         )
         return list(found.devices[:count])
-    _require("jax_cuda12_plugin", kind, "preflight-cuda")
+    if not importlib.util.find_spec("jax_cuda13_plugin"):
+        _require("jax_cuda12_plugin", kind, "preflight-cuda")
     # Without a GPU, no kernel can be timed.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     hosts, per_host = (1, count) if count <= 8 else (-(-count // 8), 8)

@@ -61,12 +61,13 @@ def measure(plan: Plan, kind: Kind, devices: int) -> Figures:
             warnings.filterwarnings("ignore", "Some donated buffers were not usable")
             compiled = plan.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = _refused(str(error))
-        if used is None:
+        temporary = _refused(str(error))
+        if temporary is None:
             raise
         seconds = time.perf_counter() - start
-        state = used + plan.elsewhere - plan.images
-        return Figures(plan.name, used + plan.elsewhere, state, plan.images, 0, False, seconds, None)
+        memory = plan.arguments + temporary + plan.elsewhere
+        state = memory - temporary - plan.images
+        return Figures(plan.name, memory, state, plan.images, temporary, False, seconds, None)
     seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
     arguments = analysis.argument_size_in_bytes
@@ -113,8 +114,8 @@ def _seconds(operation: hlo.Operation, kind: Kind) -> float:
 
 
 def _refused(message: str) -> int | None:
-    """Bytes that a program needs, if its compiler refused it because they do not fit."""
-    found = re.search(r"Used ([\d.]+)([KMG]?) of", message)
+    """Temporary bytes of a program that its compiler refused because they do not fit."""
+    found = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMG]?)", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
         return None
     return int(float(found[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[found[2]])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Operations that neither compute nor move anything.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id"}
+_FREE |= {"while", "call", "conditional"}  # what they call is counted
 _DONE = re.compile(r"-(done|update)$")  # the second half of an operation whose start is counted
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0}
 
@@ -37,6 +38,7 @@ class _Instruction(NamedTuple):
     opcode: str
     operands: list[str]
     line: str
+    fused: bool = False  # part of a fusion, which is the kernel
 
 
 def read(text: str, trips: int) -> Program:
@@ -54,7 +56,11 @@ def read(text: str, trips: int) -> Program:
         kind = _DONE.sub("", instruction.opcode).removesuffix("-start")
         if kind in COLLECTIVES and not _DONE.search(instruction.opcode):
             collectives[kind] += times * _received(instruction)
-        if instruction.opcode in _FREE or instruction.opcode in ("while", "call", "conditional"):
+        if (
+            instruction.fused
+            or instruction.opcode in _FREE
+            or instruction.opcode in ("while", "call", "conditional")
+        ):
             continue
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.line)
         moved = 0
@@ -130,7 +136,7 @@ def _walk(
         elif instruction.opcode == "fusion":  # a collective may be fused
             for inner in computations.get(_called(instruction, "calls"), []):
                 if inner.opcode.removesuffix("-start") in COLLECTIVES:
-                    yield inner._replace(line=""), {}, times
+                    yield inner._replace(fused=True), {}, times
 
 
 def _called(instruction: _Instruction, attribute: str) -> str:

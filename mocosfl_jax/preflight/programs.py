@@ -1,7 +1,7 @@
 """The programs of a run, for a mesh of devices that are not here and data that are not read."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,8 @@ from mocosfl_jax.evaluation.features import BATCH, make_encode
 from mocosfl_jax.feed import batches
 from mocosfl_jax.models import Features
 from mocosfl_jax.parallel import mesh as meshes
-from mocosfl_jax.training import experiment, programs, rounds
+from mocosfl_jax.parallel import state as states
+from mocosfl_jax.training import experiment, programs
 from mocosfl_jax.training.experiment import Run
 
 NAMES = ("init", "enter", "round", "sync", "leave", "encode", "knn")
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
     name: str
     lower: Callable[[], Any]
     trace: Callable[[], Any]  # its jaxpr
+    arguments: int  # bytes on each device, as the program's arrays have them
     images: int  # bytes of images on each device while it runs
     elsewhere: int  # bytes on each device that it neither reads nor writes: images, and the state in kNN
     steps: int = 1  # training steps of a call
@@ -85,34 +87,39 @@ def describe(
     return experiment.assemble(config, mesh, None, dataset, parts, residence, {})
 
 
-def plans(run: Run, names: tuple[str, ...] = NAMES) -> Iterator[Plan]:
-    """The programs of a run. Those before the round have to be compiled for their shapes, which is quick."""
-    everywhere, first = meshes.everywhere(run.mesh), SingleDeviceSharding(meshes.first_device(run.mesh))
+def plans(run: Run, names: Sequence[str] = NAMES) -> Iterator[Plan]:
+    """The programs of a run. Nothing is compiled yet."""
+    mesh = run.mesh
+    everywhere, first = meshes.everywhere(mesh), SingleDeviceSharding(meshes.first_device(mesh))
     key = _shape(jax.random.key(0), everywhere)
     resident = math.prod(run.dataset.x_train.shape) if run.residence.resident else 0
 
     def plan(
-        name: str, function: Any, *arguments: Any, images: int = 0, elsewhere: int = resident, steps: int = 1
+        name: str,
+        function: Any,
+        *arguments: Any,
+        images: int = 0,
+        elsewhere: int = resident,
+        steps: int = 1,
     ) -> Plan:
-        jitted = function if hasattr(function, "lower") else jax.jit(function, donate_argnums=0)
         return Plan(
             name,
-            lambda: jitted.lower(*arguments),
-            lambda: jitted.trace(*arguments).jaxpr.jaxpr,
-            images + elsewhere,
-            elsewhere,
-            steps,
+            lambda: function.lower(*arguments),
+            lambda: function.trace(*arguments).jaxpr.jaxpr,
+            arguments=_bytes_on_device(arguments),
+            images=images + elsewhere,
+            elsewhere=elsewhere,
+            steps=steps,
         )
 
     algorithm = run.algorithm
-    init = jax.jit(algorithm.init)
-    state = rounds.outputs(init.lower(key).compile())
-    turn = rounds.make_turn(algorithm, state, None if run.whole_pool else run.cohort)
+    cohort = None if run.whole_pool else _shape(np.zeros(run.cohort, np.int32), everywhere)
+    state = states.placed(mesh, jax.eval_shape(algorithm.init, key))
+    at_work = states.placed(mesh, jax.eval_shape(algorithm.enter, state, cohort))
     if "init" in names:
-        yield plan("init", init, key, elsewhere=0)
+        yield plan("init", jax.jit(algorithm.init), key, elsewhere=0)
     if "enter" in names:
-        cohort = None if run.whole_pool else _shape(np.zeros(run.cohort, np.int32), everywhere)
-        yield plan("enter", algorithm.enter, state, cohort)
+        yield plan("enter", jax.jit(algorithm.enter, donate_argnums=0), state, cohort)
     if "round" in names:
         size = programs.piece_steps(run)
         piece = programs.piece(run, size)
@@ -120,16 +127,16 @@ def plans(run: Run, names: tuple[str, ...] = NAMES) -> Iterator[Plan]:
         yield plan(
             "round",
             several if size > 1 else one,
-            turn.state,
+            at_work,
             piece,
             key,
             images=_bytes_on_device(piece),
             steps=size,
         )
     if "sync" in names:
-        yield plan("sync", algorithm.sync, turn.state)
+        yield plan("sync", jax.jit(algorithm.sync, donate_argnums=0), at_work)
     if "leave" in names:
-        yield plan("leave", algorithm.leave, turn.state)
+        yield plan("leave", jax.jit(algorithm.leave, donate_argnums=0), at_work)
     pictures = _shape(run.dataset.x_train[:BATCH], everywhere)
     encode = make_encode(algorithm, run.dataset.mean, run.dataset.std).batch
     if "encode" in names:
@@ -140,16 +147,11 @@ def plans(run: Run, names: tuple[str, ...] = NAMES) -> Iterator[Plan]:
         count = len(run.dataset.x_train)
         rows = np.broadcast_to(np.float32(0), (count, width))
         block = knn.block_rows(count, TEST_IMAGES)
+        neighbours, temperature = min(run.config.eval.knn_k, count), run.config.eval.knn_temperature
+        classify = jax.jit(lambda *features: knn.predict(*features, CLASSES, neighbours, temperature))
         yield plan(
             "knn",
-            lambda train, labels, test: knn.predict(
-                train,
-                labels,
-                test,
-                CLASSES,
-                min(run.config.eval.knn_k, count),
-                run.config.eval.knn_temperature,
-            ),
+            classify,
             _shape(rows, first),
             _shape(run.dataset.y_train, first),
             _shape(np.broadcast_to(np.float32(0), (block, width)), first),
