@@ -17,13 +17,8 @@ from mocosfl_jax.costs.flops import (
 )
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import SplitModel
-from mocosfl_jax.models.forms import ACCELERATOR
-from mocosfl_jax.models.norms import group_norm
+from mocosfl_jax.models.forms import PLAIN
 from mocosfl_jax.training.build import build_model
-
-# The layers that are counted: plain convolutions, which multiply what they must, and the norm that keeps the
-# fewest arrays for its backward pass.
-COUNTED = ACCELERATOR._replace(group_norm=group_norm)
 
 
 class Plan(NamedTuple):
@@ -337,7 +332,7 @@ def from_config(config: Resolved, images: int | None = None, image_size: int | N
             f"config.clients.num: found {clients.num}, allowed: 1 to {most} "
             f"({images} images in batches of {clients.batch_size} per client)"
         )
-    model = build_model(config, image_size, COUNTED)
+    model = build_model(config, image_size, PLAIN)
     steps = math.ceil(images / (clients.num * clients.batch_size))
     plan = Plan(
         image_size=image_size,

@@ -42,9 +42,45 @@ def patches_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array
     """`direct_conv` as one matmul over patches.
 
     Under `vmap` over kernels it becomes a batched matmul. A convolution would become a grouped convolution,
-    which is about two hundred times slower on a CPU. So the client-side models use this form.
+    which is about two hundred times slower on a CPU.
     """
     return _patches(x, kernel, stride, padding) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def stacked_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
+    """`patches_conv` with a cheaper gradient of `x`, where the output has the size of the input.
+
+    That gradient is a convolution too, of the gradient of the output with the kernel turned around. JAX would
+    compute the gradient of the patches, which is nine times as large as that of `x`, and add it up. By the
+    estimate of the compiler for a TPU v5e, the first two layers of 100 ResNet-18 clients, forward and
+    backward, take 16.0 instead of 18.3 M cycles.
+    """
+    same_size = stride == 1 and kernel.shape[:2] == (2 * padding + 1, 2 * padding + 1)
+    if same_size and kernel.shape[2] > 3:  # the images of the first layer need no gradient
+        return _same_size_conv(x, kernel)
+    return patches_conv(x, kernel, stride=stride, padding=padding)
+
+
+@jax.custom_vjp
+def _same_size_conv(x: Array, kernel: Array) -> Array:
+    return patches_conv(x, kernel, stride=1, padding=kernel.shape[0] // 2)
+
+
+def _same_size_conv_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _same_size_conv(x, kernel), (x, kernel)
+
+
+def _same_size_conv_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    padding = kernel.shape[0] // 2
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    of_x = patches_conv(grad, turned, stride=1, padding=padding)
+    patches = _patches(x, kernel, 1, padding).reshape(-1, kernel[..., 0].size)
+    of_kernel = patches.T @ grad.reshape(-1, kernel.shape[-1])
+    return of_x, of_kernel.reshape(kernel.shape)
+
+
+_same_size_conv.defvjp(_same_size_conv_fwd, _same_size_conv_bwd)
 
 
 def _patches(x: Array, kernel: Array, stride: int, padding: int) -> Array:
@@ -52,9 +88,6 @@ def _patches(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     kh, kw = kernel.shape[:2]
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     return jnp.concatenate(windows(x, kh, kw, stride), axis=-1)
-
-
-PLAIN = Lowering(direct_conv, patches_conv)
 
 
 def windows(x: Array, kh: int, kw: int, stride: int) -> list[Array]:

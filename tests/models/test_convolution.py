@@ -20,11 +20,12 @@ from mocosfl_jax.models.convolution import (
     direct_conv,
     matmul_conv,
     patches_conv,
+    stacked_conv,
     transposed_conv,
     winograd_conv,
 )
 
-FORMS = [direct_conv, patches_conv, cpu_conv, matmul_conv]
+FORMS = [direct_conv, patches_conv, stacked_conv, cpu_conv, matmul_conv]
 
 
 def plain_conv(x: np.ndarray, kernel: np.ndarray, stride: int, padding: int) -> np.ndarray:
@@ -55,7 +56,7 @@ def gradients(conv: Callable[..., Array], x: Array, kernel: Array) -> tuple[Arra
 
 
 @pytest.mark.parametrize("size, k, stride", [(8, 3, 1), (8, 3, 2), (8, 1, 2), (2, 3, 1)])
-@pytest.mark.parametrize("conv", [patches_conv, cpu_conv, matmul_conv])
+@pytest.mark.parametrize("conv", [patches_conv, stacked_conv, cpu_conv, matmul_conv])
 def test_every_form_has_the_gradients_of_the_direct_one(
     x64: None, conv: Convolution, size: int, k: int, stride: int
 ) -> None:
