@@ -1,15 +1,16 @@
 """Encode a folder of images with the encoder of a run.
 
-    python -m mocosfl_jax.encode --workdir=FOLDER --images=FOLDER --out=FILE.npz [--checkpoint=STEP]
+    python -m mocosfl_jax.encode --workdir=FOLDER --images=FOLDER --out=FILE.npz [--checkpoint=STEP] [-v]
 
   --workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not; its data set is not needed
-  --images=FOLDER      a folder with .png, .jpg or .jpeg files, also in subfolders
+  --images=FOLDER      a folder of pictures, also in folders below it and behind links
   --out=FILE.npz       the output: backbone [n, D] and projection [n, key_dim], both float32, and files [n],
                        the paths relative to --images, in sorted order
   --checkpoint=STEP    a number in the run's checkpoints; default: the newest
+  -v, --verbose        name the files that are not used, such as those with a suffix of no picture
 
-The shorter side of each image is resized to the run's image size and the centre is cropped. Files that cannot
-be read are reported and skipped.
+The shorter side of each image is resized to the run's image size and the centre is cropped. Pictures that
+cannot be read are reported and skipped.
 """
 
 import os
@@ -25,14 +26,13 @@ from tqdm import tqdm
 
 from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
-from mocosfl_jax.data import decode
-from mocosfl_jax.data import folder as image_folder
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.data import decode, find
+from mocosfl_jax.errors import UserError, printable
 from mocosfl_jax.paths import user_path, utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
-USAGE = "--workdir=FOLDER, --images=FOLDER, --out=FILE.npz, --checkpoint=STEP, --help"
+USAGE = "--workdir=FOLDER, --images=FOLDER, --out=FILE.npz, --checkpoint=STEP, -v, --help"
 BATCH = 250  # images in memory at a time
 
 
@@ -53,6 +53,7 @@ def encode(argv: Sequence[str]) -> None:
         flags.DEFINE_string("images", None, "Folder of images.", flag_values=values)
         flags.DEFINE_string("out", None, "File of the features.", flag_values=values)
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
+        flags.DEFINE_bool("verbose", False, "Name unused files.", short_name="v", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "images", "out"])
     folder = utf8_path("--workdir", values.workdir)
@@ -62,9 +63,13 @@ def encode(argv: Sequence[str]) -> None:
     if not images.is_dir():
         raise UserError(f"--images: found no folder {images}, allowed: a folder of images")
     out = commandline.output_file(values.out)
-    files = image_folder.files_below(images)
+    files, unused = find.below(images)
+    for path, reason in unused if values.verbose else ():
+        say(f"not used: {path} ({reason})")
+    left_out = find.counted(unused)
     if not files:
-        raise UserError(f"--images: {images} holds no .png, .jpg or .jpeg file")
+        others = f" (not used: {left_out})" if unused else ""
+        raise UserError(f"--images: {images} holds no picture{others}, allowed: {', '.join(find.SUFFIXES)}")
 
     compiler.set_up()
     # Imported lazily, so that argument errors precede slow imports.
@@ -99,6 +104,8 @@ def encode(argv: Sequence[str]) -> None:
     with temporary.open("wb") as file:
         np.savez(file, backbone=backbone, projection=projection, files=names)
     temporary.replace(out)
+    if unused:
+        say(f"not used: {left_out} (named with -v)")
     say(
         f"{out}: {len(read):,} images, backbone {backbone.shape[1]}, projection {projection.shape[1]}, "
         f"by checkpoint {progress.step:,} of {folder}"
@@ -120,7 +127,7 @@ def batches(files: Sequence[Path], image_size: int) -> Iterator[tuple[list[Path]
             for path, picture in zip(batch, found, strict=True):
                 if isinstance(picture, str):
                     broken += 1
-                    say(f"skipped: {path} ({picture})")
+                    say(f"skipped: {printable(str(path))} ({picture})")
                 else:
                     paths.append(path)
                     pictures.append(picture)

@@ -32,6 +32,19 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def printable(text: str) -> str:
+    """Replace each character that cannot be printed, such as a line break or half of a letter, by U+FFFD.
+
+    Names of files may hold any bytes. Python keeps those that are not UTF-8 as surrogates, which no terminal
+    and no font accepts.
+
+    Example:
+      >>> printable("caf\\udce9")
+      'caf\N{REPLACEMENT CHARACTER}'
+    """
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 class DiskFullError(OSError):
     """The disk has no room for a file of the run. The message is one line that names the file."""
 

@@ -1,12 +1,13 @@
 """Train MocoSFL.
 
     python -m mocosfl_jax.train [--config=FILE[:PARAMETER]] [--config.FIELD=VALUE ...]
-                                [--workdir=FOLDER] [--tensorboard] [--accept_other_data]
+                                [--workdir=FOLDER] [--tensorboard] [--accept_other_data] [-v]
                                 [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 Without arguments, this trains the quickstart on the bundled sample of images and writes to runs/quickstart.
 The same command resumes a run that was stopped. Several processes, each with its own devices, form one run
-if a cluster has started them or the last three arguments are given (docs/hosts.md).
+if a cluster has started them or the last three arguments are given (docs/hosts.md). -v (or --verbose) names
+the files of an image folder that are not used.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from mocosfl_jax.runtime import compiler, hosts
 from mocosfl_jax.training import workdir
 
 USAGE = (
-    "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --tensorboard, --accept_other_data, "
+    "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --tensorboard, --accept_other_data, -v, "
     "--coordinator=HOST:PORT, --num_processes=N, --process_id=I, --help"
 )
 
@@ -71,6 +72,8 @@ def main(argv: list[str]) -> int:
             resolved = resolve(options.config)
             mesh = meshes.make_mesh(resolved.mesh, jax.devices())
             run = experiment.prepare(resolved, mesh)
+            for path, reason in run.dataset.unused if options.verbose else ():
+                report(f"not used: {path} ({reason})")
         with contextlib.ExitStack() as stack:
             with hosts.together():
                 if first:
@@ -148,6 +151,7 @@ class Options(NamedTuple):
     folder: Path  # the workdir
     tensorboard: bool = False
     accept_other_data: bool = False
+    verbose: bool = False
     address: hosts.Address | None = None  # at which the processes of the run connect
 
 
@@ -167,6 +171,7 @@ def parse(argv: Sequence[str]) -> Options:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
         flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
         flags.DEFINE_bool("accept_other_data", False, "Resume on other data.", flag_values=values)
+        flags.DEFINE_bool("verbose", False, "Name unused files.", short_name="v", flag_values=values)
         flags.DEFINE_string("coordinator", None, "Address of process 0.", flag_values=values)
         flags.DEFINE_integer("num_processes", None, "Number of processes in the run.", flag_values=values)
         flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", flag_values=values)
@@ -175,7 +180,9 @@ def parse(argv: Sequence[str]) -> Options:
     values = arguments.flags
     folder = utf8_path("--workdir", values.workdir or f"runs/{arguments.name}")
     address = hosts.address(values.coordinator, values.num_processes, values.process_id)
-    return Options(arguments.config, folder, values.tensorboard, values.accept_other_data, address)
+    return Options(
+        arguments.config, folder, values.tensorboard, values.accept_other_data, values.verbose, address
+    )
 
 
 def last_checkpoint(folder: Path) -> str:

@@ -247,8 +247,13 @@ def test_files_are_fitted_or_skipped(
     np.testing.assert_allclose(got["backbone"][0], got["backbone"][1], rtol=1e-6)
     assert got["projection"].shape == (3, 8)
     out = capsys.readouterr().out
-    assert f"skipped: {folder / 'a.jpg'} (not a PNG or JPEG image)" in out
+    assert f"skipped: {folder / 'a.jpg'} (not an image of a known format)" in out
     assert "skipped: 1 of 4 files" in out
+    assert "not used: 1 hidden, 1 of type .txt (named with -v)" in out and "notes.txt" not in out
+    run_encode(run, folder, "-v")
+    out = capsys.readouterr().out
+    assert f"not used: {folder / 'notes.txt'} (of type .txt)" in out
+    assert f"not used: {folder / '.hidden.png'} (hidden)" in out
 
 
 @pytest.mark.usefixtures("short_resnet")
@@ -306,7 +311,7 @@ def test_batch_norm_in_the_head_is_over_all_images(
         (["--workdir={run}", "--out={tmp}/f.npz"], "--images is missing"),
         (["--workdir={run}", "--images={good}"], "--out is missing"),
         (["--workdir={run}", "--images=/nowhere", "--out={tmp}/f.npz"], "--images: found no folder /nowhere"),
-        (["--workdir={run}", "--images={empty}", "--out={tmp}/f.npz"], "holds no .png, .jpg or .jpeg file"),
+        (["--workdir={run}", "--images={empty}", "--out={tmp}/f.npz"], "holds no picture, allowed: .png"),
         (["--workdir={run}", "--images={bad}", "--out={tmp}/f.npz"], "none of the 1 files"),
         (["--workdir={run}", "--images={good}", "--out={tmp}/no/f.npz"], "--out: found"),
         (["--workdir={run}", "--images={good}", "--out={tmp}"], "--out: found"),

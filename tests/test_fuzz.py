@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mocosfl_jax import commandline, data, load_encoder
 from mocosfl_jax.config import Config, from_dict, quickstart, resolve
@@ -341,19 +342,46 @@ def make_tiny_imagenet(folder: Path) -> Case:
     return Case("tiny_imagenet", folder, data_files.zip_tree(folder / "tiny-imagenet-200.zip", contents))
 
 
-def make_png(folder: Path) -> Case:
-    data_files.write_folder(folder, data_files.small())
+def make_folder(folder: Path, suffix: str) -> Case:
+    data_files.write_folder(folder, data_files.small(), suffix)
     return Case("image_folder", folder, sorted((folder / "train" / "class0").iterdir())[0])
+
+
+def make_png(folder: Path) -> Case:
+    return make_folder(folder, ".png")
 
 
 def make_jpeg(folder: Path) -> Case:
-    data_files.write_folder(folder, data_files.small(), ".jpg")
-    return Case("image_folder", folder, sorted((folder / "train" / "class0").iterdir())[0])
+    return make_folder(folder, ".jpg")
+
+
+def make_webp(folder: Path) -> Case:
+    return make_folder(folder, ".webp")
+
+
+def make_bmp(folder: Path) -> Case:
+    return make_folder(folder, ".bmp")
+
+
+def make_gif(folder: Path) -> Case:
+    return make_folder(folder, ".gif")
+
+
+def make_ppm(folder: Path) -> Case:
+    return make_folder(folder, ".ppm")
+
+
+def make_tiff(folder: Path) -> Case:
+    """Compressed, so that libtiff reads it."""
+    case = make_folder(folder, ".tif")
+    Image.open(case.file).save(case.file, compression="tiff_lzw")
+    return case
 
 
 MAKERS = [
     *(make_npz, make_compressed_npz, make_npy, make_cifar_binary, make_cifar_pickles, make_cifar_pickle),
     *(make_svhn, make_stl10, make_tiny_imagenet, make_png, make_jpeg),
+    *(make_webp, make_bmp, make_gif, make_ppm, make_tiff),
 ]
 
 

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from mocosfl_jax.data import arrays, cifar, folder, images, stl10, svhn, tfds_sets, tiny_imagenet
+from mocosfl_jax.data.find import Unused
 from mocosfl_jax.data.images import Images
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.paths import user_path
 
-__all__ = ["MAX_SIZE", "NAMES", "PUBLISHED", "SIZES", "Dataset", "Images", "in_memory", "load"]
+__all__ = ["MAX_SIZE", "NAMES", "PUBLISHED", "SIZES", "Dataset", "Images", "Unused", "in_memory", "load"]
 
 Channels = tuple[float, float, float]
 _Loader = Callable[[str, Path, int | None, float], images.Loaded]
@@ -78,6 +79,7 @@ class Dataset(NamedTuple):
     mean: Channels  # mean of each channel, for images in [0, 1]
     std: Channels  # standard deviation of each channel, for images in [0, 1]
     source: str  # one line that says where the images came from
+    unused: tuple[Unused, ...] = ()  # files and folders of an image folder that are not used
 
 
 def load(name: str, directory: str, image_size: int | None, max_broken: float = 0.0) -> Dataset:
@@ -183,4 +185,5 @@ def _dataset(loaded: images.Loaded, key: str, image_size: int | None) -> Dataset
         mean,
         std,
         source,
+        loaded.unused,
     )

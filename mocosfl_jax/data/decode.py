@@ -1,4 +1,4 @@
-"""Decodes PNG and JPEG images on demand. A limited number of broken images may be black."""
+"""Decodes pictures on demand. A limited number of broken ones may be black."""
 
 import math
 import os
@@ -16,7 +16,8 @@ from mocosfl_jax.data.images import MAX_PIXELS, OnDisk, fit, require_memory
 from mocosfl_jax.errors import UserError, one_line
 
 _NAMED = 10  # at most so many broken images are named in a message
-_FORMATS = ("PNG", "JPEG")
+# Those that people have and whose decoders run no other program. `find.SUFFIXES` has their suffixes.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
 # Other modes have more than 8 bits per channel, which a conversion would clip.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
@@ -149,7 +150,7 @@ def tolerant(
 
 
 def read(path: Path, image_size: int) -> np.ndarray | str:
-    """The image [image_size, image_size, 3] uint8 in a file, or the reason why it cannot be read."""
+    """The picture [image_size, image_size, 3] uint8 in a file, or the reason why it cannot be read."""
     picture = Picture(str(path), partial(open_file, path), 0)
     try:
         return np.asarray(_decode(picture, image_size))
@@ -176,5 +177,5 @@ def _decode(picture: Picture, image_size: int | None) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its text would repeat the name of the file
-        return "not a PNG or JPEG image"
+        return "not an image of a known format"
     return one_line(error)

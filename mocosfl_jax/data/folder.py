@@ -1,25 +1,25 @@
-"""A folder of PNG and JPEG images, with one folder per class."""
+"""A folder of pictures, with one folder per class."""
 
 from functools import partial
 from pathlib import Path
 
+from mocosfl_jax.data import find
 from mocosfl_jax.data.decode import Picture, on_disk, open_file, shape_of
+from mocosfl_jax.data.find import Unused
 from mocosfl_jax.data.images import Loaded
 from mocosfl_jax.errors import UserError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
-
 
 def load(name: str, directory: Path, image_size: int | None, max_broken: float) -> Loaded:
-    """Loads `directory/train/CLASS/*.png|jpg|jpeg` and `directory/test/CLASS/...` (or `val` for `test`).
+    """Loads the pictures below `directory/train/CLASS` and `directory/test/CLASS` (or `val` for `test`).
 
-    The classes are the sorted folder names of `train`; `test` may lack some of them. Images are in sorted
-    order and stay on disk. They are decoded to RGB when they are read and, if `image_size` is set, resized by
-    `images.fit`. Hidden files are skipped.
+    The classes are the sorted folder names of `train`; `test` may lack some of them. `find` says which files
+    are pictures. They are in sorted order and stay on disk. They are decoded to RGB when they are read and,
+    if `image_size` is set, resized by `images.fit`.
 
     Raises:
-      UserError: If a folder is missing or has no images. Reading raises it if too many images do not decode
-        (see `decode.tolerant`), or if sizes differ and `image_size` is None.
+      UserError: If a folder is missing or has no pictures. Reading raises it if too many pictures do not
+        decode (see `decode.tolerant`), or if sizes differ and `image_size` is None.
     """
     train = directory / "train"
     test = next((directory / split for split in ("test", "val") if (directory / split).is_dir()), None)
@@ -27,50 +27,48 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
         raise UserError(
             f"config.data.dir: {directory} needs a folder train and a folder test (or val) of classes"
         )
-    class_names = _classes(train)
-    unknown = sorted(set(_classes(test)) - set(class_names))
+    root = find.listing(directory)
+    beside = [path for path in (*root.folders, *root.pictures) if path not in (train, test)]
+    unused = [*root.unused, *(find.unused(path, f"beside train and {test.name}") for path in beside)]
+
+    classes, unused_train = _classes(train)
+    unknown = [folder for folder in find.listing(test).folders if folder.name not in classes]
     if unknown:
-        raise UserError(f"config.data.dir: {test / unknown[0]} is a class that {train} lacks")
-    train_pictures = _pictures(train, class_names)
-    test_pictures = _pictures(test, class_names)
+        raise UserError(f"config.data.dir: {unknown[0]} is a class that {train} lacks")
+    test_classes, unused_test = _classes(test)
+    label = {class_name: number for number, class_name in enumerate(classes)}
+
+    def pictures(paths: dict[str, list[Path]]) -> list[Picture]:
+        return [
+            Picture(str(path), partial(open_file, path), label[class_name])
+            for class_name in paths
+            for path in paths[class_name]
+        ]
+
+    train_pictures, test_pictures = pictures(classes), pictures(test_classes)
     shape = shape_of(train_pictures, image_size)
     x_train, y_train = on_disk(str(train), train_pictures, shape, image_size, max_broken)
     x_test, y_test = on_disk(str(test), test_pictures, shape, image_size, max_broken)
-    return Loaded(x_train, y_train, x_test, y_test, class_names, f"image folder {directory}")
-
-
-def files_below(directory: Path) -> list[Path]:
-    """All image files in `directory` and the folders below it, sorted. Hidden ones are skipped."""
-    return sorted(
-        path
-        for path in directory.rglob("*")
-        if path.suffix.lower() in _SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-        and path.is_file()
+    unused += unused_train + unused_test
+    return Loaded(
+        x_train, y_train, x_test, y_test, tuple(classes), f"image folder {directory}", tuple(unused)
     )
 
 
-def _classes(split: Path) -> tuple[str, ...]:
-    names = sorted(
-        entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if not names:
+def _classes(split: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
+    """The pictures of each class of a split, both sorted, and what is not used."""
+    there = find.listing(split)
+    if not there.folders:
         raise UserError(f"config.data.dir: {split} holds no folders, one for each class is needed")
-    return tuple(names)
-
-
-def _pictures(split: Path, class_names: tuple[str, ...]) -> list[Picture]:
-    """All images of a split, sorted by class, then by name."""
-    pictures: list[Picture] = []
-    for label, name in enumerate(class_names):
-        if not (split / name).is_dir():
-            continue
-        found = [
-            path
-            for path in sorted((split / name).iterdir())
-            if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
-        ]
-        if not found:
-            raise UserError(f"config.data.dir: {split / name} holds no {', '.join(_SUFFIXES)} files")
-        pictures += [Picture(str(path), partial(open_file, path), label) for path in found]
-    return pictures
+    unused = [*there.unused, *(find.unused(path, "beside the class folders") for path in there.pictures)]
+    classes = {}
+    for folder in there.folders:
+        found = find.below(folder)
+        if not found.pictures:
+            others = f" (not used: {find.counted(found.unused)})" if found.unused else ""
+            raise UserError(
+                f"config.data.dir: {folder} holds no picture{others}, allowed: {', '.join(find.SUFFIXES)}"
+            )
+        classes[folder.name] = found.pictures
+        unused += found.unused
+    return classes, unused

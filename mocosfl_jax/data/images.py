@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mocosfl_jax.data.find import Unused
 from mocosfl_jax.errors import UserError
 
 # Pixels in an image. This is below the limit at which Pillow warns, so larger images are refused instead.
@@ -52,6 +53,7 @@ class Loaded(NamedTuple):
     y_test: np.ndarray  # [n], any integer dtype
     class_names: tuple[str, ...]  # one name per class
     source: str  # one line that says where the images came from
+    unused: tuple[Unused, ...] = ()  # files and folders there that are not used
 
 
 def in_memory(images: Images) -> np.ndarray:

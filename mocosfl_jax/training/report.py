@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mocosfl_jax.data import find
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.runtime.environment import environment
@@ -33,6 +34,7 @@ def header(run: Run) -> str:
         "versions": f"{packages}; commit {versions['commit'] or 'unknown'}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
+        "not used": find.counted(dataset.unused) + " (named with -v)" if dataset.unused else "",
         "images": f"{'resident on the device' if run.residence.resident else 'streamed from the host'}: "
         f"{_bytes(math.prod(dataset.x_train.shape))}; {run.residence.why}",
         "clients": f"{pool.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in each epoch; each has "
@@ -66,7 +68,7 @@ def header(run: Run) -> str:
         f"synchronized every {interval}{', MonAcoSFL' if sync.momentum_models else ''}; "
         f"{'' if run.whole_pool else _passes(run)}seed {config.seed}"
     )
-    return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+    return "\n".join(f"{name:<13}{text}" for name, text in rows.items() if text)
 
 
 def _passes(run: Run) -> str:

@@ -29,6 +29,7 @@ from PIL import Image
 
 from mocosfl_jax.data import (
     NAMES,
+    Unused,
     cifar_files,
     cifar_pickle,
     decode,
@@ -70,6 +71,7 @@ class Arrays(NamedTuple):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     source: str
+    unused: tuple[Unused, ...]
 
 
 def load(name: str, directory: str, image_size: Any, max_broken: float = 0.0) -> Arrays:
@@ -607,7 +609,7 @@ def test_tiny_imagenet_mistakes(packed: bool, tmp_path: Path, monkeypatch: pytes
         ("val/images/a.JPEG is missing", {annotations: b"a.JPEG\tn01443537\n"}),
         ("n1 is a class that train lacks", {annotations: b"val_0.JPEG\tn1\n"}),
         ("val/images/val_0.JPEG is missing", {"val/images/val_0.JPEG": None}),
-        (f"train: 1 of 12 images are not readable, .*{image} .not a PNG", {image: b"garbage"}),
+        (f"train: 1 of 12 images are not readable, .*{image} .not an image", {image: b"garbage"}),
         ("words.txt: not readable, .* 1,000 ", {"words.txt": b"a\tb\n" * 300}),
         ("no images train/CLASS/images", nothing | {"train/a": b""}),
     ]
@@ -843,6 +845,7 @@ def test_folder_round_trip(test: str, tmp_path: Path) -> None:
     dataset = load("image_folder", str(tmp_path), None)
     same(dataset, by_class(small()))
     assert dataset.class_names == ("class0", "class1", "class2", "class3")
+    assert sorted(each.reason for each in dataset.unused) == ["hidden", "hidden", "of type .txt"]
 
 
 def test_folder_jpeg_and_sizes(tmp_path: Path) -> None:
@@ -892,7 +895,7 @@ def test_folder_mistakes(tmp_path: Path) -> None:
     refuses("train holds no folders", "image_folder", tmp_path)
     write_folder(tmp_path, small())
     (tmp_path / "train" / "empty").mkdir()
-    refuses("empty holds no .png", "image_folder", tmp_path)
+    refuses(r"empty holds no picture, allowed: \.png, ", "image_folder", tmp_path)
     (tmp_path / "train" / "empty").rmdir()
     (tmp_path / "test" / "other").mkdir()
     refuses("other is a class that .*train lacks", "image_folder", tmp_path)
@@ -902,12 +905,14 @@ def test_folder_mistakes(tmp_path: Path) -> None:
     good = next(place.iterdir()).read_bytes()
     (place / "y.png").write_bytes(good[: len(good) // 2])
     (place / "z.jpg").write_text("text")
-    message = refuses(r"y.png \(\w+: .*\), .*z.jpg \(not a PNG or JPEG image\)", "image_folder", tmp_path)
+    message = refuses(
+        r"y.png \(\w+: .*\), .*z.jpg \(not an image of a known format\)", "image_folder", tmp_path
+    )
     found = f"{tmp_path / 'train'}: 2 of 14 images are not readable"
     assert message.startswith(f"{found}, more than config.data.max_broken 0 allows: ")
     (place / "z.jpg").unlink()
-    Image.new("RGB", (8, 8)).save(place / "y.png", "GIF")
-    refuses(r"1 of 13 images .*y.png \(not a PNG", "image_folder", tmp_path)
+    Image.new("RGB", (8, 8)).save(place / "y.png", "ICO")
+    refuses(r"1 of 13 images .*y.png \(not an image", "image_folder", tmp_path)
     Image.new("RGB", (1, 3000)).save(place / "y.png")
     refuses(r"y.png \(.*too long and thin", "image_folder", tmp_path, 4096)
 
@@ -938,7 +943,10 @@ def test_a_few_broken_images_are_black(tmp_path: Path, monkeypatch: pytest.Monke
     assert dataset.mean < whole.mean
     (line,) = said  # however often they are read
     assert line.startswith(f"{tmp_path / 'train'}: 4 of 400 images are not readable and become black: ")
-    assert all(f"{files[index]} (not a PNG or JPEG image)" in line for index in broken) and "\n" not in line
+    assert (
+        all(f"{files[index]} (not an image of a known format)" in line for index in broken)
+        and "\n" not in line
+    )
 
     # They are counted over all that is read, one by one.
     lazy = load_dataset("image_folder", str(tmp_path), None, 0.01).x_train
