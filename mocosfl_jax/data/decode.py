@@ -20,6 +20,16 @@ _NAMED = 10  # at most so many broken images are named in a message
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
 # Other modes have more than 8 bits per channel, which a conversion would clip.
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_ORIENTATION = 0x0112  # in EXIF
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Picture(NamedTuple):
@@ -46,9 +56,8 @@ def shape_of(pictures: list[Picture], image_size: int | None) -> tuple[int, int,
     first_reason = ""
     for picture in pictures:
         try:
-            with picture.open() as file, Image.open(file, formats=_FORMATS) as image:
-                _check(image)
-                return image.size[1], image.size[0], 3
+            width, height = pixels(picture.open, None).size
+            return height, width, 3
         except Exception as error:  # as in `tolerant`: decoders raise many kinds of errors
             first_reason = first_reason or _reason(error)
     raise UserError(f"{pictures[0].where}: not a readable image ({first_reason}), nor is any other")
@@ -63,8 +72,8 @@ def on_disk(
 ) -> tuple[OnDisk, np.ndarray]:
     """The images [n, H, W, 3] uint8 and labels [n] int32 of pictures, which stay on disk until they are read.
 
-    Each picture is decoded to RGB and, if `image_size` is set, resized by `images.fit`. Broken pictures are
-    treated as in `tolerant`. Reading raises UserError if a picture has another size than `shape`.
+    Each picture is decoded by `pixels`. Broken pictures are treated as in `tolerant`. Reading raises
+    UserError if a picture has another size than `shape`.
 
     Args:
       split: Name of the split, for messages.
@@ -76,7 +85,7 @@ def on_disk(
     height, width, _ = shape
 
     def decode_one(index: int) -> np.ndarray:
-        image = _decode(pictures[index], image_size)
+        image = pixels(pictures[index].open, image_size)
         if image.size != (width, height):
             found = f"{image.size[0]}x{image.size[1]}"
             raise UserError(
@@ -115,12 +124,12 @@ def tolerant(
     broken: dict[int, str] = {}  # index -> reason, of the broken images found so far
 
     def fill(rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        pixels = np.zeros((len(rows), *shape), np.uint8)
+        images = np.zeros((len(rows), *shape), np.uint8)
 
         def fill_one(place: int) -> None:
             index = int(rows[place])
             try:
-                pixels[place] = decode_one(index)
+                images[place] = decode_one(index)
             except UserError:
                 raise
             except Exception as error:  # decoders raise many kinds of errors for a broken file
@@ -132,7 +141,7 @@ def tolerant(
                 pass
         if len(broken) > known:
             report()
-        return pixels
+        return images
 
     def report() -> None:
         named = ", ".join(f"{names[i]} ({broken[i]})" for i in sorted(broken)[:_NAMED])
@@ -146,14 +155,13 @@ def tolerant(
         require_memory(f"{split}: {count} images", count * math.prod(shape))
         return fill(range(count))
 
-    return OnDisk((count, *shape), fill, load)
+    return OnDisk((count, *shape), fill, load, broken.keys())
 
 
 def read(path: Path, image_size: int) -> np.ndarray | str:
     """The picture [image_size, image_size, 3] uint8 in a file, or the reason why it cannot be read."""
-    picture = Picture(str(path), partial(open_file, path), 0)
     try:
-        return np.asarray(_decode(picture, image_size))
+        return np.asarray(pixels(partial(open_file, path), image_size))
     except Exception as error:  # as in `tolerant`: decoders raise many kinds of errors
         return _reason(error)
 
@@ -166,13 +174,37 @@ def _check(image: Image.Image) -> None:
         raise ValueError(f"mode {image.mode}, 8 bits per channel are needed")
 
 
-def _decode(picture: Picture, image_size: int | None) -> Image.Image:
-    with picture.open() as file, Image.open(file, formats=_FORMATS) as image:
+def pixels(open_picture: Callable[[], IO[bytes]], image_size: int | None) -> Image.Image:
+    """Decodes a picture to RGB as a viewer shows it: upright, and on white where it is transparent.
+
+    Of several frames, it is the first one. If `image_size` is set, the picture is resized by `images.fit`.
+
+    Raises:
+      Exception: Decoders raise many kinds of errors for a broken file.
+    """
+    with open_picture() as file, Image.open(file, formats=_FORMATS) as image:
         _check(image)
-        # Without the step through RGBA, Pillow warns when the transparency of a palette is dropped.
-        through = image.convert("RGBA") if image.mode in ("P", "PA") else image
-        rgb = through.convert("RGB")
+        image.load()
+        upright = _upright(image)
+    rgb = _on_white(upright) if upright.has_transparency_data else upright.convert("RGB")
     return rgb if image_size is None else fit(rgb, image_size)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns and mirrors an image as its EXIF orientation says. Pillow has done so already for TIFF."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # a broken EXIF block raises many kinds of errors; the picture itself may be whole
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Composites an image with an alpha channel or a transparent colour on white."""
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(rgba, mask=rgba.getchannel("A"))
+    return white
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ class OnDisk:
     # once.
     read: Callable[[np.ndarray], np.ndarray]
     load: Callable[[], np.ndarray]  # reads all images; raises UserError if they do not fit into memory
+    broken: Set[int] = frozenset()  # indices of those found so far that cannot be read, and are black
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -124,6 +125,7 @@ def resize(images: Images, size: int | None, what: str) -> Images:
         (len(images), size, size, 3),
         lambda rows: _resize(images.read(rows), size, what),
         lambda: _resize(images.load(), size, what),
+        images.broken,
     )
 
 
@@ -150,23 +152,31 @@ def channel_stats(images: Images) -> tuple[tuple[float, float, float], tuple[flo
 
     They are exact for up to 256 MiB of images. For larger sets they are those of 256 MiB of evenly spaced
     images, since reading all of them may take hours. They are computed from counts of the 256 values, without
-    a float copy. The standard deviation of a constant channel is given as 1, because images are divided by
-    it.
+    a float copy. Broken images, which are black, do not count. The standard deviation of a constant channel
+    is given as 1, because images are divided by it.
 
     Args:
       images: [n, H, W, 3] uint8.
 
     Returns:
       The means and the standard deviations of the three channels.
+
+    Raises:
+      UserError: If none of the images can be read.
     """
     counts = np.zeros((3, 256), np.int64)
     size = math.prod(images.shape[1:])
     every = max(1, math.ceil(len(images) * size / _STATS_BYTES))
     step = every * max(1, _CHUNK_BYTES // size)
     for start in range(0, len(images), step):
-        chunk = images[start : start + step : every]
+        rows = np.arange(start, min(start + step, len(images)), every)
+        chunk = images[rows]
+        if isinstance(images, OnDisk):
+            chunk = chunk[[row not in images.broken for row in rows.tolist()]]
         for channel in range(3):
             counts[channel] += np.bincount(chunk[..., channel].reshape(-1), minlength=256)
+    if not counts.any():
+        raise UserError("config.data.dir: none of the training images can be read, at least one is needed")
     levels = np.arange(256) / 255
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ levels

@@ -4,17 +4,18 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import io
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from mocosfl_jax.data.decode import tolerant
-from mocosfl_jax.data.images import Loaded, OnDisk, fit, rgb
+from mocosfl_jax.data.decode import pixels, tolerant
+from mocosfl_jax.data.images import Loaded, OnDisk
 from mocosfl_jax.errors import UserError
 
 _FORMATS = ("array_record", "parquet")
@@ -203,19 +204,16 @@ def _read(
     """The images [n, H, W, 3] and labels [n] int64 of a split."""
     where = f"{builder.info.name}, split {split}"
     try:
-        source = builder.as_data_source(split=split)
-        undecoded = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        labels = np.array([undecoded[index]["label"] for index in range(len(undecoded))], np.int64)
+        source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+        labels = np.array([source[index]["label"] for index in range(len(source))], np.int64)
     except Exception as error:  # readers raise many kinds of errors for a broken file
         raise UserError(f"{where}: not readable in {builder.data_path} ({_reason(error)})") from error
 
     def decode_one(index: int) -> np.ndarray:
-        pixels = rgb(np.asarray(source[index]["image"])[None])[0]
-        if image_size is not None:
-            pixels = np.asarray(fit(Image.fromarray(pixels), image_size))
-        if pixels.shape != shape:
-            raise UserError(f"{where}: image {index} is {list(pixels.shape)}, expected {list(shape)}")
-        return pixels
+        image = np.asarray(pixels(partial(io.BytesIO, source[index]["image"]), image_size))
+        if image.shape != shape:
+            raise UserError(f"{where}: image {index} is {list(image.shape)}, expected {list(shape)}")
+        return image
 
     names = [f"image {index}" for index in range(len(labels))]
     return tolerant(where, names, shape, decode_one, max_broken), labels
