@@ -2,6 +2,7 @@
 
 import errno
 import os
+import unicodedata
 
 
 class UserError(ValueError):
@@ -33,7 +34,7 @@ def one_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace each character that cannot be printed, such as a line break or half of a letter, by U+FFFD.
+    """Replace each control character, each line break and each surrogate by U+FFFD.
 
     Names of files may hold any bytes. Python keeps those that are not UTF-8 as surrogates, which no terminal
     and no font accepts.
@@ -42,7 +43,11 @@ def printable(text: str) -> str:
       >>> printable("caf\\udce9")
       'caf\N{REPLACEMENT CHARACTER}'
     """
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    unprintable = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(letter) in unprintable else letter
+        for letter in text
+    )
 
 
 class DiskFullError(OSError):

@@ -211,7 +211,11 @@ def _class_names(array: "_Array | None", y_train: np.ndarray, where: str) -> tup
         return tuple(str(label) for label in present)
     if array.dtype.kind != "U" or len(array.shape) != 1 or not array.dtype.itemsize:
         raise UserError(f"{array.what} is {array.dtype} {list(array.shape)}, allowed: text [C]")
-    return tuple(str(text) for text in array.read())
+    texts = array.read()
+    try:
+        return tuple(str(text) for text in texts)
+    except (SystemError, ValueError) as error:
+        raise UserError(f"{array.what}: holds characters beyond Unicode, allowed: text [C]") from error
 
 
 class _Array:

@@ -28,7 +28,7 @@ def fingerprint(dataset: Dataset) -> Fingerprint:
         "training_images": len(dataset.x_train),
         "test_images": len(dataset.x_test),
         "image_shape": list(dataset.x_train.shape[1:]),
-        "class_names": _digest("\0".join(dataset.class_names).encode("utf-8", "surrogateescape")),
+        "class_names": _digest("\0".join(dataset.class_names).encode("utf-8", "surrogatepass")),
         "labels": _digest(dataset.y_train.astype("<i4").tobytes(), dataset.y_test.astype("<i4").tobytes()),
         "pixels": _digest(_pixels(dataset.x_train), _pixels(dataset.x_test)),
     }

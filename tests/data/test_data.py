@@ -728,6 +728,15 @@ def test_npz_mistakes(tmp_path: Path) -> None:
     wrong("Python objects", class_names=np.array(["a", None, 1, 2], dtype=object))
 
 
+@pytest.mark.parametrize("name", ["npz", "npy"])
+def test_class_names_beyond_unicode_are_refused(name: str, tmp_path: Path) -> None:
+    arrays = small() | {"class_names": np.frombuffer(b"\xff" * 16, "<U1")}
+    save(tmp_path / "a.npz", arrays)
+    for key, value in arrays.items():
+        np.save(tmp_path / f"{key}.npy", value)
+    refuses("class_names.*: holds characters beyond Unicode, allowed: text", name, tmp_path)
+
+
 def test_npz_files_that_are_not(tmp_path: Path) -> None:
     refuses("holds 0 npz files", "npz", tmp_path)
     refuses("does not exist", "npz", tmp_path / "a.npz")

@@ -89,3 +89,11 @@ def test_images_on_disk_are_not_all_read(tmp_path: pathlib.Path) -> None:
     assert len(read) == 64 and (min(read), max(read)) == (0, 999)
     assert found == fingerprint(dataset)
     assert found["labels"] == fingerprint(in_memory(dataset))["labels"]
+
+
+def test_names_that_are_not_utf8_count(tmp_path: pathlib.Path) -> None:
+    """Surrogates stand for bytes of a folder's name, or come from an array."""
+    dataset = load("npy", str(write_npy(tmp_path / "set", small())), None)
+    names = (("a", "b", "c", "\udcff"), ("a", "b", "c", "\udcfe"), ("a", "b", "c", "\ud800"))
+    found = [fingerprint(dataset._replace(class_names=each))["class_names"] for each in names]
+    assert len(set(found)) == 3
