@@ -92,10 +92,10 @@ def _records(data: bytes, layout: Layout, rows: int, where: str) -> tuple[np.nda
     pixels = content.get("data")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (rows, PIXELS):
         raise UserError(f"{where}: truncated or malformed, data must be a uint8 array [{rows}, {PIXELS}]")
-    try:
-        labels = np.asarray(content.get(layout.label))
-    except ValueError:  # lists of unequal length
-        labels = np.empty(0)
+    found = content.get(layout.label)
+    # Text would be padded to the length of the longest.
+    listed = isinstance(found, list) and all(type(label) is int for label in found)
+    labels = np.asarray(found) if listed or isinstance(found, np.ndarray) else np.empty(0)
     if labels.dtype.kind not in "iu" or labels.shape != (rows,):
         raise UserError(f"{where}: truncated or malformed, {layout.label} must be {rows} integers")
     return labels, pixels
@@ -111,14 +111,12 @@ def _unpickle(data: bytes, where: str) -> dict[str, object]:
 def _names(data: bytes, layout: Layout, classes: int, where: str) -> tuple[str, ...]:
     """The class names in a meta file."""
     try:
-        if layout.names_key:
-            listed = _unpickle(data, where).get(layout.names_key)
-            lines = listed if isinstance(listed, list) else []
-            names = [line.decode() if isinstance(line, bytes) else str(line) for line in lines]
-        else:
-            names = data.decode().split()
+        found = _unpickle(data, where).get(layout.names_key) if layout.names_key else data.decode().split()
+        names = found if isinstance(found, list) else []
+        if len(names) != classes:
+            raise UserError(f"{where}: {len(names)} class names, {classes} are needed")
+        if any(isinstance(name, int) for name in names):
+            raise UserError(f"{where}: class names are numbers, text is needed")
+        return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: class names are not text") from error
-    if len(names) != classes:
-        raise UserError(f"{where}: {len(names)} class names, {classes} are needed")
-    return tuple(names)

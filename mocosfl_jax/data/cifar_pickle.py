@@ -1,12 +1,12 @@
 """Reads the pickles of `cifar-*-python` without running any code that they name.
 
-A pickle is a program. Here it can reach only the stand-ins below, for the six names that pickled NumPy arrays
-use. They build plain arrays from checked bytes.
+A pickle is a program. This interpreter knows the opcodes of a dictionary of lists and arrays, and stand-ins
+for the names that pickled NumPy arrays use, which build plain arrays from checked bytes. Lists are flat, and
+tuples hold only flat tuples: where lists may nest, each can hold the one before it ten times by references of
+two bytes, and a short file fills the memory.
 """
 
-import io
 import math
-import pickle
 import pickletools
 from typing import Any
 
@@ -15,22 +15,42 @@ import numpy as np
 from mocosfl_jax.errors import one_line
 
 _KINDS = {"u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"}
-# A memo is an array as long as its largest index, so a single opcode could allocate gigabytes.
-_MEMO_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
-_MAX_MEMO = 1 << 20
+_LONGEST_REASON = 300  # characters, since messages may quote the file
+_IGNORED = {"PROTO", "FRAME"}
+_STRINGS = {"STRING", "BINSTRING", "SHORT_BINSTRING"}  # of Python 2: bytes
+_VALUES = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
+_GETS = {"GET", "BINGET", "LONG_BINGET"}
+
+_NUMPY = ("numpy.core", "numpy._core")
+_NAMES = {
+    "numpy ndarray",
+    "numpy dtype",
+    "_codecs encode",
+    *(f"{core}.multiarray {name}" for core in _NUMPY for name in ("_reconstruct", "scalar")),
+    *(f"{core}.numeric _frombuffer" for core in _NUMPY),
+}
+
+
+class _Name:
+    """Stands in for what the pickle names."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 class _Dtype:
-    """Stands in for `numpy.dtype(kind, align, copy)` and the state that is set on it."""
+    """Stands in for `numpy.dtype(kind, align, copy)`; its state sets the order of bytes."""
 
-    __slots__ = ("order", "spec")
-
-    def __init__(self, kind: str | bytes) -> None:
+    def __init__(self, kind: Any) -> None:
         self.spec = _text(kind)
         self.order = "="
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = _text(state[1])
 
     def dtype(self) -> np.dtype[Any]:
         if self.spec not in _KINDS or self.order not in ("<", ">", "|", "="):
@@ -39,117 +59,197 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for the empty array of `_reconstruct`, which is filled by its state."""
+    """Stands in for an array; that of `_reconstruct` is empty until its state is set."""
 
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value = np.empty(0, np.uint8)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, data = state
-        self.value = _build(data, dtype, shape, "F" if fortran else "C")
+    def __init__(self, value: np.ndarray) -> None:
+        self.value = value
 
 
-class _Call:
-    """A function that the pickle may call. It refuses attributes, so the pickle cannot alter it."""
+def read(data: bytes) -> dict[str, Any]:
+    """Reads a pickled dictionary of integers, text, bytes, flat lists of these, and integer arrays.
 
-    __slots__ = ("budget", "name")
-    name: str
-    budget: list[int]
+    Keys that are bytes are decoded.
 
-    def __init__(self, name: str, budget: list[int]) -> None:
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "budget", budget)
+    Raises:
+      ValueError: With a message of one line, if the pickle holds anything else.
+    """
+    try:
+        content = _Interpreter(data).run()
+    except Exception as error:  # a broken pickle raises nearly any exception
+        raise ValueError(f"not a readable pickle: {one_line(error)[:_LONGEST_REASON]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"a pickle of {type(content).__name__}, a dictionary is expected")
+    try:
+        return {_text(key): _plain(value) for key, value in content.items()}
+    except UnicodeDecodeError as error:
+        raise ValueError("a dictionary with keys that are not text") from error
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(name)
 
-    def __call__(self, *args: Any) -> Any:
-        match self.name:
+class _Interpreter:
+    """Runs a pickle on a stack."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._stack: list[Any] = []
+        self._marks: list[int] = []  # heights of the stack
+        self._memo: dict[int, Any] = {}
+        # Encoding one long text again and again would take unlimited memory.
+        self._budget = 2 * len(data)
+
+    def run(self) -> Any:
+        stack = self._stack
+        # genops compares every declared length with the bytes that follow.
+        argument: Any
+        for opcode, argument, _ in pickletools.genops(self._data):
+            name = opcode.name
+            if name in _IGNORED:
+                continue
+            if name == "STOP":
+                return stack.pop()
+            if name == "MARK":
+                self._marks.append(len(stack))
+            elif name in _VALUES:
+                stack.append(argument)
+            elif name in _STRINGS:
+                stack.append(argument.encode("latin1"))  # as which genops has decoded them
+            elif name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            elif name in _PUTS:
+                self._memo[argument] = stack[-1]
+            elif name == "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            elif name in _GETS:
+                stack.append(self._memo[argument])
+            else:
+                self._combine(name, argument)
+        raise ValueError("it ends without STOP")
+
+    def _combine(self, name: str, argument: Any) -> None:
+        """Runs an opcode that makes something of what is on the stack."""
+        stack = self._stack
+        if name in _TUPLES:
+            stack.append(_tuple(self._pop(_TUPLES[name])))
+        elif name == "TUPLE":
+            stack.append(_tuple(self._above_mark()))
+        elif name in ("EMPTY_LIST", "LIST"):
+            stack.append(_flat(self._above_mark() if name == "LIST" else []))
+        elif name in ("APPEND", "APPENDS"):
+            items = self._above_mark() if name == "APPENDS" else self._pop(1)
+            _of(list, stack[-1]).extend(_flat(items))
+        elif name in ("EMPTY_DICT", "DICT"):
+            stack.append(_pairs(self._above_mark() if name == "DICT" else []))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._above_mark() if name == "SETITEMS" else self._pop(2)
+            _of(dict, stack[-1]).update(_pairs(items))
+        elif name == "GLOBAL":
+            stack.append(_name(argument))
+        elif name == "STACK_GLOBAL":
+            stack.append(_name(" ".join(map(_text, self._pop(2)))))
+        elif name == "REDUCE":
+            named, arguments = self._pop(2)
+            stack.append(self._call(_of(_Name, named).name.split()[1], _of(tuple, arguments)))
+        elif name == "BUILD":
+            (state,) = self._pop(1)
+            _set_state(stack[-1], _of(tuple, state))
+        else:
+            raise ValueError(f"it uses {name}, which is not allowed")
+
+    def _pop(self, count: int) -> list[Any]:
+        place = len(self._stack) - count
+        if place < 0:
+            raise ValueError("its stack is empty")
+        items = self._stack[place:]
+        del self._stack[place:]
+        return items
+
+    def _above_mark(self) -> list[Any]:
+        return self._pop(len(self._stack) - self._marks.pop())
+
+    def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        match name:
             case "_reconstruct":
-                return _Array()
+                return _Array(np.empty(0, np.uint8))
             case "_frombuffer":
-                data, dtype, shape, order = args
-                return _build(data, dtype, shape, order)
+                data, dtype, shape, order = arguments
+                return _Array(_build(data, dtype, shape, order))
             case "scalar":
-                dtype, data = args
+                dtype, data = arguments
                 return int(_build(data, dtype, (1,), "C")[0])
             case "dtype":
-                return _Dtype(args[0])
+                return _Dtype(arguments[0])
             case "encode":
-                text, _ = args
-                # Encoding one long string again and again would take unlimited memory.
-                self.budget[0] -= len(text)
-                if self.budget[0] < 0:
+                text = _of(str, arguments[0])
+                self._budget -= len(text)
+                if self._budget < 0:
                     raise ValueError("more encoded bytes than a file of this size can hold")
                 return text.encode("latin1")
-        raise ValueError(f"{self.name} may be named but not called")
+        raise ValueError(f"{name} may be named but not called")
 
 
-_NUMPY = ("numpy.core", "numpy._core")
-_ALLOWED = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-    *((f"{core}.multiarray", name) for core in _NUMPY for name in ("_reconstruct", "scalar")),
-    *((f"{core}.numeric", "_frombuffer") for core in _NUMPY),
-}
+def _of(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{type(value).__name__} where {kind.__name__.strip('_')} is expected")
+    return value
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data), encoding="bytes")
-        self._budget = [2 * len(data)]
-
-    def find_class(self, module_name: str, global_name: str) -> _Call:
-        if (module_name, global_name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which is not allowed")
-        return _Call(global_name, self._budget)
+def _name(name: str) -> _Name:
+    if name not in _NAMES:
+        raise ValueError(f"it names {name.replace(' ', '.')}, which is not allowed")
+    return _Name(name)
 
 
-def _text(value: str | bytes) -> str:
-    text = value.decode("ascii") if isinstance(value, bytes) else value
-    if not isinstance(text, str):
-        raise TypeError(f"{type(text).__name__} where text is expected")
-    return text
+def _flat(items: list[Any]) -> list[Any]:
+    for item in items:
+        if type(item) not in (int, str, bytes):
+            raise ValueError(f"a list with {type(item).__name__}, allowed: integers, text and bytes")
+    return items
 
 
-def _build(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+def _tuple(items: list[Any]) -> tuple[Any, ...]:
+    for item in items:
+        if isinstance(item, list | dict) or (
+            isinstance(item, tuple) and any(isinstance(inner, tuple) for inner in item)
+        ):
+            raise ValueError(f"a tuple with {type(item).__name__}, allowed: flat tuples")
+    return tuple(items)
+
+
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    keys, values = items[::2], items[1::2]
+    if any(type(key) not in (str, bytes) for key in keys):
+        raise ValueError("a dictionary with keys that are not text")
+    for value in values:
+        if type(value) not in (int, str, bytes, list, _Array):
+            raise ValueError(
+                f"a dictionary with {type(value).__name__}, allowed: integers, text, bytes, lists and arrays"
+            )
+    return dict(zip(keys, values, strict=True))
+
+
+def _set_state(made: Any, state: tuple[Any, ...]) -> None:
+    if type(made) is _Dtype:
+        made.order = _text(state[1])
+    else:
+        _, shape, dtype, fortran, data = state
+        _of(_Array, made).value = _build(data, dtype, shape, "F" if fortran else "C")
+
+
+def _text(value: Any) -> str:
+    return value.decode("ascii") if type(value) is bytes else _of(str, value)
+
+
+def _build(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     """The array of these bytes. Raises ValueError if they do not fit the dtype and the shape."""
     if not (isinstance(dtype, _Dtype) and isinstance(data, bytes | bytearray)):
         raise ValueError("an array without a type or without bytes")
     if order not in ("C", "F"):
         raise ValueError("an array of unknown order")
+    if any(type(size) is not int or size < 0 for size in _of(tuple, shape)):
+        raise ValueError("an array whose shape is not of sizes")
     kind = dtype.dtype()
-    if len(data) != math.prod(shape) * kind.itemsize or min(shape, default=0) < 0:
-        raise ValueError(f"an array of {len(data)} bytes for shape {tuple(shape)} of {kind}")
+    if len(data) != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"an array of {len(data)} bytes for shape {shape} of {kind}")
     return np.frombuffer(data, kind).reshape(shape, order="F" if order == "F" else "C")
-
-
-def read(data: bytes) -> dict[str, Any]:
-    """Reads a pickled dictionary of lists, strings, integers and integer arrays.
-
-    Keys that are bytes are decoded.
-
-    Raises:
-      ValueError: With a message of one line, if the pickle holds anything else: other names, other types, or
-        values that take more memory than its own length can explain.
-    """
-    try:
-        # genops compares every declared length with the bytes that follow.
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in _MEMO_OPCODES and isinstance(argument, int) and argument > _MAX_MEMO:
-                raise ValueError(f"memo index {argument}")
-        content = _Unpickler(data).load()
-    except Exception as error:  # a broken pickle raises nearly any exception
-        raise ValueError(f"not a readable pickle: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"a pickle of {type(content).__name__}, a dictionary is expected")
-    try:
-        return {_text(key): _plain(value) for key, value in content.items()}
-    except (TypeError, UnicodeDecodeError) as error:
-        raise ValueError("a dictionary with keys that are not text") from error
 
 
 def _plain(value: Any) -> Any:

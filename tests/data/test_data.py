@@ -257,7 +257,66 @@ def test_pickles_cannot_grow() -> None:
     long = b"X" + struct.pack("<I", 1 << 16) + b"a" * (1 << 16) + b"q\x00U\x06latin1q\x01"
     encode = b"c_codecs\nencode\n(h\x00h\x01tR"
     with pytest.raises(ValueError, match="more encoded bytes"):
-        cifar_pickle.read(b"\x80\x02" + long + b"00](" + encode * 50 + b"e.")
+        cifar_pickle.read(b"\x80\x02" + long + b"](" + encode * 50 + b"e.")
+
+
+def references(make: bytes, levels: int) -> bytes:
+    """A program: `make` makes something of ten references to what it made before, and so on."""
+    program = b"K\x01q\x00"
+    for level in range(levels):
+        program += b"(" + (b"h" + bytes([level])) * 10 + make + b"q" + bytes([level + 1])
+    return program
+
+
+def entry(program: bytes, key: bytes = b"labels") -> bytes:
+    """A pickle of a dictionary whose only value is what a program made last."""
+    return b"\x80\x02" + program + b"q\xff}U" + bytes([len(key)]) + key + b"h\xffs."
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        entry(references(b"l", 7)),  # ten million numbers in 200 bytes
+        entry(references(b"t", 7)),
+        entry(references(b"t", 7) + b"cnumpy\ndtype\nh\x07R"),
+        entry(
+            references(b"t", 7) + b"cnumpy.core.numeric\n_frombuffer\n(U\x01acnumpy\ndtype\nU\x02u1\x85R"
+            b"h\x07U\x01CtR"
+        ),
+        b"\x80\x02" + references(b"t", 60) + b"}h\x3cK\x01s.",  # a key whose hash would take forever
+        b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.",  # a key whose hash would overflow the stack
+        b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+        entry(b"(lI" + b"1" * 5_000 + b"\na", b"label_names"),
+    ],
+    ids=["lists", "tuples", "argument", "shape", "key", "deep_key", "deep_list", "digits"],
+)
+def test_references_do_not_multiply(program: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError) as caught:
+            cifar_pickle.read(program)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "names, match",
+    [
+        ([1] * 9 + [10**4999], "class names are numbers, text is needed"),
+        (["a", 1, *"cdefghij"], "class names are numbers, text is needed"),
+        (["x" * 10_000] * 20_000, "20000 class names, 10 are needed"),
+        ([b"\xff"] * 10, "class names are not text"),
+        ("abcdefghij", "0 class names, 10 are needed"),
+    ],
+)
+def test_class_names_in_pickles_are_text(small10: str, names: Any, match: str, tmp_path: Path) -> None:
+    layout = cifar_files.LAYOUTS["cifar10"][1]
+    contents = files("cifar10", "2", written("cifar10"))
+    contents["batches.meta"] = pickle.dumps({"label_names": names}, protocol=2)
+    unpack(tmp_path / layout.folder, contents)
+    refuses(f"batches.meta: {match}", "cifar10", tmp_path)
 
 
 def test_pickles_hold_orders_and_scalars() -> None:
@@ -344,7 +403,10 @@ def test_cifar_labels_out_of_range_and_wrong_arrays(small10: str, tmp_path: Path
     for content, match in (
         ({"data": x, "labels": [-1, *y[1:]]}, "label -1, allowed"),
         ({"data": x, "labels": y[1:]}, "labels must be 30 integers"),
-        ({"data": x, "labels": [[1], *y[1:]]}, "labels must be 30 integers"),
+        ({"data": x, "labels": [[1], *y[1:]]}, "a list with list, allowed: integers, text and bytes"),
+        ({"data": x, "labels": [True, *y[1:]]}, "a list with bool"),
+        ({"data": x, "labels": {1: 2}}, "a dictionary with keys that are not text"),
+        ({"data": x, "labels": {"a": {}}}, "a dictionary with dict, allowed: integers"),
         ({"data": x, "labels": ["a", *y[1:]]}, "labels must be 30 integers"),
         ({"data": x, "labels": [1 << 80, *y[1:]]}, "labels must be 30 integers"),
         ({"data": x}, "labels must be 30 integers"),
