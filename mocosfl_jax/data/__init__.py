@@ -55,15 +55,13 @@ MAX_SIZE = math.isqrt(images.MAX_PIXELS)  # height and width of an image
 # Mean and standard deviation of the channels with which the paper's experiments normalise images.
 _SVHN = ((0.3522, 0.4004, 0.4463), (0.1189, 0.1377, 0.1784))
 _CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-_TINY_IMAGENET = ((0.5141, 0.5775, 0.3985), (0.2927, 0.2570, 0.1434))
 PUBLISHED: dict[str, tuple[Channels, Channels]] = {
     "cifar10": (_CIFAR10_MEAN, (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "svhn": _SVHN,
     "svhn_cropped": _SVHN,
     "stl10": (_CIFAR10_MEAN, (0.2471, 0.2435, 0.2616)),
-    "tiny_imagenet": _TINY_IMAGENET,
-    "tiny_imagenet_200": _TINY_IMAGENET,
+    "tiny_imagenet": ((0.5141, 0.5775, 0.3985), (0.2927, 0.2570, 0.1434)),
     "imagenet12": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # those of ImageNet
 }
 
@@ -89,8 +87,8 @@ def load(name: str, directory: str, image_size: int | None, max_broken: float = 
     disk and are read on demand; `in_memory` reads them all. imagenet12 is an image folder that the user
     provides, with 12 classes of ImageNet.
 
-    Mean and standard deviation are the published ones if there are any (also for an image folder called
-    `tiny-imagenet-200`), and otherwise those of the training images.
+    Mean and standard deviation are the published ones if the data set has a name of its own for which there
+    are any, and otherwise those of the training images.
 
     Example:
       >>> dataset = load("fashion_mnist_sample", "data", image_size=None)
@@ -126,7 +124,7 @@ def load(name: str, directory: str, image_size: int | None, max_broken: float = 
             loaded = loader(name, path, image_size, max_broken)
         else:
             loaded = tfds_sets.load(name, path, image_size, max_broken, NAMES)
-        return _dataset(loaded, _statistics_key(name, path), image_size)
+        return _dataset(loaded, re.split("[/:]", name)[0], image_size)
     except OSError as error:
         where = error.filename or directory
         raise UserError(f"config.data.dir: {where}: {error.strerror or error}") from error
@@ -143,14 +141,8 @@ def in_memory(dataset: Dataset) -> Dataset:
     )
 
 
-def _statistics_key(name: str, path: Path) -> str:
-    """The key in `PUBLISHED`: `stl10` for the name `stl10:1.0.0`, and for an image folder its own name."""
-    named = path.resolve().name if name == "image_folder" else re.split("[/:]", name)[0]
-    return re.sub("[^a-z0-9]+", "_", named.lower())
-
-
-def _dataset(loaded: images.Loaded, key: str, image_size: int | None) -> Dataset:
-    """Checks and resizes the images of a loader and adds the statistics."""
+def _dataset(loaded: images.Loaded, name: str, image_size: int | None) -> Dataset:
+    """Checks and resizes the images of a loader and adds the statistics, published ones by name."""
     source = loaded.source
     classes = len(loaded.class_names)
     for split, x, y in (
@@ -175,7 +167,7 @@ def _dataset(loaded: images.Loaded, key: str, image_size: int | None) -> Dataset
     what = f"{source}: config.data.image_size {image_size}"
     x_train = images.resize(loaded.x_train, image_size, what)
     x_test = images.resize(loaded.x_test, image_size, what)
-    mean, std = PUBLISHED.get(key) or images.channel_stats(x_train)
+    mean, std = PUBLISHED.get(name) or images.channel_stats(x_train)
     return Dataset(
         x_train,
         loaded.y_train.astype(np.int32),

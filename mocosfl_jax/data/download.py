@@ -5,6 +5,7 @@ import contextvars
 import hashlib
 import http.client
 import os
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -51,6 +52,8 @@ def source_line(path: Path, size: int, expected: str) -> str:
 def download(url: str, target: Path, size: int, expected: str) -> None:
     """Downloads `url` to `target`, which appears only if its size and SHA-256 are right.
 
+    Of several processes that want the same file at the same place, one downloads it, and the others wait.
+
     Args:
       url: Address of the file.
       target: Where to put it. Missing folders are created.
@@ -68,9 +71,38 @@ def download(url: str, target: Path, size: int, expected: str) -> None:
     by_hand = f"get {url} by other means and put it there"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        with _alone(target):
+            if not target.is_file():
+                _fetch(url, target, size, expected, by_hand)
     except OSError as error:
         raise UserError(f"config.data.dir: {target} cannot be written ({error}); {by_hand}") from error
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Waits until no other process is here with the same target. Where there are no locks, none waits.
+
+    The operating system releases the lock when the process ends, for any reason.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    path = target.with_name(f".{target.name}.lock")
+    with path.open("a") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Whoever waits for the removed file finds the target there, or downloads it too, at worst beside
+            # another.
+            path.unlink(missing_ok=True)
+
+
+def _fetch(url: str, target: Path, size: int, expected: str, by_hand: str) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     partial = Path(name)
     try:
         logging.info("Downloading %s (%d MB) to %s", url, size // 10**6, target)

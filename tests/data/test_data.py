@@ -12,6 +12,7 @@ import shutil
 import struct
 import sys
 import tarfile
+import time
 import tracemalloc
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ from mocosfl_jax.data import (
     cifar_files,
     cifar_pickle,
     decode,
+    download,
     images,
     in_memory,
     stl10,
@@ -481,6 +484,32 @@ def test_download_is_kept_only_with_the_published_checksum(
         assert dataset.source == str(target / layout.archive)
     assert asked == ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
     assert [path.name for path in target.iterdir()] == [layout.archive]
+
+
+def test_of_several_processes_one_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads in place of processes: each opens the lock anew, so they exclude each other as processes do."""
+    content, target = b"contents", tmp_path / "data" / "archive"
+    digest = hashlib.sha256(content).hexdigest()
+    answers = [b"broken", content]  # the first one that asks fails, and the next one tries
+
+    def respond() -> io.BytesIO:
+        time.sleep(0.2)  # all others are there by then
+        return io.BytesIO(answers.pop(0))
+
+    asked = answer_with(monkeypatch, respond)
+
+    def want(number: int) -> str:
+        try:
+            download.download("http://there", target, len(content), digest)
+        except UserError as error:
+            return str(error)
+        return target.read_bytes().decode()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = sorted(pool.map(want, range(4)))
+    assert "instead of 8 bytes" in found[0] and found[1:] == ["contents"] * 3
+    assert len(asked) == 2
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_cifar_directory_that_cannot_be(tmp_path: Path) -> None:
@@ -1126,9 +1155,11 @@ def test_statistics_need_no_float_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert std[1] == 1.0  # constant: images are divided by it
 
 
-def test_tiny_imagenet_folder_has_the_published_statistics(tmp_path: Path) -> None:
-    write_folder(tmp_path / "tiny-imagenet-200", small())
-    assert load("image_folder", str(tmp_path / "tiny-imagenet-200"), None).mean == (0.5141, 0.5775, 0.3985)
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "tiny-imagenet-200"])
+def test_the_name_of_a_folder_says_nothing_about_its_statistics(name: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / name, small())
+    expected = (small()["x_train"] / 255).mean((0, 1, 2))
+    np.testing.assert_allclose(load("image_folder", str(tmp_path / name), None).mean, expected, rtol=1e-12)
 
 
 def test_bad_names_and_directories(tmp_path: Path) -> None:
