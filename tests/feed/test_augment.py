@@ -189,6 +189,49 @@ def test_crop_boxes_have_torchvisions_distribution(settings: dict[str, Any]) -> 
     np.testing.assert_allclose(aspect, golden["crop_aspect_w_over_h_quantiles_10_50_90"], atol=0.01)
 
 
+def torchvision_box(rng: np.random.Generator, height: int, width: int, min_scale: float) -> tuple[int, ...]:
+    """Top, left, height and width as `torchvision.transforms.RandomResizedCrop.get_params` draws them."""
+    for _ in range(10):
+        target_area = height * width * rng.uniform(min_scale, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w = round(math.sqrt(target_area * ratio))
+        h = round(math.sqrt(target_area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+    w, h = width, height
+    if width / height < 3 / 4:
+        h = round(w / (3 / 4))
+    elif width / height > 4 / 3:
+        w = round(h * (4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def largest_gap(one: np.ndarray, other: np.ndarray) -> float:
+    """Between the cumulative distributions of two samples (Kolmogorov and Smirnov)."""
+    values = np.union1d(one, other)
+    shares = [np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (one, other)]
+    return float(abs(shares[0] - shares[1]).max())
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "min_scale"),
+    [(375, 500, 0.08), (500, 375, 0.2), (448, 448, 0.08), (24, 24, 0.5), (40, 90, 0.08), (30, 10, 0.3)],
+)
+def test_crop_boxes_follow_torchvisions_definition(height: int, width: int, min_scale: float) -> None:
+    """In images of any shape, also long ones, in which many tries do not fit."""
+    boxes = sample_boxes(height, width, min_scale)
+    rng = np.random.default_rng(0)
+    expected = np.array([torchvision_box(rng, height, width, min_scale) for _ in range(DRAWS)])
+    # Two samples of one distribution have a larger gap once in 10,000 times; there are 36 here.
+    limit = math.sqrt(-math.log(1e-4 / 2) / DRAWS)
+    for measure in (
+        *(lambda x, side=side: x[:, side] for side in range(4)),
+        lambda x: x[:, 2] * x[:, 3],
+        lambda x: x[:, 3] / x[:, 2],
+    ):
+        assert largest_gap(measure(boxes), measure(expected)) < limit
+
+
 @pytest.mark.parametrize(
     ("height", "width", "centred"),
     [
