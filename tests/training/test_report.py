@@ -2,7 +2,6 @@
 
 import pathlib
 
-import jax
 import pytest
 from PIL import Image
 
@@ -26,10 +25,9 @@ def test_files_that_are_not_used_are_counted_and_named(
         *("--config.data.name=image_folder", "--config.clients.batch_size=1", "-v"),
     )
     run = prepare(parse(argv).config)
-    state = jax.eval_shape(run.algorithm.init, jax.random.key(0))
-    rows = dict(line.split(maxsplit=1) for line in report.header(run, state).splitlines())
+    rows = dict(line.split(maxsplit=1) for line in report.header(run).splitlines())
     assert rows["not"] == "used     2 of type .heic, 1 hidden, 1 beside the class folders (named with -v)"
-    assert "not used" not in report.header(run._replace(dataset=run.dataset._replace(unused=())), state)
+    assert "not used" not in report.header(run._replace(dataset=run.dataset._replace(unused=())))
 
     # They are named before the run begins, and so before it is refused here.
     (tmp_path / "run").mkdir()
