@@ -68,7 +68,7 @@ def step_and_sync(name: str, generated: str) -> tuple[Callable[..., tuple[Array,
 
     members = None if run.whole_pool else run.members(0)
     batch = np.stack([np.resize(run.parts[i], run.batch_sizes.max()) for i in run.members(0)])
-    return one_step, run.dataset.x_train[batch]
+    return one_step, run.views[batch]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mocosfl_jax.data import arrays, cifar, folder, images, stl10, svhn, tfds_sets, tiny_imagenet
+from mocosfl_jax.data import arrays, canvas, cifar, folder, images, stl10, svhn, tfds_sets, tiny_imagenet
 from mocosfl_jax.data.find import Unused
 from mocosfl_jax.data.images import Images
 from mocosfl_jax.errors import UserError
@@ -78,6 +78,8 @@ class Dataset(NamedTuple):
     std: Channels  # standard deviation of each channel, for images in [0, 1]
     source: str  # one line that says where the images came from
     unused: tuple[Unused, ...] = ()  # files and folders of an image folder that are not used
+    # Where the training images were resized: canvases of the whole ones (`data.canvas`), for crops.
+    whole: images.Images | None = None
 
 
 def load(name: str, directory: str, image_size: int | None, max_broken: float = 0.0) -> Dataset:
@@ -131,7 +133,7 @@ def load(name: str, directory: str, image_size: int | None, max_broken: float = 
 
 
 def in_memory(dataset: Dataset) -> Dataset:
-    """Reads all images of a data set into memory.
+    """Reads all images of a data set into memory, except for the canvases of whole ones.
 
     Raises:
       UserError: If images are damaged, or do not fit into memory.
@@ -166,6 +168,8 @@ def _dataset(loaded: images.Loaded, name: str, image_size: int | None) -> Datase
 
     what = f"{source}: config.data.image_size {image_size}"
     x_train = images.resize(loaded.x_train, image_size, what)
+    if image_size is not None and x_train is not loaded.x_train:
+        loaded = loaded._replace(whole=canvas.canvases(loaded.x_train, image_size, what))
     x_test = images.resize(loaded.x_test, image_size, what)
     mean, std = PUBLISHED.get(name) or images.channel_stats(x_train)
     return Dataset(
@@ -178,4 +182,5 @@ def _dataset(loaded: images.Loaded, name: str, image_size: int | None) -> Datase
         std,
         source,
         loaded.unused,
+        loaded.whole,
     )

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from PIL import Image, UnidentifiedImageError
 
+from mocosfl_jax.data import canvas
 from mocosfl_jax.data.images import MAX_PIXELS, OnDisk, fit, require_memory
 from mocosfl_jax.errors import UserError, one_line
 
@@ -38,6 +39,14 @@ class Picture(NamedTuple):
     where: str  # its path, for messages
     open: Callable[[], IO[bytes]]  # opens its file
     label: int
+
+
+class Decoded(NamedTuple):
+    """What is decoded from pictures when it is read."""
+
+    images: OnDisk  # [n, H, W, 3] uint8
+    labels: np.ndarray  # [n] int32
+    whole: OnDisk | None  # canvases of the whole pictures, if the images are resized
 
 
 def open_file(path: Path) -> IO[bytes]:
@@ -69,8 +78,8 @@ def on_disk(
     shape: tuple[int, int, int],
     image_size: int | None,
     max_broken: float,
-) -> tuple[OnDisk, np.ndarray]:
-    """The images [n, H, W, 3] uint8 and labels [n] int32 of pictures, which stay on disk until they are read.
+) -> Decoded:
+    """The images of pictures, which stay on disk until they are read.
 
     Each picture is decoded by `pixels`. Broken pictures are treated as in `tolerant`. Reading raises
     UserError if a picture has another size than `shape`.
@@ -94,9 +103,18 @@ def on_disk(
             )
         return np.asarray(image)
 
+    def paint_one(index: int) -> np.ndarray:
+        assert image_size is not None
+        return canvas.paint(pixels(pictures[index].open, None), image_size)
+
     labels = np.array([picture.label for picture in pictures], np.int32)
     names = [picture.where for picture in pictures]
-    return tolerant(split, names, shape, decode_one, max_broken), labels
+    broken: dict[int, str] = {}
+    images = tolerant(split, names, shape, decode_one, max_broken, broken)
+    if image_size is None:
+        return Decoded(images, labels, None)
+    whole = tolerant(split, names, canvas.shape(image_size), paint_one, max_broken, broken)
+    return Decoded(images, labels, whole)
 
 
 def tolerant(
@@ -105,6 +123,7 @@ def tolerant(
     shape: tuple[int, int, int],
     decode_one: Callable[[int], np.ndarray],
     max_broken: float,
+    broken: dict[int, str],
 ) -> OnDisk:
     """Images that are decoded by `decode_one`, on all cores. Those that it cannot decode are black.
 
@@ -119,9 +138,9 @@ def tolerant(
       shape: [H, W, 3], the shape of each image.
       decode_one: Index -> image. A UserError is passed on; any other error means that the image is broken.
       max_broken: Fraction of images that may be broken.
+      broken: Index -> reason, of the broken images found so far; those found here are added.
     """
     count = len(names)
-    broken: dict[int, str] = {}  # index -> reason, of the broken images found so far
 
     def fill(rows: Sequence[int] | np.ndarray) -> np.ndarray:
         images = np.zeros((len(rows), *shape), np.uint8)

@@ -47,11 +47,11 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
 
     train_pictures, test_pictures = pictures(classes), pictures(test_classes)
     shape = shape_of(train_pictures, image_size)
-    x_train, y_train = on_disk(str(train), train_pictures, shape, image_size, max_broken)
-    x_test, y_test = on_disk(str(test), test_pictures, shape, image_size, max_broken)
+    x_train, y_train, whole = on_disk(str(train), train_pictures, shape, image_size, max_broken)
+    x_test, y_test, _ = on_disk(str(test), test_pictures, shape, image_size, max_broken)
     unused += unused_train + unused_test
     return Loaded(
-        x_train, y_train, x_test, y_test, tuple(classes), f"image folder {directory}", tuple(unused)
+        x_train, y_train, x_test, y_test, tuple(classes), f"image folder {directory}", tuple(unused), whole
     )
 
 

@@ -55,6 +55,7 @@ class Loaded(NamedTuple):
     class_names: tuple[str, ...]  # one name per class
     source: str  # one line that says where the images came from
     unused: tuple[Unused, ...] = ()  # files and folders there that are not used
+    whole: Images | None = None  # canvases of the whole training images, if x_train was resized
 
 
 def in_memory(images: Images) -> np.ndarray:
@@ -86,17 +87,26 @@ def require_memory(what: str, size: int) -> None:
         raise UserError(f"{what}: needs {size:,} bytes of memory, this machine has {total:,}")
 
 
+def fitted(image_size: tuple[int, int], size: int) -> tuple[int, int]:
+    """Width and height of an image whose shorter side is resized to `size` pixels.
+
+    Raises:
+      ValueError: If that has more than `MAX_PIXELS` pixels.
+    """
+    short = min(image_size)
+    width, height = (max(size, round(side * size / short)) for side in image_size)
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{image_size[0]}x{image_size[1]} pixels are too long and thin to resize")
+    return width, height
+
+
 def fit(image: Image.Image, size: int) -> Image.Image:
     """Resizes the shorter side of an image to `size` pixels (bilinear) and crops the central square.
 
     Raises:
       ValueError: If the resized image would have more than `MAX_PIXELS` pixels.
     """
-    width, height = image.size
-    short = min(width, height)
-    width, height = (max(size, round(side * size / short)) for side in (width, height))
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{image.size[0]}x{image.size[1]} pixels are too long and thin to resize")
+    width, height = fitted(image.size, size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mocosfl_jax.data.decode import pixels, tolerant
-from mocosfl_jax.data.images import Loaded, OnDisk
+from mocosfl_jax.data.decode import Decoded, Picture, on_disk
+from mocosfl_jax.data.images import Loaded
 from mocosfl_jax.errors import UserError
 
 _FORMATS = ("array_record", "parquet")
@@ -64,10 +64,10 @@ def load(
             "needed: train, and test or validation"
         )
     class_names, shape = _features(tfds, name, builder.info.features, image_size)
-    x_train, y_train = _read(tfds, builder, "train", shape, image_size, max_broken)
-    x_test, y_test = _read(tfds, builder, test, shape, image_size, max_broken)
+    x_train, y_train, whole = _read(tfds, builder, "train", shape, image_size, max_broken)
+    x_test, y_test, _ = _read(tfds, builder, test, shape, image_size, max_broken)
     source = f"tensorflow-datasets {builder.info.full_name}, train and {test}, from {directory}"
-    return Loaded(x_train, y_train, x_test, y_test, class_names, source)
+    return Loaded(x_train, y_train, x_test, y_test, class_names, source, whole=whole)
 
 
 def _import(unknown: str) -> Any:
@@ -200,23 +200,22 @@ def _read(
     shape: tuple[int, int, int],
     image_size: int | None,
     max_broken: float,
-) -> tuple[OnDisk, np.ndarray]:
-    """The images [n, H, W, 3] and labels [n] int64 of a split."""
+) -> Decoded:
+    """The images of a split."""
     where = f"{builder.info.name}, split {split}"
     try:
         source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        labels = np.array([source[index]["label"] for index in range(len(source))], np.int64)
+        labels = [int(source[index]["label"]) for index in range(len(source))]
     except Exception as error:  # readers raise many kinds of errors for a broken file
         raise UserError(f"{where}: not readable in {builder.data_path} ({_reason(error)})") from error
 
-    def decode_one(index: int) -> np.ndarray:
-        image = np.asarray(pixels(partial(io.BytesIO, source[index]["image"]), image_size))
-        if image.shape != shape:
-            raise UserError(f"{where}: image {index} is {list(image.shape)}, expected {list(shape)}")
-        return image
+    def open_image(index: int) -> io.BytesIO:
+        return io.BytesIO(source[index]["image"])
 
-    names = [f"image {index}" for index in range(len(labels))]
-    return tolerant(where, names, shape, decode_one, max_broken), labels
+    pictures = [
+        Picture(f"image {index}", partial(open_image, index), label) for index, label in enumerate(labels)
+    ]
+    return on_disk(where, pictures, shape, image_size, max_broken)
 
 
 def _reason(error: Exception) -> str:

@@ -96,9 +96,9 @@ def _read(path: Path, files: _Files, source: str, image_size: int | None, max_br
     class_names = tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids)
     train, test = pictures(classes), pictures(annotated)
     shape = shape_of(train, image_size)
-    x_train, y_train = on_disk(f"{path}: train", train, shape, image_size, max_broken)
-    x_test, y_test = on_disk(f"{path}: val", test, shape, image_size, max_broken)
-    return Loaded(x_train, y_train, x_test, y_test, class_names, source)
+    x_train, y_train, whole = on_disk(f"{path}: train", train, shape, image_size, max_broken)
+    x_test, y_test, _ = on_disk(f"{path}: val", test, shape, image_size, max_broken)
+    return Loaded(x_train, y_train, x_test, y_test, class_names, source, whole=whole)
 
 
 def _annotations(path: Path, files: _Files, label: dict[str, int]) -> dict[str, str]:

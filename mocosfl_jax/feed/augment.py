@@ -12,7 +12,7 @@ blur are linear along each axis, so they are products with small matrices.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from mocosfl_jax.algorithm.messages import Views
+from mocosfl_jax.data import canvas
 from mocosfl_jax.errors import UserError
 
 VERSIONS = ("v1", "v2")
@@ -45,12 +46,12 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels."""
+    """A part of an image, in pixels: int32, or float32 where the image is squeezed."""
 
-    top: ArrayLike  # [], int32
-    left: ArrayLike  # [], int32
-    height: ArrayLike  # [], int32
-    width: ArrayLike  # [], int32
+    top: ArrayLike  # []
+    left: ArrayLike  # []
+    height: ArrayLike  # []
+    width: ArrayLike  # []
 
 
 def two_views(
@@ -98,6 +99,60 @@ def two_views(
         drawn = augment(rng_view, to_float(image), size=size, version=version, min_crop_scale=min_crop_scale)
         return normalise(drawn, mean, std)
 
+    return _views_of_each(view, rng, images)
+
+
+def two_views_of_canvases(
+    rng: Array,
+    canvases: Array,
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    version: str = "v2",
+    min_crop_scale: float = 0.08,
+) -> Views:
+    """Like `two_views`, of whole pictures of any size, as they are on canvases (`data.canvas`).
+
+    The crops are drawn in the pixels of the pictures.
+
+    Args:
+      rng: PRNG key.
+      canvases: [M, B, 2 size + 1, 2 size, 3] uint8.
+      size: Height and width of the views.
+      mean: As for `two_views`.
+      std: As for `two_views`.
+      version: As for `two_views`.
+      min_crop_scale: As for `two_views`.
+
+    Returns:
+      As `two_views`.
+
+    Raises:
+      UserError: As `two_views`.
+      ValueError: If the canvases have another shape.
+    """
+    if canvases.shape[2:] != canvas.shape(size):
+        raise ValueError(f"canvases [M, B, ...] of {canvases.shape[2:]}, {canvas.shape(size)} are needed")
+
+    def view(rng_view: Array, painted: Array) -> Array:
+        height, width = (jnp.maximum(_number(pixel), 1) for pixel in painted[-1, :2])
+        image = to_float(painted[:-1])
+        drawn = augment(
+            rng_view, image, size=size, version=version, min_crop_scale=min_crop_scale, sides=(height, width)
+        )
+        return normalise(drawn, mean, std)
+
+    return _views_of_each(view, rng, canvases)
+
+
+def _number(pixel: Array) -> Array:
+    """The number [] int32 in the three bytes of a pixel."""
+    high, middle, low = pixel.astype(jnp.int32)
+    return (high << 16) | (middle << 8) | low
+
+
+def _views_of_each(view: Callable[[Array, Array], Array], rng: Array, images: Array) -> Views:
     over_batch = jax.vmap(view)
     over_clients = jax.vmap(over_batch)
     over_views = jax.vmap(over_clients, in_axes=(0, None))
@@ -105,10 +160,19 @@ def two_views(
     return Views(query=query, key=key)
 
 
-def augment(rng: Array, image: Array, *, size: int, version: str, min_crop_scale: float) -> Array:
+def augment(
+    rng: Array,
+    image: Array,
+    *,
+    size: int,
+    version: str,
+    min_crop_scale: float,
+    sides: tuple[Array, Array] | None = None,
+) -> Array:
     """Draws one view: [H, W, 3] float32 in [0, 1] -> [size, size, 3] float32 in [0, 1].
 
-    The keyword arguments are those of `two_views`. They are static under `jit`.
+    The keyword arguments are those of `two_views`, and static under `jit`. `sides` are height and width of a
+    picture that may have been squeezed to fit into `image`, and whose crop is drawn in its own pixels.
 
     Raises:
       UserError: If the version is unknown or `min_crop_scale` is out of range.
@@ -121,7 +185,9 @@ def augment(rng: Array, image: Array, *, size: int, version: str, min_crop_scale
         )
     rng_crop, rng_flip, rng_jitter, rng_gray, rng_blur = jax.random.split(rng, 5)
 
-    box = sample_crop_box(rng_crop, *image.shape[:2], min_scale=min_crop_scale)
+    box = sample_crop_box(rng_crop, *(sides or image.shape[:2]), min_scale=min_crop_scale)
+    if sides:
+        box = _squeezed(box, sides, image.shape[:2])
     view = resized_crop(image, box, size)
     # torchvision flips last in v2. All later operations treat left and right alike, so the views are the
     # same.
@@ -186,7 +252,7 @@ def _check_images(images: Array | np.ndarray) -> None:
 # --- crop
 
 
-def sample_crop_box(rng: Array, height: int, width: int, *, min_scale: float) -> Box:
+def sample_crop_box(rng: Array, height: int | Array, width: int | Array, *, min_scale: float) -> Box:
     """Draws the box of torchvision's RandomResizedCrop for an image of height x width pixels.
 
     Its area is uniform in [min_scale, 1] times that of the image, its width / height is log-uniform in
@@ -204,8 +270,8 @@ def sample_crop_box(rng: Array, height: int, width: int, *, min_scale: float) ->
     found = fits[first]
 
     # The largest box of an allowed ratio, for the case that no try fits.
-    centre_width = min(width, round(height * CROP_RATIO[1]))
-    centre_height = min(height, round(width / CROP_RATIO[0]))
+    centre_width = jnp.minimum(width, jnp.round(height * CROP_RATIO[1]).astype(jnp.int32))
+    centre_height = jnp.minimum(height, jnp.round(width / CROP_RATIO[0]).astype(jnp.int32))
     box_width = jnp.where(found, widths[first], centre_width)
     box_height = jnp.where(found, heights[first], centre_height)
     top = _below(drawn[-2], height - box_height + 1)
@@ -215,6 +281,22 @@ def sample_crop_box(rng: Array, height: int, width: int, *, min_scale: float) ->
         left=jnp.where(found, left, (width - centre_width) // 2),
         height=box_height,
         width=box_width,
+    )
+
+
+def _squeezed(box: Box, sides: tuple[Array, Array], most: tuple[int, ...]) -> Box:
+    """The box where a picture with these sides is squeezed to at most so many rows and columns.
+
+    It keeps at least one pixel, whose parts are fractions.
+    """
+    rows, columns = (jnp.minimum(side, limit) for side, limit in zip(sides, most, strict=True))
+    down, right = rows / sides[0], columns / sides[1]
+    height, width = jnp.maximum(box.height * down, 1), jnp.maximum(box.width * right, 1)
+    return Box(
+        top=jnp.minimum(box.top * down, rows - height),
+        left=jnp.minimum(box.left * right, columns - width),
+        height=height,
+        width=width,
     )
 
 
@@ -236,7 +318,7 @@ def _resize_matrix(start: ArrayLike, length: ArrayLike, pixels: int, size: int) 
     position = jnp.arange(pixels, dtype=jnp.float32)[None, :] - start + 0.5
     centre = (jnp.arange(size, dtype=jnp.float32)[:, None] + 0.5) * scale
     weights = jnp.maximum(1 - jnp.abs(position - centre) / jnp.maximum(scale, 1), 0)
-    weights = jnp.where((position > 0) & (position < length), weights, 0)
+    weights = jnp.where((position >= 0) & (position < length), weights, 0)
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
@@ -398,7 +480,7 @@ def _uniform(rng: Array, count: int) -> Array:
     return jax.random.uniform(rng, (count,), jnp.float32)
 
 
-def _between(uniform: Array, low: float, high: float) -> Array:
+def _between(uniform: Array, low: float | Array, high: float | Array) -> Array:
     return low + (high - low) * uniform
 
 

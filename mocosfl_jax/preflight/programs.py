@@ -10,7 +10,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from mocosfl_jax import data
 from mocosfl_jax.config import Resolved
-from mocosfl_jax.data import Dataset
+from mocosfl_jax.data import Dataset, canvas
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.evaluation import knn
 from mocosfl_jax.evaluation.features import BATCH, make_encode
@@ -69,21 +69,24 @@ def describe(
         )
     experiment.check(config, mesh)
 
-    def pictures(number: int) -> np.ndarray:
-        return np.broadcast_to(np.uint8(0), (number, size, size, 3))  # takes no memory
+    def pictures(number: int, height: int, width: int) -> np.ndarray:
+        return np.broadcast_to(np.uint8(0), (number, height, width, 3))  # takes no memory
 
+    resized = config.data.image_size is not None and size != known_size
     dataset = Dataset(
-        x_train=pictures(count),
+        x_train=pictures(count, size, size),
         y_train=np.broadcast_to(np.int32(0), (count,)),
-        x_test=pictures(TEST_IMAGES),
+        x_test=pictures(TEST_IMAGES, size, size),
         y_test=np.broadcast_to(np.int32(0), (TEST_IMAGES,)),
         class_names=tuple(map(str, range(CLASSES))),
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
         source=config.data.name,
+        # Views are cropped from whole images where they are resized.
+        whole=pictures(count, *canvas.shape(size)[:2]) if resized else None,
     )
     parts = [np.broadcast_to(np.int32(0), (share,))] * config.clients.num
-    residence = batches.residence(config.data.resident, math.prod(dataset.x_train.shape), memory)
+    residence = batches.residence(config.data.resident, math.prod(experiment.views_of(dataset).shape), memory)
     return experiment.assemble(config, mesh, None, dataset, parts, residence, {})
 
 
@@ -92,7 +95,7 @@ def plans(run: Run, names: Sequence[str] = NAMES) -> Iterator[Plan]:
     mesh = run.mesh
     everywhere, first = meshes.everywhere(mesh), SingleDeviceSharding(meshes.first_device(mesh))
     key = _shape(jax.random.key(0), everywhere)
-    resident = math.prod(run.dataset.x_train.shape) if run.residence.resident else 0
+    resident = math.prod(run.views.shape) if run.residence.resident else 0
 
     def plan(
         name: str,

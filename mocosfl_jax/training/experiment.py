@@ -46,6 +46,11 @@ class Run(NamedTuple):
     forms: Forms  # for the platform of the mesh
 
     @property
+    def views(self) -> data.Images:
+        """The images [n, H, W, 3] uint8 from which `make_views` draws views."""
+        return views_of(self.dataset)
+
+    @property
     def total_steps(self) -> int:
         """Training steps of the whole run."""
         return self.config.total_epochs * self.steps_per_epoch
@@ -85,6 +90,11 @@ class Run(NamedTuple):
             seed=self.config.seed,
             epoch=epoch,
         )
+
+
+def views_of(dataset: data.Dataset) -> data.Images:
+    """Return the training images from which views are drawn: the whole ones if they were resized."""
+    return dataset.x_train if dataset.whole is None else dataset.whole
 
 
 def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
@@ -160,7 +170,7 @@ def assemble(
         images=[len(part) for part in parts],
     )
     make_views = partial(
-        augment.two_views,
+        augment.two_views if dataset.whole is None else augment.two_views_of_canvases,
         size=size,
         version=config.moco.augmentation,
         min_crop_scale=config.moco.min_crop_scale,
@@ -217,7 +227,7 @@ def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, Fingerprint, batc
     height, width = dataset.x_train.shape[1:3]
     if height != width:
         raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
-    size = math.prod(dataset.x_train.shape)
+    size = math.prod(views_of(dataset).shape)
     memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     residence = batches.residence(config.data.resident, size, memory)
     # Before all images are read into memory, so that it does not depend on where they are kept.

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from mocosfl_jax.algorithm.interface import TrainState
+from mocosfl_jax.data.images import in_memory
 from mocosfl_jax.evaluation.features import Encode
 from mocosfl_jax.feed import batches
 from mocosfl_jax.feed.batches import Feed
@@ -67,13 +68,13 @@ def piece_steps(run: Run) -> int:
     """Return the number of steps that one program trains."""
     if not run.forms.scan_rounds:
         return 1
-    batch = (*places(run), *run.dataset.x_train.shape[1:])
+    batch = (*places(run), *run.views.shape[1:])
     return batches.steps_per_piece(math.prod(batch), run.steps_per_round)
 
 
 def piece(run: Run, steps: int) -> jax.ShapeDtypeStruct:
     """Return shape, dtype and sharding of the images of some steps."""
-    shape = (steps, *places(run), *run.dataset.x_train.shape[1:])
+    shape = (steps, *places(run), *run.views.shape[1:])
     return jax.ShapeDtypeStruct(shape, np.uint8, sharding=meshes.of_images(run.mesh, run.cohort))
 
 
@@ -84,7 +85,7 @@ def places(run: Run) -> tuple[int, int]:
 
 def make_feed(run: Run, piece_steps: int) -> Feed:
     """Return the feed of the run's images, resident on the device or streamed."""
-    images = run.dataset.x_train
+    images = run.views
     place = meshes.of_images(run.mesh, run.cohort)
 
     def indices(epoch: int) -> np.ndarray:
@@ -95,8 +96,7 @@ def make_feed(run: Run, piece_steps: int) -> Feed:
         )
 
     if run.residence.resident:
-        assert isinstance(images, np.ndarray)
-        return batches.resident(meshes.replicate(run.mesh, images), indices, piece_steps, place)
+        return batches.resident(meshes.replicate(run.mesh, in_memory(images)), indices, piece_steps, place)
     return batches.streamed(
         images,
         indices,

@@ -36,7 +36,7 @@ def header(run: Run) -> str:
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
         "not used": find.counted(dataset.unused) + " (named with -v)" if dataset.unused else "",
         "images": f"{'resident on the device' if run.residence.resident else 'streamed from the host'}: "
-        f"{_bytes(math.prod(dataset.x_train.shape))}; {run.residence.why}",
+        f"{_bytes(math.prod(run.views.shape))}; {run.residence.why}",
         "clients": f"{pool.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in each epoch; each has "
         f"{_span([len(part) for part in parts])} images of {_span(classes)} classes, "
         f"batch {_span(run.batch_sizes.tolist())}" + (f"; {run.rich.clients} rich" if run.rich else ""),

@@ -75,6 +75,7 @@ class Arrays(NamedTuple):
     std: tuple[float, float, float]
     source: str
     unused: tuple[Unused, ...]
+    whole: Any
 
 
 def load(name: str, directory: str, image_size: Any, max_broken: float = 0.0) -> Arrays:

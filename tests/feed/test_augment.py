@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 from jax import Array
 from jax.typing import ArrayLike
+from PIL import Image
 
+from mocosfl_jax.data import canvas
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.feed import augment as aug
 
@@ -462,6 +464,57 @@ def test_images_of_any_shape() -> None:
     images = jnp.zeros((2, 1, 40, 56, 3), jnp.uint8)
     views = jax.eval_shape(partial(two_views, size=24), jax.random.key(0), images)
     assert views.query.shape == views.key.shape == (2, 1, 24, 24, 3)
+
+
+def views_of_canvas(picture: np.ndarray, size: int, min_crop_scale: float = 0.08) -> np.ndarray:
+    """[2, 16, size, size, 3]: query and key views of 16 times the same picture, on canvases."""
+    painted = canvas.paint(Image.fromarray(picture), size)
+    draw = jax.jit(partial(aug.two_views_of_canvases, size=size, min_crop_scale=min_crop_scale, **PLAIN))
+    return np.stack(draw(jax.random.key(7), jnp.asarray(np.tile(painted, (2, 8, 1, 1, 1))))).reshape(
+        2, 16, size, size, 3
+    )
+
+
+def views_of_whole(picture: np.ndarray, size: int, min_crop_scale: float = 0.08) -> np.ndarray:
+    """The same views, each cropped from all pixels of the picture."""
+    draw = jax.jit(partial(aug.two_views, size=size, min_crop_scale=min_crop_scale, **PLAIN))
+    return np.stack(draw(jax.random.key(7), jnp.asarray(np.tile(picture, (2, 8, 1, 1, 1))))).reshape(
+        2, 16, size, size, 3
+    )
+
+
+PLAIN: Any = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "version": "v1"}
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (20, 31), (32, 7)])
+def test_views_of_a_canvas_are_those_of_the_picture(shape: tuple[int, int]) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    np.testing.assert_allclose(views_of_canvas(picture, 16), views_of_whole(picture, 16), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(150, 200), (33, 300)])
+def test_a_squeezed_picture_gives_nearly_the_same_views(shape: tuple[int, int]) -> None:
+    down, right = np.meshgrid(*(np.linspace(0, 1, side) for side in shape), indexing="ij")
+    waves = np.stack([np.sin(9 * down), np.cos(7 * right), np.sin(6 * (down + right))], -1)
+    picture = (127 + 100 * waves).astype(np.uint8)
+    squeezed, whole = views_of_canvas(picture, 32), views_of_whole(picture, 32)
+    wrong = np.abs(squeezed - whole)  # the shift of hue amplifies a few
+    assert np.quantile(wrong, 0.99) < 0.03 and wrong.mean() < 0.005 and whole.std() > 0.1
+
+
+def test_a_crop_of_an_odd_picture_has_its_colour() -> None:
+    """Squeezed to 16 pixels, crops of these are parts of a pixel."""
+    expected = views_of_whole(np.full((8, 8, 3), 200, np.uint8), 8, 1e-4)
+    for shape in ((1, 5000), (3, 4000), (1, 1)):
+        picture = np.full((*shape, 3), 200, np.uint8)
+        views = views_of_canvas(picture, 8, min_crop_scale=1e-4)
+        assert np.isfinite(views).all()
+        np.testing.assert_allclose(views, expected, atol=1e-5)
+    draw = jax.jit(partial(aug.two_views_of_canvases, size=8, **PLAIN))
+    broken = np.stack(draw(jax.random.key(0), jnp.zeros((1, 2, *canvas.shape(8)), jnp.uint8)))
+    assert (broken == 0).all()  # black
+    with pytest.raises(ValueError, match=r"canvases .* of \(8, 8, 3\), \(17, 16, 3\) are needed"):
+        draw(jax.random.key(0), jnp.zeros((1, 2, 8, 8, 3), jnp.uint8))
 
 
 def test_unknown_version_and_scale_are_refused(images: np.ndarray) -> None:

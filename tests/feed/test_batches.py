@@ -90,11 +90,11 @@ def test_a_scanned_chunk_has_a_bounded_size() -> None:
     assert batches.steps_per_piece(2**30, 50) == 1
 
 
-def write_images(folder: pathlib.Path, kind: str) -> None:
+def write_images(folder: pathlib.Path, kind: str, shape: tuple[int, ...] = IMAGE) -> None:
     """Write the same 60 pictures as npz, as npy files or as an image folder."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 20)
-    pictures = rng.integers(0, 256, (60, *IMAGE)).astype(np.uint8)
+    pictures = rng.integers(0, 256, (60, *shape)).astype(np.uint8)
     arrays: dict[str, Any] = {
         "x_train": pictures,
         "y_train": labels,
@@ -117,11 +117,11 @@ def write_images(folder: pathlib.Path, kind: str) -> None:
                 Image.fromarray(picture).save(place / f"{i:03}.png")
 
 
-def prepared(folder: pathlib.Path, kind: str, resident: bool) -> Run:
+def prepared(folder: pathlib.Path, kind: str, resident: bool, image_size: int | None = None) -> Run:
     run = prepare(
         Config(
             epochs=2,
-            data=Data(name=kind, dir=str(folder), resident=resident),
+            data=Data(name=kind, dir=str(folder), resident=resident, image_size=image_size),
             clients=Clients(num=6, cohort=5, batch_size=2, noniid_ratio=1.0),
             sync=Synchronization(frequency=2),
             model=Model(width=4),
@@ -181,3 +181,15 @@ def test_a_streamed_run_equals_the_resident_run_bit_for_bit(
     ends = last_state(streamed, tmp_path / "streamed"), last_state(resident, tmp_path / "resident")
     for ours, theirs in zip(*ends, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_views_of_resized_images_are_cropped_from_the_whole_ones(tmp_path: pathlib.Path) -> None:
+    """Resident, or streamed from files: the same run bit for bit."""
+    ends = {}
+    for kind, resident in (("npz", True), ("image_folder", False)):
+        write_images(tmp_path / kind, kind, (9, 7, 3))
+        run = prepared(tmp_path / kind, kind, resident, image_size=IMAGE[0])
+        assert run.dataset.x_train.shape[1:] == IMAGE and run.views.shape[1:] == (9, 8, 3)
+        assert train(run, tmp_path / "run" / kind)
+        ends[kind] = comparable(tmp_path / "run" / kind)
+    assert ends["npz"] == ends["image_folder"]
