@@ -9,6 +9,7 @@
   memory    bytes of training state on each of 1 to 8 simulated devices
   epoch     an epoch of the quickstart, and the part of it that is outside the compiled step
   data      an epoch with images streamed from the host, compared with resident images
+  host      what the host does for pools of 1,000 to 1,000,000 clients
   limit     FLOP/s of a training step, compared with a matrix product on this machine
   eval      features and kNN, compared with PyTorch
 
@@ -40,6 +41,7 @@ MODULES = {  # each has NEEDS, the further packages it needs, and results(repeat
     "memory": "benchmarks.memory",
     "epoch": "benchmarks.epoch",
     "data": "benchmarks.data",
+    "host": "benchmarks.host",
     "limit": "benchmarks.limit",
     "eval": "benchmarks.evaluation",
 }

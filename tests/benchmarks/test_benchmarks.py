@@ -17,7 +17,19 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import augment, clients, data, epoch, evaluation, limit, memory, results, scaling, settings
+from benchmarks import (
+    augment,
+    clients,
+    data,
+    epoch,
+    evaluation,
+    host,
+    limit,
+    memory,
+    results,
+    scaling,
+    settings,
+)
 from benchmarks.settings import QUICKSTART, Setting
 from benchmarks.timing import finished, medians, stepper
 from mocosfl_jax.config import Config, quickstart, resolve
@@ -219,6 +231,17 @@ def test_memory_equals_the_compiled_programs() -> None:
         assert held["state"] == held["clients"] + held["server"] + 4  # and the step counter
     assert many["clients"] * 8 == one["clients"]
     assert many["server"] == pytest.approx(one["server"] / 2, rel=0.01)
+
+
+def test_the_work_of_the_host_is_timed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.time, "perf_counter", iter([1.0, 3.0, 3.5, 3.75]).__next__)
+    numbers = host.measure(200).numbers
+    assert numbers == {
+        "partition_s": 2.0,
+        "cohort_s": 0.5,
+        "epoch_indices_s": 0.25,
+        "parts_mib": 200 * 50 * 4 / 2**20,
+    }
 
 
 def test_limit_is_a_share_of_the_peak(compiled: settings.Step, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,51 @@
+"""The hour on an accelerator: what succeeded is kept, what failed or is missing is done by the next call."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+from scripts import accelerator_day
+
+
+def test_the_next_call_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = tmp_path / "mark"
+    counts = f"open({str(mark)!r}, 'a').write('x'); print('{{\"value\": 1}}')"
+    fails = f"import pathlib; assert pathlib.Path({str(tmp_path / 'there')!r}).exists(), 'not there'"
+    commands = [("good", [sys.executable, "-c", counts]), ("bad", [sys.executable, "-c", fails])]
+    monkeypatch.setattr(accelerator_day, "measurements", lambda toy: commands)
+    monkeypatch.setattr(accelerator_day, "DEVICE", 'print(\'{"device": "toy"}\')')
+    trained: list[list[str]] = []
+    monkeypatch.setattr(accelerator_day, "train", lambda command, seconds: trained.append(command) or 0)
+
+    argv = [f"--out={tmp_path / 'day'}", "--toy"]
+    assert accelerator_day.main(argv) == 1
+    results = json.loads((tmp_path / "day" / "results.json").read_text())
+    assert results["good"]["results"] == [{"value": 1}] and results["good"]["on"] == [{"device": "toy"}]
+    assert results["bad"]["status"] == 1 and "not there" in results["bad"]["error"]
+
+    (tmp_path / "there").touch()
+    assert accelerator_day.main(argv) == 0
+    assert mark.read_text() == "x"  # not measured again
+    assert json.loads((tmp_path / "day" / "results.json").read_text())["bad"]["status"] == 0
+    assert len(trained) == 2 and "--workdir" in " ".join(trained[0])
+
+
+def test_a_measured_step_stands_beside_its_estimate(tmp_path: pathlib.Path) -> None:
+    lines = [
+        {"step": 0},
+        *({"step": n, "images_per_s": speed} for n, speed in enumerate((10.0, 500.0, 400.0))),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"environment": {}, "config": {"clients": {"cohort": 100, "batch_size": 1}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    estimates = tmp_path / "estimates.jsonl"
+    estimates.write_text('{"program": "init", "estimated_ms": 3}\n{"program": "round", "estimated_ms": 28}\n')
+    found = accelerator_day.progress(tmp_path, estimates)
+    assert (found["step_ms"], found["estimated_step_ms"], found["images_per_s"]) == (250.0, 28, 400.0)
+
+
+def test_training_is_asked_to_save_when_the_time_is_over() -> None:
+    waits = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); time.sleep(60)"
+    assert accelerator_day.train([sys.executable, "-c", waits], 1.0) == 143
