@@ -128,7 +128,7 @@ def progress(workdir: Path, estimates: Path | None) -> dict[str, Any]:
     if estimates is not None and speeds:
         found = [json.loads(line) for line in estimates.read_text().splitlines()]
         estimated = next(line["estimated_ms"] for line in found if line["program"] == "round")
-        images = config["config"]["clients"]["cohort"] * config["config"]["clients"]["batch_size"]
+        images = config["clients"]["cohort"] * config["clients"]["batch_size"]
         result |= {"step_ms": 1e3 * images / result["images_per_s"], "estimated_step_ms": estimated}
     return result
 

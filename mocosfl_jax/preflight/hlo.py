@@ -163,6 +163,6 @@ def _place(line: str) -> str:
     found = re.search(r'op_name="([^"]*)"', line)
     if not found:
         return ""
-    parts = found[1].split("/")
+    parts = found[1].replace("\\'", "'").split("/")
     loops = ("while", "body", "closed_call")
     return "/".join(part for part in parts if part not in loops and not part.startswith("jit("))

@@ -17,7 +17,12 @@ def test_the_next_call_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(accelerator_day, "measurements", lambda toy: commands)
     monkeypatch.setattr(accelerator_day, "DEVICE", 'print(\'{"device": "toy"}\')')
     trained: list[list[str]] = []
-    monkeypatch.setattr(accelerator_day, "train", lambda command, seconds: trained.append(command) or 0)
+
+    def train(command: list[str], seconds: float) -> int:
+        trained.append(command)
+        return 0
+
+    monkeypatch.setattr(accelerator_day, "train", train)
 
     argv = [f"--out={tmp_path / 'day'}", "--toy"]
     assert accelerator_day.main(argv) == 1
@@ -33,12 +38,10 @@ def test_the_next_call_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
 
 
 def test_a_measured_step_stands_beside_its_estimate(tmp_path: pathlib.Path) -> None:
-    lines = [
-        {"step": 0},
-        *({"step": n, "images_per_s": speed} for n, speed in enumerate((10.0, 500.0, 400.0))),
-    ]
+    speeds = (10.0, 500.0, 400.0)
+    lines = [{"step": 0}, *({"step": n, "images_per_s": speed} for n, speed in enumerate(speeds))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = {"environment": {}, "config": {"clients": {"cohort": 100, "batch_size": 1}}}
+    config = {"environment": {}, "clients": {"cohort": 100, "batch_size": 1}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     estimates = tmp_path / "estimates.jsonl"
     estimates.write_text('{"program": "init", "estimated_ms": 3}\n{"program": "round", "estimated_ms": 28}\n')
