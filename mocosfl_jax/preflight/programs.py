@@ -110,7 +110,7 @@ def plans(run: Run, names: Sequence[str] = NAMES) -> Iterator[Plan]:
             lambda: function.lower(*arguments),
             lambda: function.trace(*arguments).jaxpr.jaxpr,
             arguments=_bytes_on_device(arguments),
-            images=images + elsewhere,
+            images=images + min(elsewhere, resident),
             elsewhere=elsewhere,
             steps=steps,
         )
