@@ -353,6 +353,15 @@ def test_a_configuration_of_another_network_is_refused(
     assert error.count("\n") == 1
 
 
+def test_a_checkpoint_in_another_precision_is_refused(
+    run: pathlib.Path, capsys: pytest.CaptureFixture, x64: None
+) -> None:
+    assert evaluate.main(["evaluate", f"--workdir={run}", "--probe_epochs=0"]) == 2
+    error = capsys.readouterr().err
+    assert "in float32, allowed: float64; JAX_ENABLE_X64 has to be as it was" in error
+    assert error.count("\n") == 1
+
+
 def test_a_checkpoint_of_an_earlier_layout_is_refused(tmp_path: pathlib.Path) -> None:
     """Before the cohort left the pool, a checkpoint had every client's online model under `clients`."""
     earlier = {"step": jnp.zeros((), jnp.int32), "clients": {"scales": jnp.zeros(3)}}

@@ -59,6 +59,9 @@ class Algorithm(NamedTuple):
         state, _ = algorithm.sync(state)
         state = algorithm.leave(state)
 
+    Donate the state of `step` and `sync`. What all clients share changes its shape as they enter and leave,
+    so JAX warns that it cannot reuse all of the state that is donated to `enter` or `leave`.
+
     `cohort` [M] int32 holds the numbers of the clients that take part, without repetition. None means all
     clients of the pool, in order.
 

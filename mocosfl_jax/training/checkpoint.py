@@ -310,8 +310,8 @@ def _restore(
 
 
 def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainState) -> None:
-    """Raise UserError unless the checkpoint has the shapes of `like`; the clients' padding may differ."""
-    saved, wanted = _shapes(manager.item_metadata(step)["state"].tree), _shapes(like)
+    """Raise UserError unless the checkpoint has the arrays of `like`; the clients' padding may differ."""
+    saved, wanted = _leaves(manager.item_metadata(step)["state"].tree), _leaves(like)
     checkpoint = manager.directory / str(step)
     if ("clients", "scales") in saved:
         raise UserError(
@@ -319,24 +319,25 @@ def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainS
             "version that trained the run can evaluate and export it"
         )
     for path in sorted(saved.keys() | wanted.keys()):
-        found, allowed = saved.get(path), wanted.get(path)
-        if found == allowed:
-            continue
+        found, allowed = (leaves[path].shape if path in leaves else None for leaves in (saved, wanted))
         padded = path[:2] == ("pool", "own") and found and allowed and found[1:] == allowed[1:]
-        if not padded:
+        if found != allowed and not padded:
             raise UserError(
                 f"{checkpoint}: found {'/'.join(path)} of shape {found}, allowed: {allowed}, that of the "
                 "configuration"
             )
+        kind, needed = np.dtype(saved[path].dtype), np.dtype(wanted[path].dtype)
+        if kind != needed:
+            raise UserError(
+                f"{checkpoint}: found {'/'.join(path)} in {kind}, allowed: {needed}; JAX_ENABLE_X64 has to "
+                "be as it was when the run started"
+            )
 
 
-def _shapes(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Return the shape of each leaf by its path."""
+def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Return the leaves, which have a shape and a dtype, by their paths."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        tuple(jax.tree_util.keystr((part,), simple=True) for part in path): leaf.shape
-        for path, leaf in leaves
-    }
+    return {tuple(jax.tree_util.keystr((part,), simple=True) for part in path): leaf for path, leaf in leaves}
 
 
 @jax.jit
