@@ -20,7 +20,7 @@ def average(stacked: Any, weights: Array | None = None) -> Any:
       [1.0, 2.0]
     """
     if weights is None:
-        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), stacked)
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0).astype(leaf.dtype), stacked)
     shares = weights / jnp.sum(weights)
     return jax.tree.map(lambda leaf: jnp.sum(_each(shares, leaf) * leaf, axis=0), stacked)
 

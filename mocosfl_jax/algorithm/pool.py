@@ -145,5 +145,5 @@ def _combine(own: ClientState, shared: ClientState) -> ClientState:
 
 
 def _mean_of_equals(leaf: Array) -> Array:
-    """The mean over the leading axis, without rounding if all rows are equal."""
-    return leaf[0] + jnp.mean(leaf - leaf[:1], axis=0)
+    """The mean over the leading axis in the dtype of `leaf`, without rounding if all rows are equal."""
+    return leaf[0] + jnp.mean(leaf - leaf[:1], axis=0).astype(leaf.dtype)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mocosfl_jax import Algorithm, CohortState, SplitModel, TrainState
@@ -121,3 +122,28 @@ def test_only_a_state_at_rest_is_entered_and_encoded(build: Build, toy_model: Sp
         algorithm.enter(state)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="found CohortState, allowed: TrainState"):
         algorithm.encode(state, random_views(4, 1, 5).query[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("buffers", ["keep", "reset", "average"])
+def test_an_optimizer_that_counts_its_steps(build: Build, toy_model: SplitModel, buffers: str) -> None:
+    """Each client has its own Adam, as when it trains alone, and whole numbers stay whole."""
+    adam = optax.scale_by_adam()
+    algorithm, state = build(toy_model, sync=Sync(buffers=buffers), optimizer=adam)
+    state = diverse(state)
+    state = state._replace(
+        clients=state.clients._replace(opt_state=jax.vmap(adam.init)(state.clients.params))
+    )
+    new, info = algorithm.step(state, random_views(1, N, B))
+    assert info.smashed_grad is not None
+    grads = info.smashed_grad.reshape(N, B, 4, 4, 5)
+    for i, images in enumerate(random_views(1, N, B).query):
+        own = client(state.clients.params, i)
+        _, pullback = jax.vjp(lambda params, images=images: toy_model.client(params, images), own)
+        direction, _ = adam.update(pullback(grads[i])[0], adam.init(own))
+        expected = jax.tree.map(lambda p, d: p - 0.1 * d, own, direction)
+        assert_trees_close(client(new.clients.params, i), expected, rtol=1e-4, atol=1e-5)
+    again = algorithm.enter(algorithm.leave(algorithm.sync(new)[0]))
+    dtypes = [jax.tree.map(lambda leaf: leaf.dtype, s.clients) for s in (state, again)]
+    assert dtypes[0] == dtypes[1]
+    counts = {"keep": 1, "reset": 0, "average": 1}
+    np.testing.assert_array_equal(again.clients.opt_state.count, np.full(N, counts[buffers]))
