@@ -46,7 +46,7 @@ def distribute(algorithm: Algorithm, mesh: Mesh, num_clients: int) -> Algorithm:
         return algorithm
 
     def inside(state: State) -> State:
-        return enter(mesh, num_clients, state)
+        return without_padding(mesh, num_clients, state)
 
     def whole(x: Any) -> Any:
         return None if x is None else at(mesh, x, P())
@@ -111,8 +111,8 @@ def placed(mesh: Mesh, state: State) -> Any:
     )
 
 
-def enter(mesh: Mesh, num_clients: int, state: State) -> State:
-    """The state inside a program, without the padding that it has at rest."""
+def without_padding(mesh: Mesh, num_clients: int, state: State) -> State:
+    """The state inside a program, where it lacks the padding that it has at rest."""
 
     def place(count: int, tree: Any, places: Any) -> Any:
         return jax.tree.map(

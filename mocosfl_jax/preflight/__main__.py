@@ -74,22 +74,17 @@ def preflight(argv: Sequence[str]) -> bool:
     # Imported lazily, so that argument errors precede slow imports.
     from mocosfl_jax.parallel import mesh as meshes
 
-    sizes = resolved.mesh
-    mesh = meshes.make_mesh(sizes, found)
+    mesh = meshes.make_mesh(resolved.mesh, found)
     run = programs.describe(resolved, mesh, kind.memory, values.images, values.image_size)
     if not values.json:
-        say(report.header(run, kind, values.devices))
+        say(report.header(run, kind))
     fits = True
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for plan in programs.plans(run, tuple(values.programs)):
             with waiting(f"compiling {plan.name}"):
-                figures = measure(plan, kind, values.devices)
+                figures = measure(plan, kind, mesh.size)
             fits &= figures.fits
-            say(
-                json.dumps(as_dict(figures, kind, values.devices))
-                if values.json
-                else report.table(figures, kind)
-            )
+            say(json.dumps(as_dict(figures, kind, mesh.size)) if values.json else report.table(figures, kind))
     if not values.json:
         say(report.footer(kind))
     return fits

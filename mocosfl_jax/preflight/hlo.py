@@ -56,11 +56,7 @@ def read(text: str, trips: int) -> Program:
         kind = _DONE.sub("", instruction.opcode).removesuffix("-start")
         if kind in COLLECTIVES and not _DONE.search(instruction.opcode):
             collectives[kind] += times * _received(instruction)
-        if (
-            instruction.fused
-            or instruction.opcode in _FREE
-            or instruction.opcode in ("while", "call", "conditional")
-        ):
+        if instruction.fused or instruction.opcode in _FREE:
             continue
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.line)
         moved = 0

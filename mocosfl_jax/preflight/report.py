@@ -6,7 +6,7 @@ from mocosfl_jax.preflight.figures import ESTIMATES, Figures
 from mocosfl_jax.training.experiment import Run
 
 
-def header(run: Run, kind: Kind, devices: int) -> str:
+def header(run: Run, kind: Kind) -> str:
     """What is compiled, and for which devices."""
     config = run.config
     size = run.dataset.x_train.shape[1]
@@ -17,7 +17,7 @@ def header(run: Run, kind: Kind, devices: int) -> str:
         f"{config.model.compute_dtype}; {config.clients.num:,} clients, {cohort} in each epoch, "
         f"{run.images_per_step:,} images a step\n"
         f"{len(run.dataset.x_train):,} images of {size} px, {kept}\n"
-        f"for {devices} x {kind.name}{meshes.describe(run.mesh)}, {memory(kind.memory)} each\n"
+        f"for {run.mesh.size} x {kind.name}{meshes.describe(run.mesh)}, {memory(kind.memory)} each\n"
     )
 
 
