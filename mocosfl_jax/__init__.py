@@ -17,7 +17,7 @@ from mocosfl_jax.algorithm.moco import MomentumContrast
 from mocosfl_jax.algorithm.mocosfl import mocosfl
 from mocosfl_jax.algorithm.placement import Placement, one_device
 from mocosfl_jax.feed.augment import normalise, two_views
-from mocosfl_jax.models import Features, SplitModel, split_model
+from mocosfl_jax.models import Features, SplitModel, check_independence, split_model
 from mocosfl_jax.models.forms import Forms, forms
 from mocosfl_jax.weights.encoder_file import load_encoder
 
@@ -37,6 +37,7 @@ __all__ = [
     "SyncInfo",
     "TrainState",
     "Views",
+    "check_independence",
     "flmoco",
     "forms",
     "load_encoder",

@@ -1,8 +1,10 @@
 """Errors that the commands report in one line, without a traceback."""
 
+import contextlib
 import errno
 import os
 import unicodedata
+from collections.abc import Iterator, Mapping
 
 
 class UserError(ValueError):
@@ -21,6 +23,29 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         """Replace line breaks by spaces: text quoted from files may contain them."""
         super().__init__(" ".join(message.split()))
+
+
+@contextlib.contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Within this context, a UserError about an argument is about what the user gave it by.
+
+    Example:
+      >>> with renamed({"width": "config.model.width"}):
+      ...     raise UserError("width: found 3, allowed: multiples of 4")
+      Traceback (most recent call last):
+      ...
+      mocosfl_jax.errors.UserError: config.model.width: found 3, allowed: multiples of 4
+
+    Args:
+      names: What the user gave, by the argument that starts the message. Other messages stay as they are.
+    """
+    try:
+        yield
+    except UserError as error:
+        argument, colon, rest = str(error).partition(":")
+        if argument not in names:
+            raise
+        raise UserError(f"{names[argument]}{colon}{rest}") from error
 
 
 def one_line(error: BaseException) -> str:

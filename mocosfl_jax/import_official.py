@@ -19,7 +19,7 @@ from absl import flags
 from mocosfl_jax import commandline, data
 from mocosfl_jax.commandline import say
 from mocosfl_jax.config import Resolved, resolve
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import UserError, renamed
 from mocosfl_jax.paths import user_path
 
 USAGE = "--client=FILE, --server=FILE, --config=FILE, --config.FIELD=VALUE, --out=FILE, --mean, --std, --help"
@@ -62,12 +62,13 @@ def import_official(argv: Sequence[str]) -> None:
         )
 
     # Imported lazily, so that argument errors precede slow imports.
-    from mocosfl_jax.training.build import network_arguments
+    from mocosfl_jax.training.build import FIELDS, network_arguments
     from mocosfl_jax.weights import encoder_file, official, torch_file
 
     network = network_arguments(config, image_size)
     states = [torch_file.read_state_dict(path) for path in files]
-    client, server = official.from_official(*states, **network)
+    with renamed(FIELDS):
+        client, server = official.from_official(*states, **network)
     metadata = encoder_file.Metadata(network, mean, std, f"{values.client}, {values.server}")
     encoder_file.export_encoder(out, client, server, metadata)
     say(f"{out}: {encoder_file.describe(client, server, metadata)}")

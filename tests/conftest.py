@@ -25,6 +25,7 @@ import pytest
 
 from mocosfl_jax import Forms, SplitModel
 from mocosfl_jax.models import resnet
+from mocosfl_jax.models.named import NETWORKS
 from mocosfl_jax.train import main
 from tests.support import algorithms
 from tests.support.algorithms import FORMS, Build
@@ -91,7 +92,7 @@ def toy_model() -> SplitModel:
 @pytest.fixture
 def short_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
     """ResNet-18 with two blocks, which compiles in seconds."""
-    monkeypatch.setitem(resnet.DEPTHS, "resnet18", ((1, 1), False))
+    monkeypatch.setitem(NETWORKS, "resnet18", resnet.resnet("resnet18", (1, 1), bottlenecks=False))
 
 
 @pytest.fixture(params=FORMS)

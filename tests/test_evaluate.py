@@ -293,7 +293,7 @@ def test_batch_norm_in_the_head_is_over_all_images(
 
     one = model.client(client, jnp.zeros((1, 16, 16, 3)))
     assert model.backbone(server, one).shape == (1, 8)
-    with pytest.raises(UserError, match=r"config.moco.head: found mlp_bn and a batch of one image"):
+    with pytest.raises(UserError, match=r"^head: found mlp_bn and a batch of one image"):
         model.server(server, one)
     for path in sorted(pictures.iterdir())[1:]:
         path.unlink()

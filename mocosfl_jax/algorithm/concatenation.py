@@ -4,7 +4,8 @@ Clients with small batches are padded to [M, B, ...], and `real` marks the rows 
 concatenated batch contains no padding, so nothing computed from it can depend on the padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,3 +34,13 @@ def split(x: Array, shape: tuple[int, int], real: np.ndarray | None = None) -> A
         padded = jnp.zeros((real.size, *x.shape[1:]), x.dtype)
         x = padded.at[np.flatnonzero(real)].set(x, unique_indices=True)
     return x.reshape(*shape, *x.shape[1:])
+
+
+def over_views(model: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
+    """A model of one batch [n, ...], on several views [views, n, ...], which it gets as one batch."""
+
+    def run(params: Any, views: Array) -> Array:
+        rows = model(params, views.reshape(-1, *views.shape[2:]))
+        return rows.reshape(*views.shape[:2], *rows.shape[1:])
+
+    return run

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mocosfl_jax.algorithm import optim, pool, server
+from mocosfl_jax.algorithm import concatenation, optim, pool, server
 from mocosfl_jax.algorithm.clients import FEDAVG, ClientState, Sync
 from mocosfl_jax.algorithm.interface import Algorithm, CohortState, StepInfo, TrainState
 from mocosfl_jax.algorithm.messages import Views
@@ -51,7 +51,8 @@ def flmoco(
     own = pool.owned(sync)
 
     def project(params: tuple, images: Array) -> Array:
-        return model.head(params[1], model.whole_backbone(params, images))
+        features = concatenation.over_views(model.whole_backbone)(params, images)
+        return jax.vmap(partial(model.head, params[1]))(features)  # each view is a batch of its own
 
     def init(rng: Array) -> TrainState:
         rng_model, rng_queues = jax.random.split(rng)

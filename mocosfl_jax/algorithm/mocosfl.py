@@ -125,7 +125,8 @@ def mocosfl(
 
         def project(params: Any, smashed: Array) -> Array:
             params = placement.gather(params)
-            return model.head(params, placement.over_rows(model.backbone)(params, smashed))
+            features = placement.over_rows(model.backbone)(params, smashed)
+            return jax.vmap(partial(model.head, params))(features)  # each view is a batch of its own
 
         rate = optim.rate(server_lr, state.step)
         step = partial(server.step, project, moco=moco, optimizer=optimizer, learning_rate=rate)

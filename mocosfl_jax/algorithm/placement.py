@@ -12,7 +12,7 @@ from jax import Array
 from mocosfl_jax.algorithm import clients, concatenation, moco
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
 
-RowsModel = Callable[[Any, Array], Array]  # params, x [..., n, h, w, c] -> [..., n, D]
+RowsModel = Callable[[Any, Array], Array]  # params, x [n, h, w, c] -> [n, D]
 
 
 class Placement(NamedTuple):
@@ -30,8 +30,9 @@ class Placement(NamedTuple):
     split: Callable[..., Array] = concatenation.split
     # The server's parameters at rest -> the same parameters where they are used
     gather: Callable[[Any], Any] = lambda params: params
-    # A model that treats each row of a batch by itself -> the same model on several views [views, n, ...]
-    over_rows: Callable[[RowsModel], RowsModel] = lambda model: model
+    # A model that treats each row of a batch by itself -> the same model on several views [views, n, ...],
+    # which it gets as one batch
+    over_rows: Callable[[RowsModel], RowsModel] = concatenation.over_views
     # Access to the queue that all clients share
     shared: moco.QueueAccess = moco.SHARED
 

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from mocosfl_jax.algorithm import optim
+from mocosfl_jax.evaluation.examples import at_least, check_examples, check_shapes, more_than_zero
 from mocosfl_jax.evaluation.features import Rows
 
 HIDDEN = 512  # units of the semi-supervised classifier
@@ -51,12 +52,17 @@ def linear_probe(
     Returns:
       The test accuracy of the last epoch and of the best one.
 
+    Raises:
+      UserError: If numbers of rows and labels differ, a label is out of range, a feature is not finite, or
+        another argument is not positive. The message names the argument.
+
     Example:
       >>> features, labels = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
       >>> key = jax.random.key(0)
       >>> linear_probe(key, features, labels, features, labels, num_classes=2, epochs=5)
       Probe(last_epoch=1.0, best_on_test=1.0)
     """
+    check_examples(train, train_labels, test, test_labels, num_classes=num_classes)
     zeros = {"kernel": jnp.zeros((train.shape[1], num_classes)), "bias": jnp.zeros(num_classes)}
     return _probe(
         rng,
@@ -105,14 +111,20 @@ def semi_supervised(
 
     Returns:
       The test accuracy of the last epoch and of the best one.
+
+    Raises:
+      UserError: As `linear_probe`, for the images whose labels are used.
     """
+    check_shapes("train", train, train_labels)
     rng_labelled, rng_model, rng_order = jax.random.split(rng, 3)
     labelled = stratified(rng_labelled, train_labels, fraction)
+    train, train_labels = train[labelled], train_labels[labelled]
+    check_examples(train, train_labels, test, test_labels, num_classes=num_classes)
     return _probe(
         rng_order,
         _init_mlp(rng_model, train.shape[1], num_classes),
-        train[labelled],
-        train_labels[labelled],
+        train,
+        train_labels,
         test,
         test_labels,
         classifier=_mlp,
@@ -134,11 +146,15 @@ def stratified(rng: Array, labels: Rows, fraction: float) -> np.ndarray:
     Returns:
       [k] integers: the indices of the images drawn, in ascending order.
 
+    Raises:
+      UserError: If the fraction is not more than 0 and at most 1.
+
     Example:
       >>> labels = np.array([0, 0, 0, 0, 1, 1])
       >>> labels[stratified(jax.random.key(0), labels, 0.5)]
       array([0, 0, 1])
     """
+    more_than_zero("fraction", fraction, most=1)
     labels = np.asarray(labels)
     order = np.asarray(jax.random.permutation(rng, len(labels)))
     drawn = []
@@ -223,13 +239,26 @@ def _probe(
     test: Rows,
     test_labels: Rows,
     *,
+    epochs: int,
     batch_size: int,
+    learning_rate: float,
     **static: Any,
 ) -> Probe:
     """Train a classifier from the given parameters and statistics."""
+    at_least("epochs", epochs, 1)
+    at_least("batch_size", batch_size, 1)
+    more_than_zero("learning_rate", learning_rate)
     arrays = map(jnp.asarray, (train, train_labels, test, test_labels))
     accuracies = np.asarray(
-        _test_accuracies(rng, model, *arrays, batch_size=min(batch_size, len(train)), **static)
+        _test_accuracies(
+            rng,
+            model,
+            *arrays,
+            epochs=epochs,
+            batch_size=min(batch_size, len(train)),
+            learning_rate=learning_rate,
+            **static,
+        )
     )
     return Probe(float(accuracies[-1]), float(accuracies.max()))
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mocosfl_jax.evaluation.examples import at_least, check_examples, more_than_zero
 from mocosfl_jax.evaluation.features import Rows
 
 BLOCK_BYTES = 256 * 2**20  # of similarities held at a time
@@ -39,12 +40,19 @@ def knn_accuracy(
     Returns:
       The share of test images that are classified correctly.
 
+    Raises:
+      UserError: If numbers of rows and labels differ, a label is out of range, a feature is not finite, or k
+        or the temperature is not positive. The message names the argument.
+
     Example:
       >>> train, labels = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), np.array([0, 0, 1])
       >>> test, test_labels = np.array([[2.0, 0.1], [0.1, 3.0]]), np.array([0, 1])
       >>> knn_accuracy(train, labels, test, test_labels, num_classes=2, k=1)
       1.0
     """
+    check_examples(train, train_labels, test, test_labels, num_classes=num_classes)
+    at_least("k", k, 1)
+    more_than_zero("temperature", temperature)
     k = min(k, len(train))
     block = block_rows(len(train), len(test))
     train_rows, labels = _unit_rows(jnp.asarray(train)), jnp.asarray(train_labels)

@@ -178,11 +178,9 @@ def augment(
       UserError: If the version is unknown or `min_crop_scale` is out of range.
     """
     if version not in VERSIONS:
-        raise UserError(f"config.moco.augmentation: found {version!r}, allowed: {', '.join(VERSIONS)}")
+        raise UserError(f"version: found {version!r}, allowed: {', '.join(VERSIONS)}")
     if not 0 < min_crop_scale <= 1:
-        raise UserError(
-            f"config.moco.min_crop_scale: found {min_crop_scale}, allowed: more than 0, at most 1"
-        )
+        raise UserError(f"min_crop_scale: found {min_crop_scale}, allowed: more than 0, at most 1")
     rng_crop, rng_flip, rng_jitter, rng_gray, rng_blur = jax.random.split(rng, 5)
 
     box = sample_crop_box(rng_crop, *(sides or image.shape[:2]), min_scale=min_crop_scale)

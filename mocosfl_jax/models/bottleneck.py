@@ -32,7 +32,7 @@ def read_bottleneck(text: str) -> Bottleneck:
     found = re.fullmatch(r"(noReLU)?(?:K(\d*[13579]))?C([1-9]\d*)S([124])(noReLU)?", text)
     if found is None or (found[2] is not None and found[4] != "1"):
         raise UserError(
-            f"config.model.bottleneck: found {text!r}, allowed: CxS1, CxS2 or CxS4 with x channels (C4S2), "
+            f"bottleneck: found {text!r}, allowed: CxS1, CxS2 or CxS4 with x channels (C4S2), "
             "KkCxS1 with an odd kernel size k (K1C8S1), and noReLU at the end of any (C4S2noReLU)"
         )
     halvings = {"1": 0, "2": 1, "4": 2}[found[4]]

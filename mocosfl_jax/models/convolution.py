@@ -278,7 +278,9 @@ def _images_at_once(x: Array, features: int) -> int:
 
 
 def _chunk(n: int, wanted: int) -> int:
-    """The divisor of n that is closest to `wanted`, by ratio."""
+    """The divisor of n that is closest to `wanted`, by ratio. An n that is not known yet is not divided."""
+    if not isinstance(n, int):  # a symbolic dimension of `jax.export`
+        return n
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     return min(divisors, key=lambda d: abs(math.log(d / max(1, wanted))))
 
@@ -289,11 +291,12 @@ def _chunks(x: Array, size: int) -> Array:
 
 def _in_chunks(function: Callable[[Array], Array], x: Array, images: int) -> Array:
     """function(x), a function of each image by itself, on about `images` of the n images at a time."""
-    size = _chunk(len(x), images)
-    if size == len(x):
+    n = x.shape[0]
+    size = _chunk(n, images)
+    if size == n:
         return function(x)
     out = jax.lax.map(function, _chunks(x, size))
-    return out.reshape(len(x), *out.shape[2:])
+    return out.reshape(n, *out.shape[2:])
 
 
 def _sum_of_chunks(function: Callable[..., Grid], xs: tuple[Array, ...], images: int) -> Grid:

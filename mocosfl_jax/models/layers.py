@@ -7,7 +7,6 @@ NHWC and kernels HWIO. No layer has running statistics.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -87,13 +86,6 @@ def uniform(bound: float) -> Initializer:
         return jax.random.uniform(rng, shape, dtype, -bound, bound)
 
     return draw
-
-
-class Layer(NamedTuple):
-    """A layer of a network; a network can be cut after any layer."""
-
-    module: Callable[..., nn.Module]  # called with `options`
-    channels: int  # of the output
 
 
 class Conv(nn.Module):

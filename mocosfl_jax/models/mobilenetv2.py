@@ -9,10 +9,10 @@ import functools
 import flax.linen as nn
 from jax import Array
 
-from mocosfl_jax.models.layers import Conv, DepthwiseConv, Layer, Norm, Options
+from mocosfl_jax.models.layers import Conv, DepthwiseConv, Norm, Options
+from mocosfl_jax.models.network import Layer, Network
 
-NAME = "mobilenetv2"
-WIDTH = 32
+WIDTH = 32  # of the stem in the paper
 # For each group of blocks: expansion, channels, number of blocks, stride of the first block.
 GROUPS = (
     (1, 16, 1, 1),
@@ -86,22 +86,35 @@ class Group(nn.Module):
         return x
 
 
-def mobilenetv2_layers(*, width: int, stem_stride: int) -> list[Layer]:
+def mobilenetv2_layers(*, width: int, image_size: int, stem_stride: int) -> list[Layer]:
     """The layers between images and global average pool: stem, seven groups of blocks, last convolution.
 
     Args:
-      width: Channels of the stem; `WIDTH` in the paper. All other channels scale with it, including the last
-        ones.
+      width: Channels of the stem. All other channels scale with it, including the last ones.
+      image_size: Not used: the layers are the same for all images.
       stem_stride: Stride of the stem.
     """
 
     def scaled(channels: int) -> int:
         return channels * width // WIDTH
 
-    layers = [Layer(functools.partial(LinearConv, width, 3, stem_stride, name="layer0"), width)]
+    def linear(channels: int, kernel_size: int, stride: int) -> Layer:
+        module = functools.partial(LinearConv, channels, kernel_size, stride)
+        return Layer(module, channels, ("conv", "norm"))
+
+    layers = [linear(width, 3, stem_stride)]
     for expansion, channels, blocks, stride in GROUPS:
-        features, name = scaled(channels), f"layer{len(layers)}"
-        module = functools.partial(Group, expansion, features, blocks, stride, name=name)
-        layers.append(Layer(module, features))
-    last = functools.partial(LinearConv, scaled(LAST_CHANNELS), 1, 1, name=f"layer{len(layers)}")
-    return [*layers, Layer(last, scaled(LAST_CHANNELS))]
+        features = scaled(channels)
+        module = functools.partial(Group, expansion, features, blocks, stride)
+        layers.append(Layer(module, features, tuple(f"block{i}" for i in range(blocks))))
+    return [*layers, linear(scaled(LAST_CHANNELS), 1, 1)]
+
+
+NETWORK = Network(
+    "mobilenetv2",
+    paper_width=WIDTH,
+    width_step=16,
+    layers=mobilenetv2_layers,
+    layers_in_words=f"stem, {len(GROUPS)} groups of blocks and last convolution",
+    official_names={"shortcut_conv": "shortcut.0", "shortcut_norm": "shortcut.1"},
+)

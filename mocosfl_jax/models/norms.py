@@ -81,7 +81,7 @@ def _pixel_mean(x: Array) -> Array:
 
 def _group_mean(per_channel: Array, group: int) -> Array:
     """[n, 1, 1, C] -> [n, 1, 1, C]: every channel gets the mean of its group of `group` channels."""
-    groups = per_channel.reshape(len(per_channel), 1, 1, -1, group)
+    groups = per_channel.reshape(per_channel.shape[0], 1, 1, -1, group)
     means = jnp.mean(groups, axis=-1, keepdims=True)
     return jax.lax.optimization_barrier(jnp.broadcast_to(means, groups.shape).reshape(per_channel.shape))
 
@@ -103,9 +103,9 @@ def fused_group_norm(
 
     def group_mean(x: Array) -> Array:
         """Every channel gets the mean of the pixels of its group, [n, 1, 1, C]."""
-        groups = jnp.mean(x, axis=(1, 2), keepdims=True).reshape(len(x), 1, 1, -1, group)
+        groups = jnp.mean(x, axis=(1, 2), keepdims=True).reshape(x.shape[0], 1, 1, -1, group)
         means = jnp.mean(groups, axis=-1, keepdims=True)
-        return jnp.broadcast_to(means, groups.shape).reshape(len(x), 1, 1, -1)
+        return jnp.broadcast_to(means, groups.shape).reshape(x.shape[0], 1, 1, -1)
 
     if dtype != jnp.bfloat16:  # the result does not depend on the shift, so it needs no gradient
         x = x - group_mean(jax.lax.stop_gradient(x[:, :1]))

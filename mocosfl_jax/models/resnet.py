@@ -8,17 +8,9 @@ import functools
 import flax.linen as nn
 from jax import Array
 
-from mocosfl_jax.models.layers import Conv, Layer, Norm, Options
+from mocosfl_jax.models.layers import Conv, Norm, Options
+from mocosfl_jax.models.network import Layer, Network
 
-# Blocks in each of the four stages, and whether they are bottleneck blocks.
-DEPTHS = {
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
-    "resnet152": ((3, 8, 36, 3), True),
-}
-WIDTH = 64
 BOTTLENECK_EXPANSION = 4
 
 
@@ -86,24 +78,47 @@ def _shortcut(x: Array, features: int, stride: int, options: Options) -> Array:
     return Norm(options, name="shortcut_norm")(x)
 
 
-def resnet_layers(name: str, *, width: int, image_size: int, stem_stride: int) -> list[Layer]:
+def resnet(name: str, stages: tuple[int, ...], *, bottlenecks: bool) -> Network:
+    """A ResNet with so many blocks in each of its stages, which may be bottleneck blocks."""
+    return Network(
+        name,
+        paper_width=64,
+        width_step=4,
+        layers=functools.partial(resnet_layers, stages, bottlenecks),
+        layers_in_words=f"stem and {sum(stages)} blocks",
+        head_expansion=BOTTLENECK_EXPANSION if bottlenecks else 1,
+        official_names={"shortcut_conv": "shortcut.0", "shortcut_norm": "shortcut.1"},
+    )
+
+
+def resnet_layers(
+    stages: tuple[int, ...], bottlenecks: bool, *, width: int, image_size: int, stem_stride: int
+) -> list[Layer]:
     """The layers between the images and the global average pool: stem, block 1, block 2, ...
 
     Args:
-      name: A key of `DEPTHS`.
-      width: Channels of the stem; `WIDTH` in the paper.
+      stages: Blocks of each stage.
+      bottlenecks: Whether they are bottleneck blocks.
+      width: Channels of the stem.
       image_size: Pixels a side; from 224 on the stem is 7x7, else 3x3.
       stem_stride: Stride of the stem.
     """
-    stages, is_bottleneck = DEPTHS[name]
-    block = BottleneckBlock if is_bottleneck else BasicBlock
-    expansion = BOTTLENECK_EXPANSION if is_bottleneck else 1
+    block = BottleneckBlock if bottlenecks else BasicBlock
+    expansion = BOTTLENECK_EXPANSION if bottlenecks else 1
     kernel_size = 7 if image_size >= 224 else 3
-    layers = [Layer(functools.partial(Stem, width, kernel_size, stem_stride, name="layer0"), width)]
+    layers = [Layer(functools.partial(Stem, width, kernel_size, stem_stride), width)]
     for stage, blocks in enumerate(stages):
         features = width * 2**stage
         for i in range(blocks):
             stride = 2 if stage > 0 and i == 0 else 1
-            module = functools.partial(block, features, stride, name=f"layer{len(layers)}")
-            layers.append(Layer(module, expansion * features))
+            layers.append(Layer(functools.partial(block, features, stride), expansion * features))
     return layers
+
+
+NETWORKS = (
+    resnet("resnet18", (2, 2, 2, 2), bottlenecks=False),
+    resnet("resnet34", (3, 4, 6, 3), bottlenecks=False),
+    resnet("resnet50", (3, 4, 6, 3), bottlenecks=True),
+    resnet("resnet101", (3, 4, 23, 3), bottlenecks=True),
+    resnet("resnet152", (3, 8, 36, 3), bottlenecks=True),
+)

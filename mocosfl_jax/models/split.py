@@ -1,309 +1,281 @@
-"""A network cut in two: the client's first layers and the server's rest."""
+"""A network cut in two: the client's first layers and the server's rest. Any network can have this form."""
 
-import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import InvalidRngError
 from jax import Array
 
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.models import mobilenetv2, resnet, vgg
-from mocosfl_jax.models.bottleneck import ClientBottleneck, ServerBottleneck, read_bottleneck
-from mocosfl_jax.models.forms import ACCELERATOR, Forms
-from mocosfl_jax.models.layers import HEADS, INITS, NORMS, Layer, Options, ProjectionHead
 
 Params = Any  # a tree of arrays
+ImageShape = tuple[int, int, int]  # height, width, channels
 
 
 class Features(NamedTuple):
     """Outputs of the whole network for n images, in float32 or wider."""
 
-    backbone: Array  # [..., n, D], after global average pooling
-    projection: Array  # [..., n, key_dim], output of the projection head, not normalised
+    backbone: Array  # [n, D], after global average pooling
+    projection: Array  # [n, key_dim], output of the projection head, not normalised
 
 
 class SplitModel(NamedTuple):
     """A network as pure functions of one client-side and one server-side model.
 
-    `mocosfl` uses nothing but these five fields, so any network can be given in this form. `client` and
-    `backbone` must treat each image by itself, since the images of a batch may be on different devices. The
-    head sees the whole batch and may mix it, as batch norm does.
+    The algorithms use nothing but these five fields. `from_linen` and `from_functions` make them of a network
+    of your own, with checks; `split_model` makes them of ours.
+
+    Each function sees one batch and no other leading axes. A step runs the clients under `jax.vmap` or in a
+    loop, and gives the backbone all views of all clients as one batch. Client and backbone must treat each
+    image by itself, since the images of a batch come from different clients and may be on different
+    devices; `check_independence` checks it. The head sees the whole batch of one view and may mix it, as
+    batch norm does.
     """
 
     init: Callable[[Array], tuple[Params, Params]]  # rng -> params of the client, params of the server
     client: Callable[[Params, Array], Array]  # params, images [n, H, W, 3] -> smashed data [n, h, w, c]
-    # The server's layers: params, smashed data [..., n, h, w, c] -> pooled features [..., n, D]
+    # The server's layers: params, smashed data [n, h, w, c] -> pooled features [n, D]
     backbone: Callable[[Params, Array], Array]
-    # The server's head: params, pooled features [..., n, D] -> [..., n, key_dim]; each leading index is a
-    # batch
+    # The server's head: params, pooled features [n, D] -> projections [n, key_dim]
     head: Callable[[Params, Array], Array]
     key_dim: int  # width of the projection
 
     def server(self, params: Params, smashed: Array) -> Features:
-        """The server-side model on smashed data [..., n, h, w, c]."""
+        """The server-side model on smashed data [n, h, w, c]."""
         backbone = self.backbone(params, smashed)
         return Features(backbone, self.head(params, backbone))
 
     def whole_backbone(self, params: tuple[Params, Params], images: Array) -> Array:
-        """Client-side model and backbone: images [..., n, H, W, 3] -> pooled features [..., n, D]."""
+        """Client-side model and backbone: images [n, H, W, 3] -> pooled features [n, D]."""
         client, server = params
-        smashed = self.client(client, images.reshape(-1, *images.shape[-3:]))
-        return self.backbone(server, smashed.reshape(*images.shape[:-3], *smashed.shape[1:]))
+        return self.backbone(server, self.client(client, images))
 
+    @classmethod
+    def from_functions(
+        cls,
+        init: Callable[[Array], tuple[Params, Params]],
+        client: Callable[[Params, Array], Array],
+        backbone: Callable[[Params, Array], Array],
+        head: Callable[[Params, Array], Array],
+        image_shape: ImageShape,
+    ) -> "SplitModel":
+        """A network of your own as pure functions. Their shapes are checked; nothing is computed.
 
-class _Client(nn.Module):
-    """The layers before the cut. Without layers it only casts to the dtype of the activations."""
+        Networks of other libraries become such functions by their functional split: `nnx.split` and
+        `nnx.merge` in Flax NNX, `eqx.partition` and `eqx.combine` in Equinox.
 
-    layers: Sequence[Callable[..., nn.Module]]
-    options: Options
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from mocosfl_jax import SplitModel
+          >>> def init(rng):
+          ...     rngs = jax.random.split(rng, 3)
+          ...     client, backbone, head = map(jax.random.normal, rngs, [(3, 8), (8, 16), (16, 4)])
+          ...     return client, {"backbone": backbone, "head": head}
+          >>> model = SplitModel.from_functions(
+          ...     init,
+          ...     client=lambda params, images: jax.nn.relu(images @ params),
+          ...     backbone=lambda params, smashed: jnp.mean(smashed, axis=(1, 2)) @ params["backbone"],
+          ...     head=lambda params, features: features @ params["head"],
+          ...     image_shape=(8, 8, 3),
+          ... )
+          >>> model.key_dim
+          4
 
-    @nn.compact
-    def __call__(self, images: Array) -> Array:
-        x = self.options.cast(images)
-        for layer in self.layers:
-            x = layer(options=self.options)(x)
-        return x
+        Args:
+          init: As the field. All parameters are floats. A client without parameters has an empty tree.
+          client: As the field.
+          backbone: As the field.
+          head: As the field.
+          image_shape: Height, width and channels of the images.
 
-
-class _Server(nn.Module):
-    """The layers after the cut, the global average pool and the projection head."""
-
-    layers: Sequence[Callable[..., nn.Module]]
-    options: Options
-    head: ProjectionHead
-
-    def __call__(self, smashed: Array) -> Array:
-        return self.head(self.backbone(smashed))
-
-    @nn.compact
-    def backbone(self, smashed: Array) -> Array:
-        x = smashed.reshape(-1, *smashed.shape[-3:])
-        for layer in self.layers:
-            x = layer(options=self.options)(x)
-        # Pooled features and projections are not rounded, since loss and evaluation are computed from them.
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return jnp.mean(x, axis=(1, 2)).reshape(*smashed.shape[:-3], -1)
-
-
-# Values of config.model.compute_dtype -> Options.dtype.
-COMPUTE_DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
-
-NAMES = (*resnet.DEPTHS, *vgg.ENTRIES, mobilenetv2.NAME)
-
-
-def _paper_width(name: str) -> int:
-    if name in resnet.DEPTHS:
-        return resnet.WIDTH
-    return vgg.WIDTH if name in vgg.ENTRIES else mobilenetv2.WIDTH
-
-
-def _layers(name: str, *, width: int, image_size: int, stem_stride: int | None) -> list[Layer]:
-    """All layers between the images and the global average pool."""
-    stride = stem_stride or (2 if image_size == 64 or image_size >= 224 else 1)
-    if name in resnet.DEPTHS:
-        return resnet.resnet_layers(name, width=width, image_size=image_size, stem_stride=stride)
-    if name in vgg.ENTRIES:
-        return vgg.vgg_layers(name, width=width)
-    return mobilenetv2.mobilenetv2_layers(width=width, stem_stride=stride)
-
-
-def check_model(
-    name: str,
-    *,
-    cut_layer: int,
-    width: int | None = None,
-    image_size: int | None = None,
-    stem_stride: int | None = None,
-    head: str = "mlp",
-    bottleneck: str | None = None,
-    norm: str = "group",
-    init: str = "official",
-    compute_dtype: str = "float32",
-) -> None:
-    """Check the arguments of `split_model`. An `image_size` of None is not known yet, and not checked.
-
-    Raises:
-      UserError: If there is no such network or no such cut. The message says what is allowed.
-    """
-    if name not in NAMES:
-        raise UserError(f"config.model.name: found {name!r}, allowed: {', '.join(NAMES)}")
-    paper = _paper_width(name)
-    step = 16 if name == mobilenetv2.NAME else 4
-    if width is not None and (width < step or width % step):
-        raise UserError(
-            f"config.model.width: found {width}, allowed: multiples of {step} for {name}, "
-            f"or None for the paper's {paper} (all layers need multiples of 4 channels)"
-        )
-    last = len(_layers(name, width=paper, image_size=32, stem_stride=None)) - 1
-    if not 0 <= cut_layer <= last:
-        if name in resnet.DEPTHS:
-            what = f"stem and {last} blocks"
-        elif name in vgg.ENTRIES:
-            what = f"{last + 1} convolutions and max-pools"
-        else:
-            what = f"stem, {len(mobilenetv2.GROUPS)} groups of blocks and last convolution"
-        raise UserError(
-            f"config.model.cut_layer: found {cut_layer}, allowed: 0 to {last} for {name} "
-            f"(how many of {what} are the client's; the server keeps at least one)"
-        )
-    if name in vgg.ENTRIES and stem_stride is not None:
-        raise UserError(
-            f"config.model.stem_stride: found {stem_stride}, allowed: None for {name}, which has no stem"
-        )
-    if stem_stride not in (None, 1, 2, 4):
-        raise UserError(f"config.model.stem_stride: found {stem_stride}, allowed: None, 1, 2 or 4")
-    if name in vgg.ENTRIES and image_size is not None and image_size < vgg.SMALLEST_IMAGE:
-        raise UserError(
-            f"config.data.image_size: found {image_size}, allowed: {vgg.SMALLEST_IMAGE} or more for {name}, "
-            "which has five max-pools"
-        )
-    if norm not in NORMS:
-        raise UserError(f"config.model.norm: found {norm!r}, allowed: {', '.join(NORMS)}")
-    if init not in INITS:
-        raise UserError(f"config.model.init: found {init!r}, allowed: {', '.join(INITS)}")
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise UserError(
-            f"config.model.compute_dtype: found {compute_dtype!r}, allowed: {', '.join(COMPUTE_DTYPES)}"
-        )
-    if head not in HEADS:
-        raise UserError(f"config.moco.head: found {head!r}, allowed: {', '.join(HEADS)}")
-    if bottleneck is not None:
-        read_bottleneck(bottleneck)
-        if cut_layer == 0:
+        Raises:
+          UserError: If a function returns another shape or dtype. The message names the argument. An error
+            that a function raises itself gets a note with the argument.
+        """
+        _check_image_shape(image_shape)
+        params = _shapes("init", init, jax.random.key(0))
+        if not isinstance(params, tuple) or len(params) != 2:
             raise UserError(
-                f"config.model.bottleneck: found {bottleneck!r}, allowed: None where cut_layer is 0"
+                f"init: found a {type(params).__name__} of {len(jax.tree.leaves(params))} arrays, allowed: a "
+                "pair (parameters of the client, parameters of the server)"
             )
+        for path, leaf in jax.tree.leaves_with_path(params):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise UserError(
+                    f"init: found {leaf.dtype} in params{jax.tree_util.keystr(path)}, allowed: floats"
+                )
+        x = _images(image_shape)
+        for argument, function, side in (
+            ("client", client, params[0]),
+            ("backbone", backbone, params[1]),
+            ("head", head, params[1]),
+        ):
+            x = _shapes(argument, function, side, x)
+            _check_output(argument, x)
+        return cls(init, client, backbone, head, key_dim=x.shape[1])
+
+    @classmethod
+    def from_linen(
+        cls, client: nn.Module, backbone: nn.Module, head: nn.Module, image_shape: ImageShape
+    ) -> "SplitModel":
+        """A network of your own as three Flax Linen modules. Their shapes are checked; nothing is computed.
+
+        Example:
+          >>> import flax.linen as nn
+          >>> from mocosfl_jax import SplitModel
+          >>> class Backbone(nn.Module):
+          ...     @nn.compact
+          ...     def __call__(self, smashed):  # [n, h, w, c]
+          ...         x = nn.GroupNorm(4)(nn.Conv(32, (3, 3), strides=2)(smashed))
+          ...         return nn.relu(x).mean(axis=(1, 2))  # [n, D]
+          >>> client = nn.Sequential([nn.Conv(16, (3, 3)), nn.relu])
+          >>> SplitModel.from_linen(client, Backbone(), nn.Dense(64), image_shape=(32, 32, 3)).key_dim
+          64
+
+        Args:
+          client: Images [n, H, W, C] -> smashed data [n, h, w, c].
+          backbone: Smashed data -> pooled features [n, D].
+          head: Pooled features -> projections [n, key_dim].
+          image_shape: Height, width and channels of the images.
+
+        Returns:
+          The network. The server's parameters are those of `backbone` and `head`, under these names.
+
+        Raises:
+          UserError: As `from_functions`, and if a module has variables other than parameters, such as the
+            running statistics of batch norm, or draws random numbers, as dropout does.
+        """
+        _check_image_shape(image_shape)
+        x = _images(image_shape)
+        for argument, module in (("client", client), ("backbone", backbone), ("head", head)):
+            x, variables = _shapes(argument, module.init_with_output, jax.random.key(0), x)
+            for collection in set(variables) - {"params"}:
+                raise UserError(
+                    f"{argument}: found variables in {collection!r}, allowed: parameters only, since nothing "
+                    "keeps other variables from step to step (take group or layer norm for batch norm)"
+                )
+            _check_output(argument, x)
+
+        def init(rng: Array) -> tuple[Params, Params]:
+            x, sides = jnp.zeros((1, *image_shape)), []
+            for rng_module, module in zip(jax.random.split(rng, 3), (client, backbone, head), strict=True):
+                x, variables = module.init_with_output(rng_module, x)
+                sides.append(variables.get("params", {}))
+            return sides[0], {"backbone": sides[1], "head": sides[2]}
+
+        def apply(module: nn.Module, params: Params, x: Array) -> Any:
+            return module.apply({"params": params}, x)
+
+        return cls.from_functions(
+            init,
+            partial(apply, client),
+            lambda params, smashed: apply(backbone, params["backbone"], smashed),
+            lambda params, features: apply(head, params["head"], features),
+            image_shape,
+        )
 
 
-def split_model(
-    name: str,
-    *,
-    cut_layer: int,
-    width: int | None = None,
-    image_size: int = 32,
-    stem_stride: int | None = None,
-    key_dim: int = 1024,
-    head: str = "mlp",
-    bottleneck: str | None = None,
-    client_residual: bool = True,
-    weight_standardisation: bool = True,
-    norm: str = "group",
-    init: str = "official",
-    compute_dtype: str = "float32",
-    stacked_server: bool = False,
-    forms: Forms = ACCELERATOR,
-) -> SplitModel:
-    """A network cut after its first `cut_layer` layers.
+def check_independence(model: SplitModel, image_shape: ImageShape, *, tolerance: float = 0.01) -> None:
+    """Check that client and backbone give for an image alone what they give for it in a batch.
 
-    The layers of a ResNet are the stem and each block; those of a VGG are each convolution (with norm and
-    ReLU) and each max-pool; those of MobileNetV2 are the stem, each of the seven groups of blocks and the
-    last convolution.
+    The images of a batch come from different clients. A network that mixes them, by batch norm or by a mean
+    over a wrong axis, trains without an error and learns something else. Here random images go through the
+    network with random parameters, alone and in a batch of four.
 
     Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> from mocosfl_jax import split_model
+      >>> from mocosfl_jax import check_independence, split_model
       >>> model = split_model("resnet18", cut_layer=1, width=4, image_size=8, key_dim=8)
-      >>> client, server = model.init(jax.random.key(0))
-      >>> smashed = model.client(client, jnp.zeros((2, 8, 8, 3)))
-      >>> features = model.server(server, smashed)
-      >>> smashed.shape, features.backbone.shape, features.projection.shape
-      ((2, 8, 8, 4), (2, 32), (2, 8))
+      >>> check_independence(model, (8, 8, 3))
 
     Args:
-      name: resnet18, 34, 50, 101 or 152, vgg11, 13, 16 or 19, or mobilenetv2.
-      cut_layer: Number of layers on the client. With 0 a client has no parameters and its smashed data are
-        the images, which is MoCo on the server. The server keeps at least one layer.
-      width: Channels of the first convolution; all others scale with it. A multiple of 4, or of 16 for
-        mobilenetv2. None takes the paper's width: 64, or 32 for mobilenetv2.
-      image_size: Pixels a side; at least 32 for a VGG.
-      stem_stride: Stride of the first convolution. None takes 2 for images of 64 pixels and of 224 or more,
-        and 1 otherwise. A VGG has no stem and accepts None only.
-      key_dim: Width of query and key embeddings.
-      head: "linear" (MoCo V1); "mlp" with one hidden layer of width key_dim, or four times key_dim from
-        ResNet-50 on (V2); or "mlp_bn" with a batch-normalised hidden layer of width twice key_dim (large V2).
-        "mlp_bn" raises UserError when it is called on a batch of one image.
-      bottleneck: Layers at the cut that shrink the smashed data, such as "C4S2"; see `read_bottleneck`.
-      client_residual: Whether the client's blocks have shortcuts.
-      weight_standardisation: Whether kernels of convolutions are standardised. Those of the bottleneck layers
-        and of MobileNetV2's shortcuts never are; those of a ResNet's stem and of the shortcuts of its
-        bottleneck blocks always are.
-      norm: "group" (groups of four channels), "layer" (one group of all channels) or "instance" (one group
-        per channel).
-      init: "official" draws kernels and biases of weight-standardised convolutions as PyTorch does by
-        default, uniform in +-1 / sqrt(fan_in), and other kernels by Xavier, with zero biases, as the official
-        code does. "xavier" draws all kernels by Xavier. Standardisation hides the scale of a kernel from the
-        network but not from training, so a learning rate that suits one need not suit the other.
-      compute_dtype: "float32", or "bfloat16" for mixed precision on accelerators: convolutions, activations
-        and smashed data are bfloat16, while parameters, statistics of norms, pooled features and the
-        projection head stay float32. If JAX's float64 is enabled, "float32" computes in float64. On a CPU
-        bfloat16 can be slower.
-      stacked_server: Whether the server will be vmapped over stacked parameters too, as clients are.
-      forms: Forms of the platform on which the model will run, from `models.forms.forms`. They differ in
-        speed, not in the numbers.
+      model: The network.
+      image_shape: Height, width and channels of the images.
+      tolerance: The largest difference that is rounding, as a share of the largest output.
 
     Raises:
-      UserError: If a value is not allowed. The message says what is.
+      UserError: If a side mixes images. The message names it.
     """
-    check_model(
-        name,
-        cut_layer=cut_layer,
-        width=width,
-        image_size=image_size,
-        stem_stride=stem_stride,
-        head=head,
-        bottleneck=bottleneck,
-        norm=norm,
-        init=init,
-        compute_dtype=compute_dtype,
-    )
-    layers = _layers(name, width=width or _paper_width(name), image_size=image_size, stem_stride=stem_stride)
-    client_layers = [layer.module for layer in layers[:cut_layer]]
-    server_layers = [layer.module for layer in layers[cut_layer:]]
-    if bottleneck is not None:
-        read, channels = read_bottleneck(bottleneck), layers[cut_layer - 1].channels
-        client_layers.append(functools.partial(ClientBottleneck, read, name="bottleneck"))
-        server_layers.insert(0, functools.partial(ServerBottleneck, read, channels, name="bottleneck"))
-    is_deep = name in resnet.DEPTHS and resnet.DEPTHS[name][1]
-    mlp_dim = key_dim * (resnet.BOTTLENECK_EXPANSION if is_deep else 1)
-    hidden_dim = {"linear": None, "mlp": mlp_dim, "mlp_bn": 2 * key_dim}[head]
-    single, stacked = forms.convolutions
-    dtype = COMPUTE_DTYPES[compute_dtype]
-    options = Options(
-        stacked, forms.group_norm, weight_standardisation, norm, residual=True, dtype=dtype, init=init
-    )
-    client = _Client(tuple(client_layers), dataclasses.replace(options, residual=client_residual))
-    server = _Server(
-        tuple(server_layers),
-        dataclasses.replace(options, conv=stacked if stacked_server else single),
-        ProjectionHead(key_dim, hidden_dim, batch_norm=head == "mlp_bn", name="head"),
-    )
+    _check_image_shape(image_shape)
+    rng_model, rng_noise, rng_images = jax.random.split(jax.random.key(0), 3)
+    leaves, tree = jax.tree.flatten(jax.jit(model.init)(rng_model))
+    noise = jax.random.split(rng_noise, len(leaves))
+    # Parameters may start at zero and hide what follows them.
+    shaken = [
+        x + 0.1 * jax.random.normal(rng, x.shape, x.dtype) for x, rng in zip(leaves, noise, strict=True)
+    ]
+    client, server = jax.tree.unflatten(tree, shaken)
+    images = _unlike(jax.random.normal(rng_images, (4, *image_shape)))
+    smashed = _apart_and_together("client", model.client, client, images, tolerance)
+    _apart_and_together("backbone", model.backbone, server, smashed, tolerance)
 
-    def init_params(rng: Array) -> tuple[Params, Params]:
-        rng_client, rng_server = jax.random.split(rng)
-        images = jnp.zeros((1, image_size, image_size, 3))
-        smashed, client_params = client.init_with_output(rng_client, images)
-        return client_params.get("params", {}), server.init(rng_server, smashed)["params"]
 
-    def apply_client(params: Params, images: Array) -> Array:
-        smashed: Any = client.apply({"params": params}, images)
-        return smashed
+def _unlike(x: Array) -> Array:
+    """Images [n, H, W, C] with a mean and a contrast of their own, so that a mean over the batch shows."""
+    number = jnp.arange(len(x)).reshape(-1, 1, 1, 1)
+    return (1 + number) * x + number
 
-    def apply_backbone(params: Params, smashed: Array) -> Array:
-        backbone: Any = server.apply({"params": params}, smashed, method="backbone")
-        return backbone
 
-    def apply_head(params: Params, backbone: Array) -> Array:
-        if head == "mlp_bn" and backbone.shape[-2] == 1:
-            raise UserError(
-                "config.moco.head: found mlp_bn and a batch of one image, whose batch norm is constant, "
-                "allowed: two images or more"
-            )
-        projection: Any = server.head.apply({"params": params["head"]}, backbone)
-        return projection
+def _apart_and_together(
+    argument: str, function: Callable[[Params, Array], Array], params: Params, x: Array, tolerance: float
+) -> Array:
+    """The outputs of a batch, which must be those of its images alone."""
+    run = jax.jit(function)
+    with jax.default_matmul_precision("highest"):
+        together = run(params, x)
+        apart = jnp.concatenate([run(params, x[i : i + 1]) for i in range(len(x))])
+    largest = float(jnp.max(jnp.abs(together)))
+    difference = float(jnp.max(jnp.abs(together.astype(float) - apart.astype(float))))
+    if not difference <= tolerance * largest:  # also where it is not a number
+        raise UserError(
+            f"{argument}: found outputs of an image that change by {difference:.2g} (the largest is "
+            f"{largest:.2g}) if it is in a batch, allowed: each image by itself (group or layer norm in "
+            "place of batch norm, means over height and width only)"
+        )
+    return together
 
-    return SplitModel(init_params, apply_client, apply_backbone, apply_head, key_dim)
+
+_ROWS = 5  # images in the batch of the checks, since few layers have five channels or pixels
+_OUTPUTS = {
+    "client": "smashed data [n, h, w, c]",
+    "backbone": "pooled features [n, D]",
+    "head": "projections [n, key_dim]",
+}
+
+
+def _images(image_shape: ImageShape) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((_ROWS, *image_shape), jnp.float32)
+
+
+def _check_image_shape(image_shape: ImageShape) -> None:
+    if len(image_shape) != 3 or not all(isinstance(n, int) and n > 0 for n in image_shape):
+        raise UserError(f"image_shape: found {image_shape}, allowed: (height, width, channels)")
+
+
+def _shapes(argument: str, function: Callable[..., Any], *inputs: Any) -> Any:
+    """The shapes that `function` returns."""
+    try:
+        return jax.eval_shape(function, *inputs)
+    except InvalidRngError as error:
+        raise UserError(
+            f"{argument}: found a layer that draws random numbers, allowed: none (deterministic=True for "
+            "dropout), since a step gives a network no PRNG key"
+        ) from error
+    except Exception as error:
+        error.add_note(f"This was raised by `{argument}`, called with {inputs[-1]}.")
+        raise
+
+
+def _check_output(argument: str, found: Any) -> None:
+    allowed = _OUTPUTS[argument]
+    if not isinstance(found, jax.ShapeDtypeStruct):
+        raise UserError(f"{argument}: found a {type(found).__name__}, allowed: {allowed}")
+    if len(found.shape) != allowed.count(",") + 1 or found.shape[0] != _ROWS:
+        raise UserError(
+            f"{argument}: found an output of shape {found.shape} for n = {_ROWS} images, allowed: {allowed}"
+        )
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise UserError(f"{argument}: found an output of {found.dtype}, allowed: floats")

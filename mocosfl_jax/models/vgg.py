@@ -9,17 +9,17 @@ import functools
 import flax.linen as nn
 from jax import Array
 
-from mocosfl_jax.models.layers import Conv, Layer, Norm, Options, max_pool
+from mocosfl_jax.models.layers import Conv, Norm, Options, max_pool
+from mocosfl_jax.models.network import Layer, Network
 
-# Channels of each 3x3 convolution, and "M" for a max-pool.
+# Channels of each 3x3 convolution in the paper, and "M" for a max-pool.
 ENTRIES: dict[str, tuple[int | str, ...]] = {
     "vgg11": (64, "M", 128, "M", *2 * (256,), "M", *2 * (512,), "M", *2 * (512,), "M"),
     "vgg13": (*2 * (64,), "M", *2 * (128,), "M", *2 * (256,), "M", *2 * (512,), "M", *2 * (512,), "M"),
     "vgg16": (*2 * (64,), "M", *2 * (128,), "M", *3 * (256,), "M", *3 * (512,), "M", *3 * (512,), "M"),
     "vgg19": (*2 * (64,), "M", *2 * (128,), "M", *4 * (256,), "M", *4 * (512,), "M", *4 * (512,), "M"),
 }
-WIDTH = 64
-SMALLEST_IMAGE = 32  # five max-pools leave one pixel
+WIDTH = 64  # of the first one
 
 
 class ConvBlock(nn.Module):
@@ -43,19 +43,39 @@ class MaxPool(nn.Module):
         return max_pool(x)
 
 
-def vgg_layers(name: str, *, width: int) -> list[Layer]:
+def vgg_layers(
+    entries: tuple[int | str, ...], *, width: int, image_size: int, stem_stride: int
+) -> list[Layer]:
     """The layers between the images and the global average pool: convolutions and max-pools.
 
     Args:
-      name: A key of `ENTRIES`.
-      width: Channels of the first convolution; `WIDTH` in the paper.
+      entries: One of `ENTRIES`.
+      width: Channels of the first convolution.
+      image_size: Not used: the layers are the same for all images.
+      stem_stride: Not used: there is no stem.
     """
     layers: list[Layer] = []
     channels = 3
-    for i, entry in enumerate(ENTRIES[name]):
+    for entry in entries:
         if isinstance(entry, int):
             channels = entry * width // WIDTH
-            layers.append(Layer(functools.partial(ConvBlock, channels, name=f"layer{i}"), channels))
+            relu = None
+            layers.append(Layer(functools.partial(ConvBlock, channels), channels, ("conv", "norm", relu)))
         else:
-            layers.append(Layer(functools.partial(MaxPool, name=f"layer{i}"), channels))
+            layers.append(Layer(MaxPool, channels, (None,)))
     return layers
+
+
+NETWORKS = tuple(
+    Network(
+        name,
+        paper_width=WIDTH,
+        width_step=4,
+        layers=functools.partial(vgg_layers, entries),
+        layers_in_words=f"{len(entries)} convolutions and max-pools",
+        has_stem=False,
+        smallest_image=2 ** entries.count("M"),
+        official_flat_head=True,
+    )
+    for name, entries in ENTRIES.items()
+)

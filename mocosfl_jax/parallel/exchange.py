@@ -217,9 +217,10 @@ def _over_clients(mesh: Mesh, forms: Forms, function: Callable[..., Any]) -> Cal
 def _over_rows(mesh: Mesh, model: RowsModel) -> RowsModel:
     def run(params: Any, views: Array) -> Array:
         padded = jax.vmap(lambda rows: pad(rows, mesh.size))(views)
-        results = jax.shard_map(model, mesh=mesh, in_specs=(P(), VIEWS), out_specs=VIEWS, check_vma=False)(
-            params, padded
-        )
+        of_device = concatenation.over_views(model)
+        results = jax.shard_map(
+            of_device, mesh=mesh, in_specs=(P(), VIEWS), out_specs=VIEWS, check_vma=False
+        )(params, padded)
         return at(mesh, results[:, : views.shape[1]], VIEWS)
 
     return run

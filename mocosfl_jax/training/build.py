@@ -1,5 +1,6 @@
 """The network and the algorithm of a configuration."""
 
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -16,10 +17,28 @@ from mocosfl_jax.algorithm.moco import MomentumContrast
 from mocosfl_jax.algorithm.mocosfl import mocosfl
 from mocosfl_jax.algorithm.pool import online_model
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.errors import renamed
 from mocosfl_jax.evaluation.features import Head
 from mocosfl_jax.models import SplitModel, split_model
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
 from mocosfl_jax.parallel import exchange, state
+
+# The fields of a configuration that give the arguments of `split_model`.
+FIELDS = {
+    "name": "config.model.name",
+    "cut_layer": "config.model.cut_layer",
+    "width": "config.model.width",
+    "image_size": "config.data.image_size",
+    "stem_stride": "config.model.stem_stride",
+    "key_dim": "config.moco.key_dim",
+    "head": "config.moco.head",
+    "bottleneck": "config.model.bottleneck",
+    "client_residual": "config.model.client_residual",
+    "weight_standardisation": "config.model.weight_standardisation",
+    "norm": "config.model.norm",
+    "init": "config.model.init",
+    "compute_dtype": "config.model.compute_dtype",
+}
 
 
 def build(
@@ -115,28 +134,19 @@ def learning_rates(config: Resolved, steps_per_epoch: int) -> tuple[optim.Schedu
 
 def network_arguments(config: Resolved, image_size: int) -> dict[str, Any]:
     """Return the arguments of `split_model` that describe the network of a configuration."""
-    model, moco = config.model, config.moco
-    return {
-        "name": model.name,
-        "cut_layer": model.cut_layer,
-        "width": model.width,
-        "image_size": image_size,
-        "stem_stride": model.stem_stride,
-        "key_dim": moco.key_dim,
-        "head": moco.head,
-        "bottleneck": model.bottleneck,
-        "client_residual": model.client_residual,
-        "weight_standardisation": model.weight_standardisation,
-        "norm": model.norm,
-        "init": model.init,
-        "compute_dtype": model.compute_dtype,
+    given = {
+        argument: attrgetter(field.removeprefix("config."))(config) for argument, field in FIELDS.items()
     }
+    return given | {"image_size": image_size}
 
 
 def build_model(config: Resolved, image_size: int, forms: Forms = ACCELERATOR) -> SplitModel:
     """Build the network of a configuration, for images of `image_size` pixels."""
     stacked_server = config.algorithm == "flmoco"
-    return split_model(**network_arguments(config, image_size), stacked_server=stacked_server, forms=forms)
+    with renamed(FIELDS):
+        return split_model(
+            **network_arguments(config, image_size), stacked_server=stacked_server, forms=forms
+        )
 
 
 def encoder_params(config: Resolved, state: TrainState) -> tuple[Any, Any]:
@@ -164,6 +174,7 @@ def whole_head(config: Resolved, model: SplitModel, mesh: Mesh) -> Head | None:
 
     def head(state: TrainState, backbone: Array) -> Array:
         _, server_params = encoder_params(config, state)
-        return model.head(server_params, backbone)
+        with renamed(FIELDS):
+            return model.head(server_params, backbone)
 
     return jax.jit(head, out_shardings=NamedSharding(mesh, P()))

@@ -12,7 +12,7 @@ from mocosfl_jax import data
 from mocosfl_jax.algorithm.interface import Algorithm
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.fingerprint import Fingerprint, fingerprint
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import UserError, renamed
 from mocosfl_jax.feed import augment, batches, partition
 from mocosfl_jax.feed.partition import Rich
 from mocosfl_jax.models import SplitModel, check_model
@@ -21,7 +21,7 @@ from mocosfl_jax.models.forms import Forms
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.training import saving
-from mocosfl_jax.training.build import build
+from mocosfl_jax.training.build import FIELDS, build
 from mocosfl_jax.training.rounds import MakeViews
 
 
@@ -204,17 +204,18 @@ def _rich(config: Resolved) -> Rich | None:
 
 def check(config: Resolved, mesh: Mesh) -> None:
     """Raise UserError for an impossible network or queue, before the data is read."""
-    check_model(
-        config.model.name,
-        cut_layer=config.model.cut_layer,
-        width=config.model.width,
-        stem_stride=config.model.stem_stride,
-        bottleneck=config.model.bottleneck,
-        norm=config.model.norm,
-        init=config.model.init,
-        compute_dtype=config.model.compute_dtype,
-        head=config.moco.head,
-    )
+    with renamed(FIELDS):
+        check_model(
+            config.model.name,
+            cut_layer=config.model.cut_layer,
+            width=config.model.width,
+            stem_stride=config.model.stem_stride,
+            bottleneck=config.model.bottleneck,
+            norm=config.model.norm,
+            init=config.model.init,
+            compute_dtype=config.model.compute_dtype,
+            head=config.moco.head,
+        )
     if config.algorithm == "mocosfl" and config.moco.feature_sharing:
         meshes.check_queue(mesh, config.moco.queue_size)
 

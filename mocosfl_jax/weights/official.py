@@ -5,22 +5,23 @@ parameters. For example, "9.0.weight" is the first layer of the head of a ResNet
 follows eight blocks and the global average pool.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.models import mobilenetv2, resnet, split_model, vgg
+from mocosfl_jax.models import split_model
 from mocosfl_jax.models.bottleneck import Bottleneck, read_bottleneck
+from mocosfl_jax.models.named import NETWORKS
+from mocosfl_jax.models.network import Network
 
 State = Mapping[str, np.ndarray]
 Modules = dict[tuple[str, ...], str]  # path in our tree -> prefix of the official names
-# A layer: the paths in our tree of its modules in the official Sequential. None: a module without parameters.
-Layer = Sequence[tuple[str, ...] | None]
+# Paths in our tree of consecutive modules in the official Sequential. None: a module without parameters.
+Paths = Sequence[tuple[str, ...] | None]
 
-_NAMES = {"shortcut_conv": "shortcut.0", "shortcut_norm": "shortcut.1"}
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -43,39 +44,55 @@ def from_official(client_state: State, server_state: State, **network: Any) -> t
     fields = [f"{field} {value}" for field, value in network.items() if value is not None and field != "name"]
     described = f"{network['name']} ({', '.join(fields)})"
     if network.get("norm", "group") != "group":
-        raise UserError(
-            f"config.model.norm: found {network['norm']!r}, allowed: group for official checkpoints"
-        )
+        raise UserError(f"norm: found {network['norm']!r}, allowed: group for official checkpoints")
     trees = jax.eval_shape(split_model(**network).init, jax.random.key(0))
     modules = _modules(server_state=server_state, **network)
     transposed = network.get("bottleneck") is not None and read_bottleneck(network["bottleneck"]).halvings > 0
+    names = NETWORKS[network["name"]].official_names
     return (
-        _side("client", client_state, trees[0], modules[0], described, None),
-        _side("server", server_state, trees[1], modules[1], described, "bottleneck" if transposed else None),
+        _side("client", client_state, trees[0], modules[0], names, described, None),
+        _side(
+            "server",
+            server_state,
+            trees[1],
+            modules[1],
+            names,
+            described,
+            "bottleneck" if transposed else None,
+        ),
     )
 
 
-def official_key(path: tuple[str, ...], modules: Modules) -> str:
+def official_key(path: tuple[str, ...], modules: Modules, names: Mapping[str, str]) -> str:
     """The official name of one of our parameters.
 
     Example:
-      >>> official_key(("layer3", "norm1", "scale"), {("layer3",): "2"})
+      >>> official_key(("layer3", "norm1", "scale"), {("layer3",): "2"}, {})
       '2.bn1.weight'
 
     Args:
       path: The parameter's path in our tree.
       modules: The prefixes of the official names, by path of the module.
+      names: Official names of submodules, by ours. Others differ only in norm, "bn" there.
     """
     *inner, leaf = path
     for length in range(len(inner), -1, -1):
         prefix = modules.get(tuple(inner[:length]))
         if prefix is not None:
-            names = [_NAMES.get(name, name.replace("norm", "bn")) for name in inner[length:]]
-            return ".".join([prefix, *names, _LEAVES[leaf]])
+            submodules = [names.get(name, name.replace("norm", "bn")) for name in inner[length:]]
+            return ".".join([prefix, *submodules, _LEAVES[leaf]])
     raise AssertionError(path)
 
 
-def _side(side: str, state: State, tree: Any, modules: Modules, network: str, transposed: str | None) -> Any:
+def _side(
+    side: str,
+    state: State,
+    tree: Any,
+    modules: Modules,
+    names: Mapping[str, str],
+    network: str,
+    transposed: str | None,
+) -> Any:
     """Converts one side. `transposed` names the module of transposed convolutions, [in, out, kh, kw]."""
     unused = dict(state)
     batch_norm = modules.get(("head", "norm"))
@@ -91,7 +108,7 @@ def _side(side: str, state: State, tree: Any, modules: Modules, network: str, tr
 
     def take(key_path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         path = tuple(entry.key for entry in key_path)
-        key = official_key(path, modules)
+        key = official_key(path, modules, names)
         # Our kernels are [kh, kw, in, out] and [in, out].
         axes = {4: (2, 3, 0, 1) if path[0] == transposed else (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[
             len(leaf.shape)
@@ -124,7 +141,8 @@ def _modules(
     **_: Any,
 ) -> tuple[Modules, Modules]:
     """The prefixes of the official names of the modules, for client and server."""
-    layers = list(_layers(name))
+    network = NETWORKS[name]
+    layers = _layers(network)
     read = read_bottleneck(bottleneck) if bottleneck is not None else None
     client: Modules = {}
     place = _append(client, 0, layers[:cut_layer])
@@ -135,14 +153,14 @@ def _modules(
     hidden = {"linear": [], "mlp": [("hidden", 0)], "mlp_bn": [("hidden", 0), ("norm", 1)]}[head]
     members = [*hidden, ("out", {"linear": 0, "mlp": 2, "mlp_bn": 3}[head])]
     for member, index in members:
-        if name in vgg.ENTRIES or (head == "linear" and f"{place}.weight" in server_state):
+        if network.official_flat_head or (head == "linear" and f"{place}.weight" in server_state):
             server["head", member] = f"{place + index}"
         else:
             server["head", member] = f"{place}.{index}"
     return client, server
 
 
-def _append(modules: Modules, place: int, layers: Sequence[Layer]) -> int:
+def _append(modules: Modules, place: int, layers: Sequence[Paths]) -> int:
     """Numbers the modules of the layers from `place` on, and returns the next number."""
     for path in (path for layer in layers for path in layer):
         if path is not None:
@@ -154,21 +172,15 @@ def _append(modules: Modules, place: int, layers: Sequence[Layer]) -> int:
 def _append_bottleneck(modules: Modules, place: int, bottleneck: Bottleneck | None) -> int:
     if bottleneck is None:
         return place
-    relu: Layer = [None] if bottleneck.relu else []
+    relu: Paths = [None] if bottleneck.relu else []
     convolutions = [[("bottleneck", f"conv{i}"), *relu] for i in range(max(1, bottleneck.halvings))]
     return _append(modules, place, convolutions)
 
 
-def _layers(name: str) -> Iterator[Layer]:
-    """All layers from the images to the global average pool."""
-    if name in resnet.DEPTHS:
-        yield from ([(f"layer{i}",)] for i in range(1 + sum(resnet.DEPTHS[name][0])))
-    elif name in vgg.ENTRIES:
-        for i, entry in enumerate(vgg.ENTRIES[name]):
-            yield [None] if entry == "M" else [(f"layer{i}", "conv"), (f"layer{i}", "norm"), None]
-    else:
-        yield [("layer0", "conv"), ("layer0", "norm")]
-        for i, (_, _, blocks, _) in enumerate(mobilenetv2.GROUPS, start=1):
-            yield [(f"layer{i}", f"block{j}") for j in range(blocks)]
-        last = f"layer{1 + len(mobilenetv2.GROUPS)}"
-        yield [(last, "conv"), (last, "norm")]
+def _layers(network: Network) -> list[Paths]:
+    """The official modules of all layers. They do not depend on width and images."""
+    layers = network.layers(width=network.paper_width, image_size=32, stem_stride=1)
+    return [
+        [None if module is None else (f"layer{i}", *filter(None, [module])) for module in layer.official]
+        for i, layer in enumerate(layers)
+    ]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import Features
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.evaluation import classifiers, knn
 from mocosfl_jax.evaluation.features import Encode, extract, extract_batches
 
@@ -189,3 +190,70 @@ def test_knn_of_50_000_by_10_000_fits_in_2_gb() -> None:
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 2 * 10**9
+
+
+ROWS, LABELS = np.eye(4, 3, dtype=np.float32), np.array([0, 1, 2, 0])
+NAN = np.full((4, 3), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"train_labels": LABELS[:3]},
+            r"^train_labels: found an array of shape \(3,\), allowed: \(4,\), a la",
+        ),
+        (
+            {"test_labels": LABELS[:, None]},
+            r"^test_labels: found an array of shape \(4, 1\), allowed: \(4,\)",
+        ),
+        ({"test": ROWS[:, :2]}, r"^test: found 2 features a row, allowed: 3 as in train"),
+        ({"train": ROWS[0]}, r"^train: found an array of shape \(3,\), allowed: \[n, D\]"),
+        ({"test": ROWS[:0], "test_labels": LABELS[:0]}, r"^test: found an array of shape \(0, 3\), allowed:"),
+        ({"train_labels": LABELS + 1}, "^train_labels: found 1 to 3, allowed: 0 to 2"),
+        ({"test_labels": LABELS - 1}, "^test_labels: found -1 to 1, allowed: 0 to 2"),
+        ({"train_labels": LABELS / 2}, "^train_labels: found float64, allowed: integers"),
+        ({"num_classes": 2}, "^train_labels: found 0 to 2, allowed: 0 to 1"),
+        ({"num_classes": 0}, "^num_classes: found 0, allowed: an integer of 1 or more"),
+        ({"train": NAN}, "^train: found features that are not finite, allowed: finite ones"),
+        ({"test": jnp.asarray(ROWS).at[3, 2].set(-jnp.inf)}, "^test: found features that are not finite"),
+    ],
+)
+def test_rows_and_labels_that_do_not_match_are_refused(change: dict[str, Any], message: str) -> None:
+    sets: dict[str, Any] = {"train": ROWS, "train_labels": LABELS, "test": ROWS, "test_labels": LABELS}
+    given = sets | {"num_classes": 3} | change
+    with pytest.raises(UserError, match=message):
+        knn.knn_accuracy(**given)
+    with pytest.raises(UserError, match=message):
+        classifiers.linear_probe(jax.random.key(0), **given)
+    with pytest.raises(UserError, match=message):
+        classifiers.semi_supervised(jax.random.key(0), fraction=1.0, **given)
+
+
+@pytest.mark.parametrize(
+    "function, change, message",
+    [
+        (knn.knn_accuracy, {"k": 0}, "^k: found 0, allowed: an integer of 1 or more"),
+        (knn.knn_accuracy, {"k": 2.5}, "^k: found 2.5, allowed: an integer of 1 or more"),
+        (knn.knn_accuracy, {"temperature": -1}, "^temperature: found -1, allowed: more than 0"),
+        (knn.knn_accuracy, {"temperature": float("nan")}, "^temperature: found nan, allowed: more than 0"),
+        (classifiers.linear_probe, {"epochs": 0}, "^epochs: found 0, allowed: an integer of 1 or more"),
+        (
+            classifiers.linear_probe,
+            {"batch_size": 0},
+            "^batch_size: found 0, allowed: an integer of 1 or more",
+        ),
+        (classifiers.linear_probe, {"learning_rate": 0.0}, "^learning_rate: found 0.0, allowed: more than 0"),
+        (
+            classifiers.semi_supervised,
+            {"fraction": 1.5},
+            "^fraction: found 1.5, allowed: more than 0, at most 1",
+        ),
+    ],
+)
+def test_impossible_settings_of_classifiers_are_refused(
+    function: Any, change: dict[str, Any], message: str
+) -> None:
+    rng = () if function is knn.knn_accuracy else (jax.random.key(0),)
+    with pytest.raises(UserError, match=message):
+        function(*rng, ROWS, LABELS, ROWS, LABELS, num_classes=3, **change)

@@ -518,8 +518,8 @@ def test_a_crop_of_an_odd_picture_has_its_colour() -> None:
 
 
 def test_unknown_version_and_scale_are_refused(images: np.ndarray) -> None:
-    with pytest.raises(UserError, match=r"config\.moco\.augmentation: found 'v3', allowed: v1, v2"):
+    with pytest.raises(UserError, match=r"^version: found 'v3', allowed: v1, v2"):
         aug.augment(jax.random.key(0), images[0], size=32, version="v3", min_crop_scale=0.08)
     for scale in (0.0, 1.5, float("nan")):
-        with pytest.raises(UserError, match=r"config\.moco\.min_crop_scale"):
+        with pytest.raises(UserError, match=r"^min_crop_scale: found"):
             aug.augment(jax.random.key(0), images[0], size=32, version="v1", min_crop_scale=scale)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import mocosfl, split_model
-from mocosfl_jax.models import resnet
-from mocosfl_jax.models.split import NAMES
+from mocosfl_jax.models.named import NETWORKS
 
 WIDTH = {"mobilenetv2": 16}
 # Convolutions that are always standardised, and those that never are (`split_model`).
@@ -19,7 +18,7 @@ ALWAYS, NEVER = {"layer0/conv1"}, {"bottleneck", "head"}
 def networks() -> list[Any]:
     """Each network. Networks that differ from another one only in depth are marked slow."""
     cases = []
-    for name in NAMES:
+    for name in NETWORKS:
         quick = name in ("resnet18", "resnet50", "vgg11", "mobilenetv2")
         marks = () if quick else (pytest.mark.slow,)
         cases += [pytest.param(name, standardised, marks=marks) for standardised in (True, False)]
@@ -30,10 +29,9 @@ def is_standardised(name: str, path: str, weight_standardisation: bool) -> bool:
     """Whether the convolution at `path` is weight-standardised in the official code."""
     if path.split("/")[0] in NEVER or (name == "mobilenetv2" and "shortcut_conv" in path):
         return False
-    is_resnet = name in resnet.DEPTHS
-    if is_resnet and path in ALWAYS:
+    if name.startswith("resnet") and path in ALWAYS:
         return True
-    if is_resnet and resnet.DEPTHS[name][1] and "shortcut_conv" in path:
+    if name in ("resnet50", "resnet101", "resnet152") and "shortcut_conv" in path:
         return True
     return weight_standardisation
 

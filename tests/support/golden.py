@@ -71,7 +71,7 @@ def ours(name: str, settings: dict[str, Any]) -> list[str]:
         convs = [i for i, entry in enumerate(entries) if entry != "M"]
         i, is_norm = divmod(int(layer.removeprefix("layer")), 2)
         layer, rest = f"layer{convs[i]}", "norm" if is_norm else "conv"
-    elif settings["arch"].lower() == mobilenetv2.NAME and layer.startswith("layer"):
+    elif settings["arch"].lower() == "mobilenetv2" and layer.startswith("layer"):
         # Official names count convolution and norm of the stem, blocks, those of the last layer.
         theirs = ["layer0.conv", "layer0.norm"]
         for group, (_, _, blocks, _) in enumerate(mobilenetv2.GROUPS, start=1):

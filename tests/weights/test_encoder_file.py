@@ -81,7 +81,7 @@ def test_no_file_truncated_files_and_another_file(file: pathlib.Path) -> None:
     [
         ("network", NETWORK | {"width": 8}, "conv0/kernel: found (3, 3, 4, 4), expected (3, 3, 8, 4)"),
         ("network", NETWORK | {"width": "8"}, "not an encoder"),
-        ("network", NETWORK | {"name": "resnet19"}, "config.model.name: found 'resnet19'"),
+        ("network", NETWORK | {"name": "resnet19"}, "name: found 'resnet19'"),
         (
             "network",
             NETWORK | {"bottleneck": None},

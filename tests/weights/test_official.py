@@ -140,9 +140,9 @@ def edit(key: str, value: np.ndarray | None) -> Callable[[State], State]:
         ),
         (edit("", None), {"cut_layer": 2}, "client side: found no 1.conv1.weight"),
         (edit("", None), {"name": "vgg11"}, "client side: found no 0.bias"),
-        (edit("", None), {"name": "resnet19"}, "config.model.name: found 'resnet19'"),
+        (edit("", None), {"name": "resnet19"}, "name: found 'resnet19'"),
         (edit("", None), {"head": "linear"}, "server side: found 9.2.weight of shape (6, 6), which"),
-        (edit("", None), {"norm": "layer"}, "config.model.norm: found 'layer'"),
+        (edit("", None), {"norm": "layer"}, "norm: found 'layer'"),
     ],
 )
 def test_what_is_another_network_is_refused(
