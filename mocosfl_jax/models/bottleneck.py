@@ -19,7 +19,7 @@ class Bottleneck(NamedTuple):
     relu: bool  # after every convolution
 
 
-def read_bottleneck(text: str) -> Bottleneck:
+def read_bottleneck(bottleneck: str) -> Bottleneck:
     """Parse "CxSy" or "KkCxS1", optionally with noReLU: x channels, 1/y of the pixels a side, k x k kernels.
 
     Example:
@@ -29,10 +29,10 @@ def read_bottleneck(text: str) -> Bottleneck:
     Raises:
       UserError: If the text has another form.
     """
-    found = re.fullmatch(r"(noReLU)?(?:K(\d*[13579]))?C([1-9]\d*)S([124])(noReLU)?", text)
+    found = re.fullmatch(r"(noReLU)?(?:K(\d*[13579]))?C([1-9]\d*)S([124])(noReLU)?", bottleneck)
     if found is None or (found[2] is not None and found[4] != "1"):
         raise UserError(
-            f"bottleneck: found {text!r}, allowed: CxS1, CxS2 or CxS4 with x channels (C4S2), "
+            f"bottleneck: found {bottleneck!r}, allowed: CxS1, CxS2 or CxS4 with x channels (C4S2), "
             "KkCxS1 with an odd kernel size k (K1C8S1), and noReLU at the end of any (C4S2noReLU)"
         )
     halvings = {"1": 0, "2": 1, "4": 2}[found[4]]

@@ -2,9 +2,11 @@
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +18,13 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import mobilenetv2
 from mocosfl_jax.models.bottleneck import Bottleneck, read_bottleneck
 from mocosfl_jax.models.convolution import direct_conv
-from mocosfl_jax.models.layers import Options
+from mocosfl_jax.models.layers import Conv, Norm, Options
+from mocosfl_jax.models.named import NETWORKS
+from mocosfl_jax.models.network import Layer, Network
 from mocosfl_jax.models.norms import group_norm
 from mocosfl_jax.models.resnet import BasicBlock
+from mocosfl_jax.models.vgg import MaxPool
+from mocosfl_jax.weights.official import from_official
 
 
 def parameters(tree: object) -> int:
@@ -324,3 +330,60 @@ def test_which_convolutions_are_weight_standardised(weight_standardisation: bool
             unchanged.add((layer, conv))
     always = {("layer0", "conv1"), ("layer1", "shortcut_conv")}
     assert unchanged == (always | {("layer1", "conv1")} if weight_standardisation else always)
+
+
+class Body(nn.Module):
+    """Convolution and norm."""
+
+    features: int
+    options: Options
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return Norm(self.options, name="norm")(Conv(self.features, 3, 1, self.options, name="conv")(x))
+
+
+def test_a_new_network_is_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record alone gives its layers, its checks and its names in official checkpoints."""
+
+    def layers(*, width: int, image_size: int, stem_stride: int) -> list[Layer]:
+        return [
+            Layer(partial(Body, width), width, ("conv", "norm")),
+            Layer(MaxPool, width, (None,)),
+            Layer(partial(Body, 2 * width), 2 * width),
+        ]
+
+    record = Network(
+        "tiny",
+        paper_width=8,
+        width_step=8,
+        layers=layers,
+        layers_in_words="two bodies and a pool",
+        has_stem=False,
+        smallest_image=2,
+        head_expansion=3,
+        official_names={"conv": "c"},
+    )
+    monkeypatch.setitem(NETWORKS, "tiny", record)
+    rng = np.random.default_rng(0)
+    shapes = {"0.weight": (8, 3, 3, 3), "1.weight": (8,), "1.bias": (8,)}
+    client = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    shapes = {"1.c.weight": (16, 8, 3, 3), "1.bn.weight": (16,), "1.bn.bias": (16,)}
+    shapes |= {"3.0.weight": (12, 16), "3.0.bias": (12,), "3.2.weight": (4, 12), "3.2.bias": (4,)}
+    server = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    network: dict[str, Any] = {"name": "tiny", "cut_layer": 1, "image_size": 4, "key_dim": 4}
+    params = from_official(client, server, **network)
+    np.testing.assert_array_equal(params[0]["layer0"]["norm"]["scale"], client["1.weight"])
+    kernel = server["1.c.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(params[1]["layer2"]["conv"]["kernel"], kernel)
+    np.testing.assert_array_equal(params[1]["head"]["out"]["kernel"], server["3.2.weight"].T)
+    model = split_model(**network)
+    assert model.whole_backbone(params, jnp.ones((3, 4, 4, 3))).shape == (3, 16)
+    for change, message in (
+        ({"cut_layer": 3}, r"^cut_layer: found 3, allowed: 0 to 2 for tiny .*of two bodies and a pool are"),
+        ({"width": 4}, "^width: found 4, allowed: multiples of 8 for tiny, or None for the paper's 8"),
+        ({"image_size": 1}, "^image_size: found 1, allowed: 2 or more for tiny"),
+        ({"stem_stride": 1}, "^stem_stride: found 1, allowed: None for tiny"),
+    ):
+        with pytest.raises(UserError, match=message):
+            split_model(**network | change)
