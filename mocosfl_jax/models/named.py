@@ -83,6 +83,7 @@ def check_model(
     width: int | None = None,
     image_size: int | None = None,
     stem_stride: int | None = None,
+    key_dim: int = 1024,
     head: str = "mlp",
     bottleneck: str | None = None,
     norm: str = "group",
@@ -119,6 +120,8 @@ def check_model(
             f"image_size: found {image_size}, allowed: {network.smallest_image} or more for {name}, of which "
             "its layers leave one pixel"
         )
+    if key_dim < 1:
+        raise UserError(f"key_dim: found {key_dim}, allowed: 1 or more")
     if norm not in NORMS:
         raise UserError(f"norm: found {norm!r}, allowed: {', '.join(NORMS)}")
     if init not in INITS:
@@ -209,6 +212,7 @@ def split_model(
         width=width,
         image_size=image_size,
         stem_stride=stem_stride,
+        key_dim=key_dim,
         head=head,
         bottleneck=bottleneck,
         norm=norm,

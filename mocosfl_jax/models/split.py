@@ -227,6 +227,11 @@ def _apart_and_together(
     with jax.default_matmul_precision("highest"):
         together = run(params, x)
         apart = jnp.concatenate([run(params, x[i : i + 1]) for i in range(len(x))])
+    if together.shape != apart.shape:
+        raise UserError(
+            f"{argument}: found an output of shape {together.shape} for a batch and {apart.shape} for its "
+            "images alone, allowed: a row for each image"
+        )
     largest = float(jnp.max(jnp.abs(together)))
     difference = float(jnp.max(jnp.abs(together.astype(float) - apart.astype(float))))
     if not difference <= tolerance * largest:  # also where it is not a number

@@ -289,6 +289,7 @@ def test_bottlenecks_are_parsed(text: str, expected: Bottleneck) -> None:
         ({"stem_stride": 3}, r"^stem_stride: found 3, allowed: None, 1, 2 or 4"),
         ({"name": "vgg13", "stem_stride": 2}, r"^stem_stride: found 2, allowed: None for vgg13"),
         ({"name": "vgg13", "image_size": 16}, r"^image_size: found 16, allowed: 32 or more"),
+        ({"key_dim": 0}, "^key_dim: found 0, allowed: 1 or more"),
         ({"norm": "batch"}, r"^norm: found 'batch', allowed: group, layer, instance"),
         ({"compute_dtype": "float16"}, r"^compute_dtype: found 'float16', allowed: float32, bfl"),
         ({"head": "mlp3"}, r"^head: found 'mlp3', allowed: linear, mlp, mlp_bn"),

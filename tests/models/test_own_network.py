@@ -298,6 +298,14 @@ def test_networks_that_mix_images_are_found(side: str, change: Any) -> None:
         check_independence(model, IMAGE)
 
 
+def test_a_backbone_that_averages_its_batch_is_found() -> None:
+    """As a mean over axes 1 and 2 of [views, n, h, w, c] does. Without `from_linen`, no shape was checked."""
+    model = linen()
+    averaged = model._replace(backbone=lambda params, x: model.backbone(params, x).mean(0, keepdims=True))
+    with pytest.raises(UserError, match=r"^backbone: found an output of shape \(1, 6\) for a batch and \(4"):
+        check_independence(averaged, IMAGE)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
