@@ -36,7 +36,7 @@ def test_an_encoder_is_used_in_three_lines(tmp_path: pathlib.Path, monkeypatch: 
     export_encoder(
         tmp_path / "encoder.safetensors", client, server, Metadata(network, (0.5,) * 3, (0.25,) * 3)
     )
-    (program,) = programs("docs/encoders.md")
+    program, *_ = programs("docs/encoders.md")
     imports, *lines = [line for line in program.splitlines() if line.strip()]
     assert imports.startswith("from mocosfl_jax import") and len(lines) == 3
     names: dict = {"images": np.zeros((2, 16, 16, 3), np.uint8)}
