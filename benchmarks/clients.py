@@ -47,9 +47,7 @@ def ours(setting: Setting) -> Call:
         state: clients.ClientState, views: Views, smashed_grad: Array
     ) -> tuple[clients.ClientState, SmashedData]:
         state, smashed, pullback = clients.forward(over_clients(model.client), state, views, 0.99)
-        state = clients.backward(
-            state, pullback, smashed_grad, optimizer, optim.rate(0.06, jax.numpy.zeros(()))
-        )
+        state = clients.backward(state, pullback, smashed_grad, optimizer, jax.numpy.zeros((), int))
         state, *_ = clients.synchronize(state, None, clients.FEDAVG)
         return state, smashed
 

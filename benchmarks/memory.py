@@ -41,10 +41,9 @@ def held_bytes(data: int, model: int, num_clients: int = CLIENTS, width: int = 6
             placement=exchange.make_placement(mesh, ACCELERATOR),
         ),
         mesh,
-        num_clients,
     )
     state = jax.eval_shape(lambda rng: algorithm.enter(algorithm.init(rng)), jax.random.key(0))
-    state = states.placed(mesh, state)
+    state = states.placed(mesh, algorithm.homes, state)
     program = jax.jit(algorithm.sync, donate_argnums=0, keep_unused=True).lower(state).compile()
 
     def shard_bytes(leaf: Any) -> int:

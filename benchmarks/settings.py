@@ -85,7 +85,7 @@ def build(setting: Setting, forms: Forms | None = None) -> tuple[SplitModel, Alg
         moco=MomentumContrast(queue_size=setting.queue_size),
         placement=exchange.make_placement(mesh(), platform_forms()),
     )
-    return model, states.distribute(algorithm, mesh(), setting.clients)
+    return model, states.distribute(algorithm, mesh())
 
 
 def views(setting: Setting, seed: int = 0) -> Views:

@@ -75,8 +75,8 @@ def main(
         model,
         num_clients=num_clients,
         moco=MomentumContrast(queue_size=queue_size),
-        server_lr=rate,
-        client_lr=rate,
+        client_optimizer=optim.sgd(rate),
+        server_optimizer=optim.sgd(rate),
         placement=one_device(platform),
     )
 

@@ -1,5 +1,7 @@
 """MocoSFL: self-supervised learning across many small clients, in JAX (Li et al., ICLR 2023)."""
 
+from typing import TYPE_CHECKING, Any
+
 from mocosfl_jax.runtime import import_path
 
 if import_path.is_command():  # before anything else is imported
@@ -13,18 +15,35 @@ from mocosfl_jax.algorithm.clients import ClientState, Pool, Sync
 from mocosfl_jax.algorithm.flmoco import flmoco
 from mocosfl_jax.algorithm.interface import Algorithm, CohortState, StepInfo, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData, Views
-from mocosfl_jax.algorithm.moco import MomentumContrast
+from mocosfl_jax.algorithm.moco import Contrast, MomentumContrast, momentum_contrast
 from mocosfl_jax.algorithm.mocosfl import mocosfl
+from mocosfl_jax.algorithm.optim import sgd
 from mocosfl_jax.algorithm.placement import Placement, one_device
+from mocosfl_jax.config import Config
 from mocosfl_jax.feed.augment import normalise, two_views
 from mocosfl_jax.models import Features, SplitModel, check_independence, split_model
 from mocosfl_jax.models.forms import Forms, forms
 from mocosfl_jax.weights.encoder_file import load_encoder
 
+if TYPE_CHECKING:
+    from mocosfl_jax.training.session import run
+
+
+def __getattr__(name: str) -> Any:
+    """Import `run` when it is first used: training needs packages that take seconds to import."""
+    if name != "run":
+        raise AttributeError(f"module 'mocosfl_jax' has no attribute {name!r}")
+    from mocosfl_jax.training.session import run
+
+    return run
+
+
 __all__ = [
     "Algorithm",
     "ClientState",
     "CohortState",
+    "Config",
+    "Contrast",
     "Features",
     "Forms",
     "MomentumContrast",
@@ -42,8 +61,11 @@ __all__ = [
     "forms",
     "load_encoder",
     "mocosfl",
+    "momentum_contrast",
     "normalise",
     "one_device",
+    "run",
+    "sgd",
     "split_model",
     "two_views",
 ]

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from mocosfl_jax.config import Config, quickstart
+from mocosfl_jax.config import Config, Own, quickstart
 from mocosfl_jax.errors import UserError, one_line
 from mocosfl_jax.paths import user_path
 
@@ -167,6 +167,10 @@ def check_field(argument: str) -> None:
     match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
     node: Any = quickstart()
     path = "config"
+    if match and match[1].split(".")[0] == "own":
+        raise UserError(
+            f"config.{match[1]}: found a value, allowed: a function in a file given by --config=FILE"
+        )
     for part in match[1].split(".") if match else []:
         names = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
         if part not in names:
@@ -175,6 +179,18 @@ def check_field(argument: str) -> None:
             allowed = ", ".join(names) if names else "no field below it"
             raise UserError(f"{path}: found field {part!r}{hint}, allowed: {allowed}")
         node, path = getattr(node, part), f"{path}.{part}"
+
+
+def own_functions(path: str | None) -> Own:
+    """Return the functions in the configuration that `--config=FILE[:PARAMETER]` names; None: there are none.
+
+    Raises:
+      UserError: as `load_config` does.
+    """
+    if path is None:
+        return Own()
+    file, parameter = split_parameter(str(user_path("--config", path)))
+    return load_config(file, parameter).own
 
 
 def load_config(file: str, parameter: Sequence[str] = ()) -> Config:

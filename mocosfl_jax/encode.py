@@ -32,7 +32,7 @@ from mocosfl_jax.paths import user_path, utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
-USAGE = "--workdir=FOLDER, --images=FOLDER, --out=FILE.npz, --checkpoint=STEP, -v, --help"
+USAGE = "--workdir=FOLDER, --config=FILE, --images=FOLDER, --out=FILE.npz, --checkpoint=STEP, -v, --help"
 BATCH = 250  # images in memory at a time
 
 
@@ -50,6 +50,7 @@ def encode(argv: Sequence[str]) -> None:
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        flags.DEFINE_string("config", None, "File with the run's own functions.", flag_values=values)
         flags.DEFINE_string("images", None, "Folder of images.", flag_values=values)
         flags.DEFINE_string("out", None, "File of the features.", flag_values=values)
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
@@ -58,7 +59,7 @@ def encode(argv: Sequence[str]) -> None:
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "images", "out"])
     folder = utf8_path("--workdir", values.workdir)
     images = user_path("--images", values.images)
-    config = workdir.read_config(folder)
+    config = workdir.read_config(folder, commandline.own_functions(values.config))
     preprocessing = workdir.read_preprocessing(folder)
     if not images.is_dir():
         raise UserError(f"--images: found no folder {images}, allowed: a folder of images")
@@ -82,9 +83,9 @@ def encode(argv: Sequence[str]) -> None:
     device = jax.devices()[0]
     mesh = one_device(device)
     model, algorithm = build(config, mesh, forms(device.platform), image_size=preprocessing.image_size)
-    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm.init, device)
+    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm, device)
     encode_batch = make_encode(
-        algorithm, preprocessing.mean, preprocessing.std, whole_head(config, model, mesh)
+        algorithm, preprocessing.mean, preprocessing.std, whole_head(config, model, algorithm, mesh)
     )
     read: list[Path] = []
 

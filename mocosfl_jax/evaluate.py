@@ -30,8 +30,8 @@ from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
 USAGE = (
-    "--workdir=FOLDER, --checkpoint=STEP, --probe_epochs=N, --semi_supervised, --data_dir=FOLDER, "
-    "--accept_other_data, --help"
+    "--workdir=FOLDER, --config=FILE, --checkpoint=STEP, --probe_epochs=N, --semi_supervised, "
+    "--data_dir=FOLDER, --accept_other_data, --help"
 )
 
 
@@ -49,6 +49,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        flags.DEFINE_string("config", None, "File with the run's own functions.", flag_values=values)
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
         flags.DEFINE_integer("probe_epochs", None, "Epochs of the probes.", lower_bound=0, flag_values=values)
         flags.DEFINE_bool("semi_supervised", False, "Also with few labels.", flag_values=values)
@@ -57,7 +58,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir"])
     folder = utf8_path("--workdir", values.workdir)
-    config = workdir.read_config(folder)
+    config = workdir.read_config(folder, commandline.own_functions(values.config))
     if values.probe_epochs is not None:
         config.eval.probe_epochs = values.probe_epochs
     if values.data_dir is not None:
@@ -78,12 +79,10 @@ def evaluate(argv: Sequence[str]) -> None:
         run = experiment.prepare(config, one_device(device))
     if not values.accept_other_data:
         workdir.require_same_data(folder, run.fingerprint)
-    state, progress = checkpoint.restore(
-        folder / "checkpoints", values.checkpoint, run.algorithm.init, device
-    )
+    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, run.algorithm, device)
     epoch = progress.step / run.steps_per_epoch
     say(f"{folder}: checkpoint {progress.step:,}, epoch {epoch:g} of {run.config.total_epochs:,}")
-    head = whole_head(config, run.model, run.mesh)
+    head = whole_head(config, run.model, run.algorithm, run.mesh)
     encode = make_encode(run.algorithm, run.dataset.mean, run.dataset.std, head)
     features = monitor.features(run.dataset, state, encode)
     numbers = monitor.knn(run.dataset, run.config.eval, features) | monitor.knn_raw_pixels(

@@ -1,13 +1,16 @@
 """Train MocoSFL.
 
     python -m mocosfl_jax.train [--config=FILE[:PARAMETER]] [--config.FIELD=VALUE ...]
-                                [--workdir=FOLDER] [--tensorboard] [--accept_other_data] [-v]
+                                [--workdir=FOLDER] [--init_from=WORKDIR_OR_FILE] [--tensorboard]
+                                [--accept_other_data] [-v]
                                 [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 Without arguments, this trains the quickstart on the bundled sample of images and writes to runs/quickstart.
 The same command resumes a run that was stopped. Several processes, each with its own devices, form one run
-if a cluster has started them or the last three arguments are given (docs/hosts.md). -v (or --verbose) names
-the files of an image folder that are not used.
+if a cluster has started them or the last three arguments are given (docs/hosts.md).
+
+--init_from starts from the models of another run or of an encoder file. -v (or --verbose) names the files of
+an image folder that are not used.
 """
 
 import contextlib
@@ -35,7 +38,8 @@ from mocosfl_jax.runtime import compiler, hosts
 from mocosfl_jax.training import workdir
 
 USAGE = (
-    "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --tensorboard, --accept_other_data, -v, "
+    "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --init_from=WORKDIR_OR_FILE, --tensorboard, "
+    "--accept_other_data, -v, "
     "--coordinator=HOST:PORT, --num_processes=N, --process_id=I, --help"
 )
 
@@ -61,8 +65,7 @@ def main(argv: list[str]) -> int:
     try:
         # Imported lazily, so that argument errors precede slow imports.
         from mocosfl_jax.parallel import mesh as meshes
-        from mocosfl_jax.runtime.environment import environment
-        from mocosfl_jax.training import experiment, journal, loop
+        from mocosfl_jax.training import experiment, journal, loop, session
 
         first = hosts.first()
         report = say if first else lambda line: None
@@ -77,19 +80,13 @@ def main(argv: list[str]) -> int:
         with contextlib.ExitStack() as stack:
             with hosts.together():
                 if first:
-                    stack.enter_context(workdir.locked(folder))
-                    claim = workdir.claim(
-                        folder,
-                        resolved,
-                        environment(meshes.first_device(mesh), mesh.shape),
-                        run.fingerprint,
-                        accept_other_data=options.accept_other_data,
+                    stack.enter_context(
+                        session.claimed(run, folder, say, accept_other_data=options.accept_other_data)
                     )
-                    report_claim(folder, claim)
             write_metrics = stack.enter_context(tensorboard_writer(folder, options.tensorboard and first))
             stop, received = stack.enter_context(stop_on_signals())
             on_all = False
-            finished = loop.train(run, stop, journal.Output(folder, report, write_metrics, first))
+            finished = loop.train(run, stop, journal.Output(folder, report, write_metrics, first)).finished
     except UserError as error:
         return fail(2, error) if on_all else fail_alone(2, error)
     except hosts.ElsewhereError:
@@ -116,17 +113,6 @@ def main(argv: list[str]) -> int:
     number = received[0] if received else signal.SIGTERM
     report(f"stopped by {number.name}; to resume: {command}")
     return 128 + number
-
-
-def report_claim(folder: Path, claim: workdir.Claim) -> None:
-    """Print what is different from the run that the workdir held."""
-    if claim.emptied:
-        say(f"{folder}: held a run of which no step was trained; it makes way for this one")
-    if claim.environment:
-        say(
-            f"{folder}: the run started in another environment, so results may not be those of an "
-            f"undisturbed run: {'; '.join(claim.environment)}"
-        )
 
 
 def fail_alone(status: int, error: object) -> int:
@@ -169,6 +155,7 @@ def parse(argv: Sequence[str]) -> Options:
 
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+        flags.DEFINE_string("init_from", None, "Workdir or encoder file.", flag_values=values)
         flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
         flags.DEFINE_bool("accept_other_data", False, "Resume on other data.", flag_values=values)
         flags.DEFINE_bool("verbose", False, "Name unused files.", short_name="v", flag_values=values)
@@ -179,6 +166,8 @@ def parse(argv: Sequence[str]) -> Options:
     arguments = commandline.parse(argv, USAGE, define)
     values = arguments.flags
     folder = utf8_path("--workdir", values.workdir or f"runs/{arguments.name}")
+    if values.init_from is not None:
+        arguments.config.init_from = str(utf8_path("--init_from", values.init_from))
     address = hosts.address(values.coordinator, values.num_processes, values.process_id)
     return Options(
         arguments.config, folder, values.tensorboard, values.accept_other_data, values.verbose, address

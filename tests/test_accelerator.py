@@ -63,7 +63,7 @@ def test_a_stopped_run_resumes_where_it_was(images: str, tmp_path: pathlib.Path)
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     device = jax.devices()[0]
     states = [
-        checkpoint.restore(tmp_path / name / "checkpoints", None, run.algorithm.init, device)[0]
+        checkpoint.restore(tmp_path / name / "checkpoints", None, run.algorithm, device)[0]
         for name in ("whole", "stopped")
     ]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):

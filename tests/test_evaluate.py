@@ -218,7 +218,7 @@ def test_encoded_files_have_the_features_of_the_run(
     labels = np.repeat(np.arange(CLASSES), PER_CLASS)
     assert got["files"].tolist() == [f"class{label}/{i:03}.png" for i, label in enumerate(labels)]
     prepared = experiment.prepare(workdir.read_config(finished), single())
-    state, _ = checkpoint.restore(finished / "checkpoints", 12, prepared.algorithm.init, jax.devices()[0])
+    state, _ = checkpoint.restore(finished / "checkpoints", 12, prepared.algorithm, jax.devices()[0])
     dataset = prepared.dataset
     features, _ = monitor.features(
         prepared.dataset, state, make_encode(prepared.algorithm, dataset.mean, dataset.std)

@@ -25,7 +25,7 @@ from mocosfl_jax.train import main, parse, tensorboard_writer
 from mocosfl_jax.training import checkpoint, experiment, loop
 from mocosfl_jax.training.workdir import locked
 from tests.support.small_run import CLASSES, PER_CLASS, arguments, metrics
-from tests.support.toy import in_place, last_arrays
+from tests.support.toy import last_arrays, with_toy
 from tests.support.training import prepare
 
 
@@ -34,7 +34,7 @@ def final_state(argv: list[str]) -> list[np.ndarray]:
     run = prepare(config)
     like = jax.jit(run.algorithm.init)(jax.random.key(0))
     with checkpoint.open_manager(workdir / "checkpoints", keep=3) as manager:
-        restored = checkpoint.restore_newest(manager, like)
+        restored = checkpoint.restore_newest(manager, like, run.algorithm.homes)
     assert restored is not None and restored[1].step == run.total_steps
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored[0])]
 
@@ -282,8 +282,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     toy_images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
     argv = arguments(toy_images, tmp_path, "--config.optim.server_lr=1e38", "--config.optim.client_lr=1e38")
-    with in_place():
-        assert main(argv) == 1
+    assert main(with_toy(argv)) == 1
     error = capsys.readouterr().err
     assert re.search(r"error: .* step \d+ .*; the last good checkpoint is .*checkpoints/0", error)
     assert error.count("\n") == 1

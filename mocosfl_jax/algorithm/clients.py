@@ -20,6 +20,8 @@ from mocosfl_jax.algorithm.moco import momentum_update
 
 # The client-side models of a cohort: params [M, ...], images [M, B, H, W, 3] -> smashed data [M, B, h, w, c]
 CohortModel = Callable[[Any, Array], Array]
+# A term of a client's loss: its parameters, and those after its last synchronization -> []
+ClientLoss = Callable[[Any, Any], Array]
 Pullback = Callable[[Array], Any]  # gradient of smashed queries [M, B, h, w, c] -> gradient of params
 Stacked = TypeVar("Stacked")  # a tree whose leaves have a leading client axis
 
@@ -33,6 +35,8 @@ class ClientState(NamedTuple):
     # [M], lambda of divergence-aware averaging, 0 before a client's first average; None if it is not used
     scales: Any
     queue: Any  # `MoCoQueue` with keys [M, K, D], the clients' own queues; None under feature sharing
+    # Parameters after the last synchronization, for a term of the clients' loss; None without such a term
+    anchor: Any = None
 
 
 class Pool(NamedTuple):
@@ -50,21 +54,45 @@ class Sync(NamedTuple):
     """How the clients are synchronized. The default is the paper's: plain FedAvg of the online models."""
 
     weights: np.ndarray | None = None  # [N], weight of each client in the average; None for equal weights
-    momentum_models: bool = (
-        False  # also average the momentum models: MonAcoSFL (Przewięźlikowski et al. 2024)
-    )
-    buffers: str = "keep"  # what happens to the SGD buffers: "keep", "reset" or "average"
-    divergence_lambda: float | None = (
-        None  # first lambda of divergence-aware averaging; None for plain FedAvg
-    )
+    # Also average the momentum models: MonAcoSFL (Przewięźlikowski et al. 2024)
+    momentum_models: bool = False
+    # What happens to the state of the clients' optimizers, such as SGD buffers: "keep", "reset" or "average"
+    buffers: str = "keep"
+    # First lambda of divergence-aware averaging (Zhuang et al. 2022); None: clients receive the average
+    divergence_lambda: float | None = None
+    # The average: models stacked over the cohort, leaves [M, ...], and weights [M] or None -> one model. Any
+    # function of these, such as a trimmed mean.
+    average: Callable[[Any, Array | None], Any] = fedavg.average
 
 
 FEDAVG = Sync()
+BUFFERS = ("keep", "reset", "average")
+
+
+def check(sync: Sync, num_clients: int) -> None:
+    """Raise ValueError for settings of `sync` that are impossible with `num_clients` clients."""
+    if sync.buffers not in BUFFERS:
+        raise ValueError(f"sync.buffers: found {sync.buffers!r}, allowed: {', '.join(BUFFERS)}")
+    if sync.divergence_lambda is not None and not 0 < sync.divergence_lambda < np.inf:
+        raise ValueError(
+            f"sync.divergence_lambda: found {sync.divergence_lambda}, allowed: more than 0, or None"
+        )
+    if sync.weights is not None:
+        weights = np.asarray(sync.weights)
+        if weights.shape != (num_clients,):
+            raise ValueError(f"sync.weights: found shape {weights.shape}, allowed: ({num_clients},)")
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+            raise ValueError("sync.weights: found negative, not finite or only zero weights, allowed: others")
 
 
 def select(pool: Stacked, cohort: Array | None) -> Stacked:
-    """The rows of `pool` [N, ...] that belong to the clients in `cohort` [M]; None selects all, in order."""
-    return pool if cohort is None else jax.tree.map(lambda leaf: leaf[cohort], pool)
+    """The rows of `pool` [N, ...] that belong to the clients in `cohort` [M]; None selects all, in order.
+
+    The row of a client that does not exist is NaN.
+    """
+    if cohort is None:
+        return pool
+    return jax.tree.map(lambda leaf: leaf.at[cohort].get(mode="fill", unique_indices=True), pool)
 
 
 def put_back(pool: Stacked, members: Stacked, cohort: Array | None) -> Stacked:
@@ -102,13 +130,27 @@ def backward(
     pullback: Pullback,
     smashed_grad: Array,
     optimizer: optax.GradientTransformation,
-    learning_rate: Array,
+    step: Array,
+    client_loss: ClientLoss | None = None,
 ) -> ClientState:
-    """Run every client's backward pass from its rows of `smashed_grad` [M, B, h, w, c], and update it."""
+    """Run every client's backward pass from its rows of `smashed_grad` [M, B, h, w, c], and update it.
+
+    Args:
+      state: Of the cohort, leaves [M, ...].
+      pullback: From `forward`.
+      smashed_grad: Gradient of the server's loss.
+      optimizer: Of one client.
+      step: [], training step of the run.
+      client_loss: A further term of each client's loss.
+    """
     if not jax.tree.leaves(state.params):  # clients without layers
         return state
+    grads = pullback(smashed_grad)
+    if client_loss is not None:
+        more = jax.vmap(jax.grad(client_loss))(state.params, state.anchor)
+        grads = jax.tree.map(jnp.add, grads, more)
     descend = jax.vmap(partial(optim.descend, optimizer), in_axes=(0, 0, 0, None))
-    params, opt_state = descend(pullback(smashed_grad), state.opt_state, state.params, learning_rate)
+    params, opt_state = descend(grads, state.opt_state, state.params, step)
     return state._replace(params=params, opt_state=opt_state)
 
 
@@ -121,13 +163,13 @@ def synchronize(state: ClientState, weights: Array | None, how: Sync) -> tuple[C
       how: What else is averaged. Its weights, of the whole pool, are not used.
 
     Returns:
-      The new state, the mean of the online models, and the distance of each client from the mean, [M].
+      The new state, the average of the online models, and the distance of each client from it, [M].
     """
 
     def mean_for_all(stacked: Any) -> Any:
-        return fedavg.load(fedavg.average(stacked, weights), stacked)
+        return fedavg.load(how.average(stacked, weights), stacked)
 
-    mean = fedavg.average(state.params, weights)
+    mean = how.average(state.params, weights)
     divergences = fedavg.divergence(state.params, mean)
     new = state._replace(params=fedavg.load(mean, state.params))
     if how.divergence_lambda is not None:
@@ -141,4 +183,6 @@ def synchronize(state: ClientState, weights: Array | None, how: Sync) -> tuple[C
         new = new._replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
     elif how.buffers == "average":
         new = new._replace(opt_state=mean_for_all(state.opt_state))
+    if state.anchor is not None:
+        new = new._replace(anchor=new.params)
     return new, mean, divergences

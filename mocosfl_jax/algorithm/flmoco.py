@@ -7,7 +7,6 @@ operation.
 
 from functools import partial
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,9 +14,10 @@ from jax import Array
 
 from mocosfl_jax.algorithm import concatenation, optim, pool, server
 from mocosfl_jax.algorithm.clients import FEDAVG, ClientState, Sync
-from mocosfl_jax.algorithm.interface import Algorithm, CohortState, StepInfo, TrainState
+from mocosfl_jax.algorithm.interface import EVERYWHERE, Algorithm, CohortState, Models, StepInfo, TrainState
 from mocosfl_jax.algorithm.messages import Views
-from mocosfl_jax.algorithm.moco import MomentumContrast, init_queues
+from mocosfl_jax.algorithm.moco import Contrast, ContrastFunction, MomentumContrast, init_queues
+from mocosfl_jax.algorithm.moco import check as check_moco
 from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
 from mocosfl_jax.models import Features, SplitModel
 
@@ -28,7 +28,7 @@ def flmoco(
     num_clients: int,
     moco: MomentumContrast = MomentumContrast(),
     optimizer: optax.GradientTransformation = optim.SGD,
-    lr: optim.Schedule | float = 0.06,
+    contrast: ContrastFunction | None = None,
     sync: Sync = FEDAVG,
     placement: Placement = ONE_DEVICE,
 ) -> Algorithm:
@@ -39,43 +39,52 @@ def flmoco(
         `split_model(..., stacked_server=True)`.
       num_clients: N, the size of the client pool.
       moco: Settings of momentum contrast. Every client has a queue of `queue_size` keys.
-      optimizer: Of the clients, without a learning rate.
-      lr: Learning rate, or a schedule over training steps.
+      optimizer: Any Optax optimizer of one client, or `optim.sgd`, whose schedule is over the steps of the
+        run.
+      contrast: What the clients learn from queries and keys. None: InfoNCE at the temperature in `moco`.
       sync: How the clients are averaged.
       placement: Where arrays live, as for `mocosfl`.
 
     Returns:
       The algorithm. A client's parameters are both sides of the network, and the queues, with keys [N, K, D],
       belong to the clients. The loss and top1 of a step are means over the clients.
+
+    Raises:
+      ValueError: If a setting is impossible.
     """
+    check_moco(moco)
+    pool.check(num_clients, sync)
+    if moco.queue_size == 0:
+        raise ValueError("moco.queue_size: found 0, allowed: 1 or more")
     own = pool.owned(sync)
 
     def project(params: tuple, images: Array) -> Array:
         features = concatenation.over_views(model.whole_backbone)(params, images)
         return jax.vmap(partial(model.head, params[1]))(features)  # each view is a batch of its own
 
-    def init(rng: Array) -> TrainState:
+    def init(rng: Array, models: Models | None = None) -> TrainState:
         rng_model, rng_queues = jax.random.split(rng)
         queues = init_queues(rng_queues, num_clients, moco.queue_size, model.key_dim)
+        online, momentum = models or (model.init(rng_model),) * 2
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            pool=pool.init(model.init(rng_model), optimizer, num_clients, sync, own=own, queues=queues),
+            pool=pool.init(online, momentum, optimizer, num_clients, sync, own=own, queues=queues),
             server=None,
         )
 
     def step(state: CohortState, views: Views) -> tuple[CohortState, StepInfo]:
-        chex.assert_equal_shape(views)
-        chex.assert_axis_dimension(views.query, 0, num_clients if state.cohort is None else len(state.cohort))
+        pool.check_views(state, views, num_clients)
 
-        def local_step(member: ClientState, views: Views) -> tuple[ClientState, server.Contrast]:
+        def local_step(member: ClientState, views: Views) -> tuple[ClientState, Contrast]:
             """The step of one client."""
-            local, _, contrast = server.step(
+            local, _, contrasted = server.train(
                 project,
                 server.ServerState(member.params, member.key_params, member.opt_state, member.queue),
                 *views,
                 moco=moco,
                 optimizer=optimizer,
-                learning_rate=optim.rate(lr, state.step),
+                step=state.step,
+                contrast=contrast,
             )
             return (
                 member._replace(
@@ -84,11 +93,11 @@ def flmoco(
                     opt_state=local.opt_state,
                     queue=local.queue,
                 ),
-                contrast,
+                contrasted,
             )
 
-        members, contrast = placement.over_clients(local_step)(state.clients, views)
-        info = StepInfo(jnp.mean(contrast.loss), jnp.mean(contrast.top1), smashed=None, smashed_grad=None)
+        members, contrasted = placement.over_clients(local_step)(state.clients, views)
+        info = StepInfo(jnp.mean(contrasted.loss), jnp.mean(contrasted.top1), smashed=None, smashed_grad=None)
         return state._replace(step=state.step + 1, clients=members), info
 
     def encode(state: TrainState, images: Array) -> Features:
@@ -103,5 +112,6 @@ def flmoco(
         sync=partial(pool.synchronize, sync=sync),
         leave=partial(pool.leave, own=own, placement=placement),
         encode=encode,
-        replay=None,
+        models=lambda state: Models(pool.online_model(state), pool.momentum_model(state)),
+        homes=partial(pool.homes, num_clients=num_clients, of_server=lambda state: EVERYWHERE),
     )

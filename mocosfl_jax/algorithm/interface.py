@@ -1,34 +1,81 @@
 """The interface of an algorithm: its states, its functions and their outputs."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
+import jax
+import numpy as np
 from jax import Array
 
-from mocosfl_jax.algorithm.clients import ClientState, Pool
-from mocosfl_jax.algorithm.messages import SmashedData
+from mocosfl_jax.algorithm.messages import SmashedData, Views
 from mocosfl_jax.models import Features
 
 
 class TrainState(NamedTuple):
     """Everything that training changes, while no cohort is training. This is what a checkpoint holds.
 
-    States hold arrays only, so they can be donated and sharded.
+    States hold arrays only, so they can be donated and sharded. What `pool` and `server` are is up to the
+    algorithm.
     """
 
     step: Array  # [] int32, number of training steps taken
-    pool: Pool  # the N clients
-    server: Any  # `ServerState`; None in the baseline FL-MoCo, which has no server-side model
+    pool: Any  # the N clients: `Pool` in MocoSFL and FL-MoCo
+    server: Any  # `ServerState` in MocoSFL; None in FL-MoCo, which has no server-side model
 
 
 class CohortState(NamedTuple):
     """The state while a cohort is training. A step reads and writes all of it except the pool."""
 
     step: Array  # [] int32
-    clients: ClientState  # those of the cohort: leaves [M, ...]
+    clients: Any  # those of the cohort: `ClientState` with leaves [M, ...] in MocoSFL and FL-MoCo
     server: Any
     cohort: Array | None  # [M] int32, their numbers; None: all clients, in order
-    pool: Pool | None  # as the cohort left it; None if all clients are in the cohort
+    pool: Any  # as the cohort left it; None if all clients are in the cohort
+
+
+State = TrainState | CohortState
+
+
+@dataclasses.dataclass(frozen=True)
+class Home:
+    """Where a part of a state lives when several devices share the work."""
+
+    kind: Literal["everywhere", "clients", "server", "queue"]
+    count: int = 0  # of clients
+
+
+# Typed as Any, since they stand in place of arrays.
+EVERYWHERE: Any = Home("everywhere")  # a copy on every device
+SERVER: Any = Home("server")  # parameters and the like: each tensor may be sharded, and is gathered for use
+QUEUE: Any = Home("queue")  # rows of keys, which may be sharded
+
+
+def of_clients(count: int) -> Any:
+    """The home of leaves [count, ...]: each client's row is on the client's device."""
+    return Home("clients", count)
+
+
+def home_of_leaves(homes: Any, state: Any) -> Any:
+    """The home of every leaf of `state`, as a tree of its structure.
+
+    Args:
+      homes: A prefix of the tree `state`, with a `Home` for each of its subtrees.
+      state: Arrays, or their shapes and dtypes.
+    """
+    return jax.tree.map(
+        lambda home, part: jax.tree.map(lambda leaf: home, part),
+        homes,
+        state,
+        is_leaf=lambda x: isinstance(x, Home),
+    )
+
+
+class Models(NamedTuple):
+    """The models of an algorithm, each as parameters of the client side and of the server side."""
+
+    online: tuple[Any, Any]
+    momentum: tuple[Any, Any]
 
 
 class StepInfo(NamedTuple):
@@ -48,6 +95,76 @@ class SyncInfo(NamedTuple):
     divergence: Array  # [M], distance of each client from the mean: the sum over its tensors of the L2 norm
 
 
+class Init(Protocol):
+    """Makes the first state."""
+
+    def __call__(self, rng: Array, models: Models | None = None) -> TrainState:
+        """Draw all models from `rng`, or start from the given ones."""
+
+
+class Enter(Protocol):
+    """Lets a cohort enter training."""
+
+    def __call__(self, state: TrainState, cohort: Array | np.ndarray | None = None) -> CohortState:
+        """Give the state on which the steps of the clients in `cohort` [M] work; None: all, in order.
+
+        Raises:
+          ValueError: If a number is not that of a client, or occurs twice. Inside a jit the numbers are not
+            known: then a client that does not exist has parameters of NaN.
+          TypeError: If another cohort has not left yet.
+        """
+
+
+class Step(Protocol):
+    """Takes one training step."""
+
+    def __call__(self, state: CohortState, views: Views) -> tuple[CohortState, StepInfo]:
+        """Train on views [M, B, H, W, 3] of the images of the cohort.
+
+        Raises:
+          ValueError: If the views do not match the cohort, or a queue is smaller than the keys of a step.
+        """
+
+
+class Synchronize(Protocol):
+    """Averages the client-side models of the cohort (FedAvg)."""
+
+    def __call__(self, state: CohortState) -> tuple[CohortState, SyncInfo]:
+        """Give all clients of the cohort the average of their models."""
+
+
+class Leave(Protocol):
+    """Lets the cohort return to the pool."""
+
+    def __call__(self, state: CohortState) -> TrainState:
+        """Give the state at rest.
+
+        Of an online model that all clients share, the pool keeps the mean over the cohort. So a cohort that
+        leaves unsynchronized is averaged.
+        """
+
+
+class Encode(Protocol):
+    """Computes features with the online models."""
+
+    def __call__(self, state: TrainState, images: Array) -> Features:
+        """Encode normalised images [n, H, W, 3] without augmentation."""
+
+
+class TrainServer(Protocol):
+    """Trains the server alone, on smashed data that it has kept."""
+
+    def __call__(self, state: CohortState, smashed: SmashedData) -> tuple[CohortState, StepInfo]:
+        """Train on concatenated smashed data [n, h, w, c] that this cohort has sent in an earlier step."""
+
+
+class Replay(NamedTuple):
+    """What an algorithm can do besides, to save communication (the official code's loss_threshold)."""
+
+    keep: Step  # like `step`, but no gradients are sent back; the server can keep the smashed data
+    train: TrainServer
+
+
 class Algorithm(NamedTuple):
     """An algorithm as pure functions. The caller jits them, donates the state and places it on devices.
 
@@ -64,21 +181,16 @@ class Algorithm(NamedTuple):
 
     `cohort` [M] int32 holds the numbers of the clients that take part, without repetition. None means all
     clients of the pool, in order.
-
-    `step` raises AssertionError if the views do not match the cohort, and ValueError if a queue is smaller
-    than the keys of a step.
     """
 
-    init: Callable[[Array], TrainState]  # rng -> state
-    enter: Callable[..., CohortState]  # TrainState, cohort=None
-    # CohortState, Views [M, B, H, W, 3]; `mocosfl` also takes send_gradients=True. With False the clients are
-    # not trained.
-    step: Callable[..., tuple[CohortState, StepInfo]]
-    sync: Callable[[CohortState], tuple[CohortState, SyncInfo]]
-    # Of an online model that all clients share, the pool keeps the mean over the cohort. So a cohort that
-    # leaves unsynchronized is averaged.
-    leave: Callable[[CohortState], TrainState]
-    encode: Callable[[TrainState, Array], Features]  # state, images [n, H, W, 3] -> Features
-    # CohortState, SmashedData of an earlier step of this cohort. Trains the server alone. None if the
-    # algorithm cannot replay.
-    replay: Callable[[CohortState, SmashedData], tuple[CohortState, StepInfo]] | None
+    init: Init
+    enter: Enter
+    step: Step
+    sync: Synchronize
+    leave: Leave
+    encode: Encode
+    # The models of a state at rest. The momentum model of the client side is the mean over the clients.
+    models: Callable[[TrainState], Models]
+    # State -> a `Home` for each part of it, as a prefix of the tree. Several devices and checkpoints use it.
+    homes: Callable[[State], Any]
+    replay: Replay | None = None  # None: the algorithm cannot replay smashed data

@@ -1,7 +1,7 @@
 """Momentum contrast: the momentum encoder, the queue of keys and the InfoNCE loss (He et al., CVPR 2020)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax import Array
 class MomentumContrast(NamedTuple):
     """The settings of momentum contrast. The defaults are those of Li et al. 2023."""
 
-    queue_size: int = 6000  # K, at least the number of keys of a step
+    queue_size: int = 6000  # K, at least the number of keys of a step; 0 for a contrast that needs no queue
     temperature: float = 0.1  # T of InfoNCE
     momentum: float = 0.99  # tau of the momentum models, on both sides of the cut
     symmetric: bool = True  # the symmetric loss of MoCo V2: the key views also serve as queries
@@ -22,6 +22,16 @@ class MomentumContrast(NamedTuple):
     full_symmetric: bool = False
     # One queue for all clients. Without it each client has a queue of K // N keys. Not in FL-MoCo.
     feature_sharing: bool = True
+
+
+def check(moco: MomentumContrast) -> None:
+    """Raise ValueError for impossible settings."""
+    if not 0 < moco.temperature < np.inf:
+        raise ValueError(f"moco.temperature: found {moco.temperature}, allowed: more than 0")
+    if not 0 <= moco.momentum <= 1:
+        raise ValueError(f"moco.momentum: found {moco.momentum}, allowed: 0 to 1")
+    if moco.queue_size < 0:
+        raise ValueError(f"moco.queue_size: found {moco.queue_size}, allowed: 0 or more")
 
 
 class MoCoQueue(NamedTuple):
@@ -145,6 +155,44 @@ def info_nce(query: Array, key: Array, negatives: Array, temperature: float) -> 
     others = jnp.sum(jnp.exp(negatives - largest[:, None]), axis=1)
     losses = largest - positive + jnp.log(jnp.exp(positive - largest) + others)
     return jnp.mean(losses), jnp.mean(positive >= hardest)
+
+
+class Contrast(NamedTuple):
+    """How well the queries pick out their positives."""
+
+    loss: Array  # [], of one direction or the sum of both
+    top1: Array  # [], contrastive accuracy
+
+
+class ContrastFunction(Protocol):
+    """What the server learns from queries and keys. `momentum_contrast` makes MoCo's."""
+
+    def __call__(
+        self, params: Any, query: Array, key: Array, similarities: Callable[[Array], Array]
+    ) -> Contrast:
+        """Compare each query with its key.
+
+        Args:
+          params: Of the server's online model, trained by the loss. They may hold more than the network uses,
+            such as a predictor.
+          query: [n, D], projections by the online model, not normalised.
+          key: [n, D], projections of the other view by the momentum model, not normalised; constants.
+          similarities: Maps unit rows [n, D] to their cosine similarities [n, K] to the keys in the queue.
+            Calling it raises ValueError if there is no queue.
+
+        Returns:
+          The loss, and a number between 0 and 1 that is reported as contrastive accuracy.
+        """
+
+
+def momentum_contrast(temperature: float = 0.1) -> ContrastFunction:
+    """InfoNCE against the keys in the queue (He et al. 2020, eq. 1)."""
+
+    def contrast(params: Any, query: Array, key: Array, similarities: Callable[[Array], Array]) -> Contrast:
+        query, key = normalise(query), normalise(key)
+        return Contrast(*info_nce(query, key, similarities(query), temperature))
+
+    return contrast
 
 
 def momentum_update(key_params: Any, params: Any, momentum: float) -> Any:

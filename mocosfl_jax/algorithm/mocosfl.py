@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +11,26 @@ import optax
 from jax import Array
 
 from mocosfl_jax.algorithm import clients, concatenation, optim, pool, server
-from mocosfl_jax.algorithm.clients import FEDAVG, Sync
-from mocosfl_jax.algorithm.interface import Algorithm, CohortState, StepInfo, SyncInfo, TrainState
+from mocosfl_jax.algorithm.clients import FEDAVG, ClientLoss, Sync
+from mocosfl_jax.algorithm.interface import (
+    Algorithm,
+    CohortState,
+    Models,
+    Replay,
+    StepInfo,
+    SyncInfo,
+    TrainState,
+)
 from mocosfl_jax.algorithm.messages import SmashedData, Views
-from mocosfl_jax.algorithm.moco import MomentumContrast, init_queue, init_queues, per_client
+from mocosfl_jax.algorithm.moco import (
+    Contrast,
+    ContrastFunction,
+    MomentumContrast,
+    init_queue,
+    init_queues,
+    per_client,
+)
+from mocosfl_jax.algorithm.moco import check as check_moco
 from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
 from mocosfl_jax.models import Features, SplitModel
 
@@ -26,9 +41,10 @@ def mocosfl(
     num_clients: int,
     batch_sizes: Sequence[int] | None = None,
     moco: MomentumContrast = MomentumContrast(),
-    optimizer: optax.GradientTransformation = optim.SGD,
-    server_lr: optim.Schedule | float = 0.06,
-    client_lr: optim.Schedule | float = 0.06,
+    client_optimizer: optax.GradientTransformation | None = optim.SGD,
+    server_optimizer: optax.GradientTransformation = optim.SGD,
+    contrast: ContrastFunction | None = None,
+    client_loss: ClientLoss | None = None,
     sync: Sync = FEDAVG,
     placement: Placement = ONE_DEVICE,
 ) -> Algorithm:
@@ -55,10 +71,13 @@ def mocosfl(
       batch_sizes: The batch size of each place in the cohort, [M], if they differ. Views are then padded to
         the largest. None if every row of the views is an image.
       moco: Settings of momentum contrast, for both sides of the cut.
-      optimizer: For both sides, without a learning rate.
-      server_lr: Learning rate of the server-side model, or a schedule over training steps.
-      client_lr: Learning rate of the client-side models, or a schedule. The number 0 freezes the clients:
-        they receive no gradients and are not synchronized.
+      client_optimizer: Any Optax optimizer of one client-side model, or `optim.sgd`, whose schedule is over
+        the steps of the run. None freezes the clients: they receive no gradients and are not synchronized.
+      server_optimizer: Any Optax optimizer of the server-side model.
+      contrast: What the server learns from queries and keys. None: InfoNCE at the temperature in `moco`.
+      client_loss: A further term of each client's loss, of its parameters and of those that it had after the
+        last synchronization, such as a proximal term. Its gradient is added to the one from the server, which
+        is that of a mean over all rows of the cohort. None: there is none.
       sync: How the clients are averaged.
       placement: Where arrays live. `ONE_DEVICE` runs on any single device; `one_device(forms("cpu"))` is
         faster on a CPU; `parallel.exchange.make_placement` is for several devices.
@@ -67,38 +86,54 @@ def mocosfl(
       The algorithm. Jit its functions and donate their state.
 
     Raises:
-      ValueError: If queues per client would hold no key.
+      ValueError: If a setting is impossible, or queues per client would hold no key.
     """
+    check_moco(moco)
+    pool.check(num_clients, sync)
+    if batch_sizes is not None and not (1 <= len(batch_sizes) <= num_clients and min(batch_sizes) >= 1):
+        raise ValueError(
+            f"batch_sizes: found {list(batch_sizes)}, allowed: 1 or more for each of at most "
+            f"{num_clients} clients"
+        )
+    if contrast is None and moco.queue_size == 0:
+        raise ValueError("moco.queue_size: found 0, allowed: 1 or more")
     real = None if batch_sizes is None else concatenation.real_rows(batch_sizes)
     if moco.full_symmetric and real is not None:
         real = np.concatenate([real, real], axis=1)
-    frozen = isinstance(client_lr, float | int) and client_lr == 0
-    if not moco.feature_sharing and moco.queue_size < num_clients:
-        raise ValueError(f"{num_clients} queues cannot be made of {moco.queue_size} keys")
+    frozen = client_optimizer is None
+    own_optimizer = optax.identity() if client_optimizer is None else client_optimizer
+    if not moco.feature_sharing and 0 < moco.queue_size < num_clients:
+        raise ValueError(
+            f"moco.queue_size: found {moco.queue_size}, allowed: {num_clients} or more for a queue per client"
+        )
 
     own = pool.owned(sync, frozen=frozen)
 
-    def init(rng: Array) -> TrainState:
+    def init(rng: Array, models: Models | None = None) -> TrainState:
         rng_model, rng_queue = jax.random.split(rng)
-        client_params, server_params = model.init(rng_model)
+        online, momentum = models or (model.init(rng_model),) * 2
         queue = queues = None
-        if moco.feature_sharing:
+        if moco.queue_size == 0:
+            pass
+        elif moco.feature_sharing:
             queue = init_queue(rng_queue, moco.queue_size, model.key_dim)
         else:
             queues = init_queues(rng_queue, num_clients, moco.queue_size // num_clients, model.key_dim)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            pool=pool.init(client_params, optimizer, num_clients, sync, own=own, queues=queues),
-            server=server.init(server_params, queue, optimizer),
+            pool=pool.init(online[0], momentum[0], own_optimizer, num_clients, sync, own=own, queues=queues),
+            server=server.init(online[1], momentum[1], queue, server_optimizer),
         )
 
     def size(state: CohortState) -> int:
         """M."""
         return num_clients if state.cohort is None else len(state.cohort)
 
-    def step(state: CohortState, views: Views, send_gradients: bool = True) -> tuple[CohortState, StepInfo]:
-        chex.assert_equal_shape(views)
-        chex.assert_axis_dimension(views.query, 0, size(state))
+    def step(state: CohortState, views: Views) -> tuple[CohortState, StepInfo]:
+        return train(state, views, send_gradients=not frozen)
+
+    def train(state: CohortState, views: Views, *, send_gradients: bool) -> tuple[CohortState, StepInfo]:
+        pool.check_views(state, views, num_clients)
         if moco.full_symmetric:
             views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
         shape = (views.query.shape[0], views.query.shape[1])
@@ -107,20 +142,21 @@ def mocosfl(
         )
 
         merged = SmashedData(*(placement.merge(x, real) for x in smashed))  # vector concatenation
-        state, merged_grad, contrast = serve(state._replace(clients=members), merged, shape)
+        state, merged_grad, contrasted = serve(state._replace(clients=members), merged, shape)
 
         sent_back = None
-        if send_gradients and not frozen:
+        if send_gradients:
             smashed_grad = placement.split(merged_grad, shape, real)
-            learning_rate = optim.rate(client_lr, state.step)
-            members = clients.backward(state.clients, pullback, smashed_grad, optimizer, learning_rate)
+            members = clients.backward(
+                state.clients, pullback, smashed_grad, own_optimizer, state.step, client_loss
+            )
             state, sent_back = state._replace(clients=members), merged_grad
-        info = StepInfo(*contrast, smashed=merged, smashed_grad=sent_back)
+        info = StepInfo(*contrasted, smashed=merged, smashed_grad=sent_back)
         return state._replace(step=state.step + 1), info
 
     def serve(
         state: CohortState, merged: SmashedData, shape: tuple[int, int]
-    ) -> tuple[CohortState, Array, server.Contrast]:
+    ) -> tuple[CohortState, Array, Contrast]:
         """The server's half of a step, on the concatenated smashed data of M clients with B rows each."""
 
         def project(params: Any, smashed: Array) -> Array:
@@ -128,25 +164,37 @@ def mocosfl(
             features = placement.over_rows(model.backbone)(params, smashed)
             return jax.vmap(partial(model.head, params))(features)  # each view is a batch of its own
 
-        rate = optim.rate(server_lr, state.step)
-        step = partial(server.step, project, moco=moco, optimizer=optimizer, learning_rate=rate)
-        if moco.feature_sharing:
-            new, merged_grad, contrast = step(state.server, *merged, queue_access=placement.shared)
-            return state._replace(server=new), merged_grad, contrast
+        train_server = partial(
+            server.train,
+            project,
+            moco=moco,
+            optimizer=server_optimizer,
+            step=state.step,
+            contrast=at_place(contrast),
+        )
+        if moco.feature_sharing or moco.queue_size == 0:
+            new, merged_grad, contrasted = train_server(state.server, *merged, queue_access=placement.shared)
+            return state._replace(server=new), merged_grad, contrasted
         own_queues = per_client(
             split=lambda batch: placement.split(batch, shape, real),
             merge=lambda rows: placement.merge(rows, real),
             real=np.ones(shape, bool) if real is None else real,
         )
         with_queues = state.server._replace(queue=state.clients.queue)
-        new, merged_grad, contrast = step(with_queues, *merged, queue_access=own_queues)
+        new, merged_grad, contrasted = train_server(with_queues, *merged, queue_access=own_queues)
         members = state.clients._replace(queue=new.queue)
-        return state._replace(clients=members, server=new._replace(queue=None)), merged_grad, contrast
+        return state._replace(clients=members, server=new._replace(queue=None)), merged_grad, contrasted
 
-    def replay(state: CohortState, smashed: SmashedData) -> tuple[CohortState, StepInfo]:
+    def at_place(contrast: ContrastFunction | None) -> ContrastFunction | None:
+        """The same contrast, on the server's parameters where they are used."""
+        if contrast is None:
+            return None
+        return lambda params, *others: contrast(placement.gather(params), *others)
+
+    def train_server_alone(state: CohortState, smashed: SmashedData) -> tuple[CohortState, StepInfo]:
         shape = (size(state), len(smashed.query) // size(state)) if real is None else real.shape
-        state, _, contrast = serve(state, smashed, shape)
-        info = StepInfo(*contrast, smashed=None, smashed_grad=None)
+        state, _, contrasted = serve(state, smashed, shape)
+        info = StepInfo(*contrasted, smashed=None, smashed_grad=None)
         return state._replace(step=state.step + 1), info
 
     def synchronize(state: CohortState) -> tuple[CohortState, SyncInfo]:
@@ -161,10 +209,14 @@ def mocosfl(
 
     return Algorithm(
         init=init,
-        enter=partial(pool.enter, num_clients=num_clients, placement=placement),
+        enter=partial(
+            pool.enter, num_clients=num_clients, placement=placement, anchored=client_loss is not None
+        ),
         step=step,
         sync=synchronize,
         leave=partial(pool.leave, own=own, placement=placement),
         encode=encode,
-        replay=replay,
+        models=pool.models,
+        homes=partial(pool.homes, num_clients=num_clients, of_server=server.homes),
+        replay=Replay(keep=partial(train, send_gradients=False), train=train_server_alone),
     )

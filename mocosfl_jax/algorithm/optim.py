@@ -1,4 +1,4 @@
-"""SGD as PyTorch defines it, and learning-rate schedules over epochs."""
+"""Optimizers of clients and server, and learning-rate schedules over epochs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,35 +12,67 @@ SCHEDULES = ("cosine", "multistep", "constant")
 Schedule = Callable[[Array], Array]  # training step [] int32 -> learning rate []
 
 
-def sgd(momentum: float = 0.9, weight_decay: float = 5e-4) -> optax.GradientTransformation:
-    """SGD as in PyTorch, without a learning rate: g += weight_decay * p, then m = momentum * m + g.
+def sgd(
+    learning_rate: Schedule | float, momentum: float = 0.9, weight_decay: float = 5e-4
+) -> optax.GradientTransformationExtraArgs:
+    """SGD as in PyTorch: g += weight_decay * p, then m = momentum * m + g, then p -= learning_rate * m.
 
-    `descend` multiplies the direction m by the learning rate. Without a rate the state has no step counter,
-    so a client that sits out an epoch still follows the schedule of the whole run.
+    A schedule is over the steps of the run, which `descend` passes as `step`. So a client that sits out an
+    epoch still follows the schedule of the whole run.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> optimizer = sgd(0.5, momentum=0.0, weight_decay=0.0)
+      >>> params, _ = descend(optimizer, jnp.ones(1), optimizer.init(jnp.zeros(1)), jnp.zeros(1), 0)
+      >>> params.tolist()
+      [-0.5]
+
+    Args:
+      learning_rate: A number, or a schedule over training steps.
+      momentum: Decay of the buffer m.
+      weight_decay: Of all parameters.
     """
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(decay=momentum))
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.trace(decay=momentum),
+        _scale_by_learning_rate(learning_rate),
+    )
 
 
-SGD = sgd()
+def _scale_by_learning_rate(learning_rate: Schedule | float) -> optax.GradientTransformationExtraArgs:
+    """Like `optax.scale_by_learning_rate`, but without a counter: `update` takes the training step."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, step: Array, **others: Any
+    ) -> tuple[Any, Any]:
+        rate = learning_rate(step) if callable(learning_rate) else jnp.asarray(learning_rate)
+        return jax.tree.map(lambda direction: -(rate * direction).astype(direction.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def rate(learning_rate: Schedule | float, step: Array) -> Array:
-    """The learning rate [] at training step `step` [], from a schedule or a constant."""
-    return learning_rate(step) if callable(learning_rate) else jnp.asarray(learning_rate)
+SGD = sgd(0.06)  # the paper's rate, without a schedule
 
 
 def descend(
-    optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, learning_rate: Array
+    optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any, step: Array | int
 ) -> tuple[Any, Any]:
-    """One step of `optimizer`: p - learning_rate * direction.
+    """One step of any Optax optimizer.
 
-    Every operation is element-wise, so it also updates trees that are stacked over clients.
+    Args:
+      optimizer: Its update receives `step` if it takes extra arguments, as `sgd` does. Others count for
+        themselves.
+      grads: Gradients of `params`.
+      opt_state: State of the optimizer.
+      params: Parameters of one model.
+      step: [], training step of the run.
 
     Returns:
       The new parameters and the new optimizer state.
     """
-    direction, opt_state = optimizer.update(grads, opt_state, params)
-    return jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), params, direction), opt_state
+    update = optax.with_extra_args_support(optimizer).update
+    updates, opt_state = update(grads, opt_state, params, step=step)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def schedule(name: str, base: float, *, epochs: int, steps_per_epoch: int, decay: float = 0.1) -> Schedule:

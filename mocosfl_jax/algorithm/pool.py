@@ -4,16 +4,27 @@ A cohort enters training at the start of its epoch, takes steps, is synchronized
 read nor write the pool.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from mocosfl_jax.algorithm import clients, fedavg
 from mocosfl_jax.algorithm.clients import ClientState, Pool, Sync
-from mocosfl_jax.algorithm.interface import CohortState, SyncInfo, TrainState
+from mocosfl_jax.algorithm.interface import (
+    EVERYWHERE,
+    CohortState,
+    Models,
+    State,
+    SyncInfo,
+    TrainState,
+    of_clients,
+)
+from mocosfl_jax.algorithm.messages import Views
 from mocosfl_jax.algorithm.moco import MoCoQueue
 from mocosfl_jax.algorithm.placement import Placement
 
@@ -31,11 +42,13 @@ def owned(sync: Sync, *, frozen: bool = False) -> ClientState:
         opt_state=not frozen and sync.buffers == "keep",
         scales=True,
         queue=True,
+        anchor=False,
     )
 
 
 def init(
     params: Any,
+    key_params: Any,
     optimizer: optax.GradientTransformation,
     num_clients: int,
     sync: Sync,
@@ -43,11 +56,12 @@ def init(
     own: ClientState,
     queues: MoCoQueue | None = None,
 ) -> Pool:
-    """A pool in which all clients have the same `params`; the momentum models start as copies.
+    """A pool in which all clients have the same models.
 
     Args:
       params: Parameters of one client-side model.
-      optimizer: Without a learning rate, as `optim.sgd` makes it.
+      key_params: Parameters of its momentum model.
+      optimizer: Of one client.
       num_clients: N.
       sync: How the clients are synchronized.
       own: From `owned`.
@@ -56,7 +70,7 @@ def init(
     one = ClientState(
         params,
         # A copy, since donation forbids two leaves that share a buffer.
-        jax.tree.map(jnp.copy, params),
+        jax.tree.map(jnp.copy, key_params),
         optimizer.init(params),
         scales=None if sync.divergence_lambda is None else jnp.zeros(()),
         queue=None,
@@ -66,19 +80,37 @@ def init(
 
 
 def enter(
-    state: TrainState, cohort: Array | None = None, *, num_clients: int, placement: Placement
+    state: TrainState,
+    cohort: Array | np.ndarray | None = None,
+    *,
+    num_clients: int,
+    placement: Placement,
+    anchored: bool = False,
 ) -> CohortState:
     """The state for the steps of the clients in `cohort` [M]; None stands for all clients, in order.
 
+    Args:
+      state: At rest.
+      cohort: Numbers of the clients.
+      num_clients: N.
+      placement: Where the arrays live.
+      anchored: Whether clients remember the parameters of the last synchronization.
+
     Raises:
+      ValueError: If a number in `cohort` is not that of a client, or occurs twice, as far as is known.
       TypeError: If another cohort has not left yet.
     """
     _require_at_rest(state)
+    if cohort is not None:
+        _check_cohort(cohort, num_clients)
+        cohort = jnp.asarray(cohort)
     own, shared = state.pool
     members = _combine(
         placement.select(own, cohort),
         fedavg.broadcast(shared, num_clients if cohort is None else len(cohort)),
     )
+    if anchored:
+        members = members._replace(anchor=jax.tree.map(jnp.copy, members.params))
     return CohortState(state.step, members, state.server, cohort, None if cohort is None else state.pool)
 
 
@@ -93,7 +125,7 @@ def leave(state: CohortState, *, own: ClientState, placement: Placement) -> Trai
       own: From `owned`.
       placement: As given to `enter`.
     """
-    each, equal = _divide(state.clients, own)
+    each, equal = _divide(state.clients._replace(anchor=None), own)
     if state.pool is not None:
         each = placement.put_back(state.pool.own, each, state.cohort)
     return TrainState(state.step, Pool(each, jax.tree.map(_mean_of_equals, equal)), state.server)
@@ -124,6 +156,62 @@ def online_model(state: TrainState) -> Any:
     if state.pool.own.params is None:
         return state.pool.shared.params
     return jax.tree.map(lambda leaf: leaf[0], state.pool.own.params)
+
+
+def momentum_model(state: TrainState) -> Any:
+    """The momentum model that all clients share, or the mean of theirs."""
+    _require_at_rest(state)
+    if state.pool.own.key_params is None:
+        return state.pool.shared.key_params
+    return fedavg.average(state.pool.own.key_params)
+
+
+def models(state: TrainState) -> Models:
+    """The models of a state with client-side models and a server-side model."""
+    return Models(
+        (online_model(state), state.server.params), (momentum_model(state), state.server.key_params)
+    )
+
+
+def homes(state: State, *, num_clients: int, of_server: Callable[[Any], Any]) -> Any:
+    """Where each part of a state lives, see `Algorithm.homes`; `of_server` says it of the server's part."""
+    pool = None if state.pool is None else Pool(own=of_clients(num_clients), shared=EVERYWHERE)
+    if isinstance(state, TrainState):
+        return TrainState(EVERYWHERE, pool, of_server(state.server))
+    members = of_clients(num_clients if state.cohort is None else len(state.cohort))
+    return CohortState(EVERYWHERE, members, of_server(state.server), EVERYWHERE, pool)
+
+
+def check(num_clients: int, sync: Sync) -> None:
+    """Raise ValueError for a pool that cannot exist, or an impossible synchronization."""
+    if num_clients < 1:
+        raise ValueError(f"num_clients: found {num_clients}, allowed: 1 or more")
+    clients.check(sync, num_clients)
+
+
+def check_views(state: CohortState, views: Views, num_clients: int) -> None:
+    """Raise ValueError unless `views` are two views [M, B, H, W, 3] for the cohort that has entered."""
+    size = num_clients if state.cohort is None else len(state.cohort)
+    if not isinstance(views, Views):
+        raise ValueError(f"views: found {type(views).__name__}, allowed: Views")
+    query, key = jnp.shape(views.query), jnp.shape(views.key)
+    if query != key or len(query) != 5 or query[0] != size:
+        raise ValueError(
+            f"views: found query {query} and key {key}, allowed: two of [M, B, H, W, 3] with M = {size}, "
+            "the clients that have entered"
+        )
+
+
+def _check_cohort(cohort: Array | np.ndarray, num_clients: int) -> None:
+    if jnp.ndim(cohort) != 1 or not jnp.issubdtype(jnp.result_type(cohort), jnp.integer):
+        raise ValueError(f"cohort: found {cohort!r}, allowed: [M] whole numbers, or None")
+    if isinstance(cohort, jax.core.Tracer):  # the numbers are not known yet
+        return
+    numbers = np.asarray(cohort)
+    for number in numbers[(numbers < 0) | (numbers >= num_clients)][:1]:
+        raise ValueError(f"cohort: found client {number}, allowed: 0 to {num_clients - 1}")
+    if len(np.unique(numbers)) < len(numbers):
+        raise ValueError("cohort: found a client twice, allowed: each at most once")
 
 
 def _require_at_rest(state: TrainState) -> None:

@@ -3,18 +3,22 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 from mocosfl_jax.algorithm import optim
+from mocosfl_jax.algorithm.interface import EVERYWHERE, QUEUE, SERVER
 from mocosfl_jax.algorithm.moco import (
     SHARED,
+    Contrast,
+    ContrastFunction,
     MoCoQueue,
     MomentumContrast,
     QueueAccess,
-    info_nce,
+    momentum_contrast,
     momentum_update,
     normalise,
 )
@@ -29,22 +33,23 @@ class ServerState(NamedTuple):
     params: Any
     key_params: Any  # parameters of the momentum model
     opt_state: Any
-    queue: Any  # `MoCoQueue` that all clients share; None if each client has its own
+    queue: Any  # `MoCoQueue` that all clients share; None if each client has its own, or there is none
 
 
-class Contrast(NamedTuple):
-    """How well the queries pick out their positives."""
+def homes(state: ServerState) -> ServerState:
+    """Where each part of the server's state lives, see `Algorithm.homes`."""
+    queue = None if state.queue is None else MoCoQueue(keys=QUEUE, cursor=EVERYWHERE)
+    return ServerState(SERVER, SERVER, SERVER, queue)
 
-    loss: Array  # [], the sum of both directions if symmetric
-    top1: Array  # [], contrastive accuracy of the last direction
 
-
-def init(params: Any, queue: MoCoQueue | None, optimizer: optax.GradientTransformation) -> ServerState:
+def init(
+    params: Any, key_params: Any, queue: MoCoQueue | None, optimizer: optax.GradientTransformation
+) -> ServerState:
     """The first state. The momentum model is a copy: donation forbids two leaves that share a buffer."""
-    return ServerState(params, jax.tree.map(jnp.copy, params), optimizer.init(params), queue)
+    return ServerState(params, jax.tree.map(jnp.copy, key_params), optimizer.init(params), queue)
 
 
-def step(
+def train(
     project: Projection,
     state: ServerState,
     smashed_query: Array,
@@ -52,7 +57,8 @@ def step(
     *,
     moco: MomentumContrast,
     optimizer: optax.GradientTransformation,
-    learning_rate: Array,
+    step: Array,
+    contrast: ContrastFunction | None = None,
     queue_access: QueueAccess = SHARED,
 ) -> tuple[ServerState, Array, Contrast]:
     """One step of MoCo on the concatenated smashed data of the cohort (He et al. 2020, algorithm 1).
@@ -64,8 +70,9 @@ def step(
       smashed_key: [n, h, w, c]; a constant, also where it is used as a query.
       moco: Settings. If symmetric, the key views also serve as queries, and both sets of keys are enqueued.
         Under the full symmetric loss the rows already contain both views.
-      optimizer: Without a learning rate, as `optim.sgd` makes it.
-      learning_rate: [].
+      optimizer: Of the server.
+      step: [], training step of the run.
+      contrast: What is learned; None: `momentum_contrast` at the temperature in `moco`.
       queue_access: How rows meet the queue: one queue for all clients, or one for each.
 
     Returns:
@@ -74,30 +81,39 @@ def step(
     Raises:
       ValueError: If the queue is smaller than the keys of one view.
     """
+    chex.assert_equal_shape((smashed_query, smashed_key))
     symmetric = moco.symmetric and not moco.full_symmetric
     # The momentum model is updated before any forward pass.
     key_params = momentum_update(state.key_params, state.params, moco.momentum)
 
+    contrast = contrast or momentum_contrast(moco.temperature)
+
     def embed(params: Any, *views: Array) -> Array:
-        """Unit rows [views, n, D]."""
-        return normalise(project(params, jnp.stack(views)))
+        """Projections [views, n, D]."""
+        return project(params, jnp.stack(views))
+
+    def similarities(query: Array) -> Array:
+        if state.queue is None:
+            raise ValueError("moco.queue_size: found 0, allowed: 1 or more for a contrast with a queue")
+        return queue_access.similarities(state.queue, query)
 
     keys = embed(key_params, *([smashed_query] if symmetric else []), smashed_key)
 
     def loss_fn(params: Any, smashed_query: Array) -> tuple[Array, Contrast]:
         queries = embed(params, smashed_query, *([smashed_key] if symmetric else []))
         directions = [
-            info_nce(query, key, queue_access.similarities(state.queue, query), moco.temperature)
+            contrast(params, query, key, similarities)
             for query, key in zip(queries, keys[::-1], strict=True)  # q1 with k2, q2 with k1
         ]
-        loss = sum((loss for loss, _ in directions), jnp.zeros(()))
-        return loss, Contrast(loss, directions[-1][1])
+        loss = sum((direction.loss for direction in directions), jnp.zeros(()))
+        return loss, Contrast(loss, directions[-1].top1)
 
-    (grads, smashed_grad), contrast = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(
+    (grads, smashed_grad), contrasted = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(
         state.params, smashed_query
     )
-    params, opt_state = optim.descend(optimizer, grads, state.opt_state, state.params, learning_rate)
+    params, opt_state = optim.descend(optimizer, grads, state.opt_state, state.params, step)
     queue = state.queue  # enqueued only now: the loss uses the keys of earlier steps
-    for keys_of_view in keys:
-        queue = queue_access.enqueue(queue, keys_of_view)
-    return ServerState(params, key_params, opt_state, queue), smashed_grad, contrast
+    if queue is not None:
+        for keys_of_view in normalise(keys):
+            queue = queue_access.enqueue(queue, keys_of_view)
+    return ServerState(params, key_params, opt_state, queue), smashed_grad, contrasted

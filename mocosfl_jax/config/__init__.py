@@ -15,12 +15,13 @@ from mocosfl_jax.config.fields import (
     Moco,
     Model,
     Optim,
+    Own,
     Saving,
     Synchronization,
     quickstart,
 )
 from mocosfl_jax.config.record import differences, from_dict, upgraded
-from mocosfl_jax.config.resolution import Resolved, paper_settings, resolve
+from mocosfl_jax.config.resolution import Resolved, name_of, paper_settings, resolve
 
 __all__ = [
     "Checkpoint",
@@ -32,11 +33,13 @@ __all__ = [
     "Moco",
     "Model",
     "Optim",
+    "Own",
     "Resolved",
     "Saving",
     "Synchronization",
     "differences",
     "from_dict",
+    "name_of",
     "paper_settings",
     "quickstart",
     "resolve",

@@ -8,6 +8,8 @@ Symbols: N clients in the pool, M clients in the cohort, B images per client and
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -53,6 +55,8 @@ class Clients:
     rich_batch: int = 16
     # FL-MoCo only: passes over a client's images per epoch.
     local_epochs: int = 1
+    # Seed of the distribution of the images over the clients. None: `config.seed`.
+    seed: int | None = None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -202,6 +206,18 @@ class Mesh:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class Own:
+    """Functions of your own, which only a config file or Python can set. config.json holds their names."""
+
+    # A function (config, image_size, forms) that makes a `SplitModel` in place of the network of
+    # `config.model`.
+    network: Callable[..., Any] | None = None
+    # A function (config, model, arguments) that makes an `Algorithm`. `arguments` are the keyword arguments
+    # that `mocosfl`, or the function that `config.algorithm` names, would get besides the model.
+    algorithm: Callable[..., Any] | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Config:
     """One experiment. Its fields are set by a config file, then by the command line.
 
@@ -213,6 +229,10 @@ class Config:
 
     # mocosfl, or flmoco: the baseline that trains the whole network on each client.
     algorithm: str = "mocosfl"
+    # A workdir or an encoder file with whose models the run starts, momentum models included. None: models
+    # are drawn.
+    init_from: str | None = None
+    # Of models, augmentation and sampling.
     seed: int = 1234
     # Passes over the data if the whole pool takes part. Smaller cohorts train N // M times as many epochs, so
     # that a client takes part in `epochs` of them on average, or in fewer where M does not divide N.
@@ -227,6 +247,7 @@ class Config:
     eval: Eval = dataclasses.field(default_factory=Eval)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    own: Own = dataclasses.field(default_factory=Own)
 
 
 def quickstart() -> Config:

@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any
 
-from mocosfl_jax.config.fields import Config
-from mocosfl_jax.config.resolution import Resolved, resolve
+from mocosfl_jax.config.fields import Config, Own
+from mocosfl_jax.config.resolution import Resolved, name_of, resolve
 from mocosfl_jax.errors import UserError
 
 
-def from_dict(values: Any) -> Resolved:
+def from_dict(values: Any, own: Own | None = None) -> Resolved:
     """Rebuilds a resolved configuration from the values of `Resolved.as_dict`.
 
     Example:
@@ -18,27 +18,50 @@ def from_dict(values: Any) -> Resolved:
 
     Args:
       values: Nested dictionaries, as read from config.json.
+      own: The functions that the values name.
 
     Raises:
-      UserError: If a field is missing, unknown or has an impossible value. The message names the first one.
+      UserError: If a field is missing, unknown or has an impossible value, or a function is not in `own`. The
+        message names the first one.
     """
-    return resolve(_from_dict(Config, upgraded(values), "config"))
+    config = _from_dict(Config, upgraded(values), "config")
+    for name, found in dataclasses.asdict(config.own).items():
+        function = getattr(own, name, None)
+        if found is None:
+            continue
+        if function is None or name_of(function) != found:
+            has = f"but the config file has {name_of(function)!r}, " if function else ""
+            raise UserError(
+                f"config.own.{name}: found {found!r}, {has}allowed: --config=FILE, the file of that function"
+            )
+        setattr(config.own, name, function)
+    return resolve(config)
 
 
 # Fields that runs of earlier versions lack, with what those runs did.
-_ADDED = {("model", "init"): "xavier"}
+_ADDED: dict[tuple[str, ...], Any] = {
+    ("model", "init"): "xavier",
+    ("init_from",): None,
+    ("own",): {"network": None, "algorithm": None},
+    ("clients", "seed"): None,  # the seed of the run
+}
 
 
 def upgraded(values: Any) -> Any:
     """The values of a config.json, with the fields that were added after it was written.
 
     Example:
-      >>> upgraded({"model": {"name": "resnet18"}})
-      {'model': {'name': 'resnet18', 'init': 'xavier'}}
+      >>> upgraded({"model": {"name": "resnet18"}})["model"]
+      {'init': 'xavier', 'name': 'resnet18'}
     """
-    for (section, field), before in _ADDED.items():
-        if isinstance(values, dict) and isinstance(values.get(section), dict):
-            values = values | {section: values[section] | {field: values[section].get(field, before)}}
+    if not isinstance(values, dict):
+        return values
+    for (*sections, field), before in _ADDED.items():
+        before = values.get("seed") if field == "seed" else before
+        if not sections:
+            values = {field: before} | values
+        elif isinstance(values.get(sections[0]), dict):
+            values = values | {sections[0]: {field: before} | values[sections[0]]}
     return values
 
 
@@ -63,7 +86,14 @@ def _from_dict(kind: Any, values: Any, path: str) -> Any:
 
 # Fields that change how a run is carried out but not its results. A run may resume with other values.
 INDIFFERENT = frozenset(
-    {"config.data.resident", "config.data.max_broken", "config.checkpoint", "config.mesh"}
+    {
+        "config.data.resident",
+        "config.data.max_broken",
+        "config.saving.replay_gib",
+        "config.eval",
+        "config.checkpoint",
+        "config.mesh",
+    }
 )
 
 

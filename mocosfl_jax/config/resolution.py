@@ -7,9 +7,11 @@ import copy
 import dataclasses
 import math
 import typing
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config.fields import Checkpoint, Config, Data, Eval, Mesh, Model, Saving
+from mocosfl_jax.config.fields import Checkpoint, Config, Data, Eval, Mesh, Model, Own, Saving
 from mocosfl_jax.errors import UserError
 
 
@@ -26,6 +28,7 @@ class ResolvedClients:
     rich_data: float
     rich_batch: int
     local_epochs: int
+    seed: int
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -73,6 +76,7 @@ class Resolved:
     """A `fields.Config` in which no value depends on a preset or on the number of clients any more."""
 
     algorithm: str
+    init_from: str | None
     seed: int
     epochs: int
     data: Data
@@ -85,15 +89,32 @@ class Resolved:
     eval: Eval
     checkpoint: Checkpoint
     mesh: Mesh
+    own: Own
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values, as stored in config.json."""
-        return dataclasses.asdict(self)
+        """Nested dictionaries of plain values, as stored in config.json; functions by name."""
+        values = dataclasses.asdict(self)
+        own = {name: function and name_of(function) for name, function in values["own"].items()}
+        return values | {"own": own}
 
     @property
     def total_epochs(self) -> int:
         """The number of epochs in the run: `epochs` times N // M, as each sees only the data of a cohort."""
         return self.epochs * (self.clients.num // self.clients.cohort)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The name by which config.json knows a function: the last part of its module, and its own name.
+
+    Example:
+      >>> name_of(resolve)
+      'resolution.resolve'
+    """
+    code = getattr(function, "__code__", None)
+    module = function.__module__
+    if module == "<run_path>" and code:  # a config file
+        module = Path(code.co_filename).stem
+    return f"{module.rpartition('.')[2]}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def resolve(config: Config) -> Resolved:
@@ -118,7 +139,7 @@ def resolve(config: Config) -> Resolved:
     _fill(optim, {"client_schedule": optim.schedule})
     _in_range("clients.num", clients.num, 1)
     paper = paper_settings(clients.num)
-    _fill(clients, {"batch_size": paper.batch_size, "cohort": paper.cohort})
+    _fill(clients, {"batch_size": paper.batch_size, "cohort": paper.cohort, "seed": config.seed})
     _fill(sync, {"frequency": paper.sync_frequency})
     resolved = _as_resolved(config)
     _check_values(resolved)
@@ -185,6 +206,10 @@ def _check_types(node: Any, path: str) -> None:
                 raise UserError(f"{path}.{field.name}: found {value!r}, allowed: a {allowed[0].__name__}")
             _check_types(value, f"{path}.{field.name}")
             continue
+        if path == "config.own":
+            if value is not None and not callable(value):
+                raise UserError(f"{path}.{field.name}: found {value!r}, allowed: a function or None")
+            continue
         fits = isinstance(value, int) and not isinstance(value, bool) if float in allowed else False
         if not fits and type(value) not in allowed:
             names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
@@ -205,6 +230,7 @@ def _check_values(config: Resolved) -> None:
     _allow("optim.client_schedule", optim.client_schedule, client_schedules)
     _allow("sync.buffers", sync.buffers, ("keep", "reset", "average"))
     _in_range("seed", config.seed, 0, 2**32 - 1)
+    _in_range("clients.seed", clients.seed, 0, 2**32 - 1)
     _in_range("epochs", config.epochs, 1)
     _in_range("data.max_broken", config.data.max_broken, 0.0, 1.0)
     _in_range("clients.cohort", clients.cohort, 1, clients.num, "the clients of the pool")
@@ -233,7 +259,9 @@ def _check_values(config: Resolved) -> None:
     _in_range("moco.key_dim", moco.key_dim, 1)
     views = 2 if moco.symmetric or moco.full_symmetric else 1
     largest = clients.batch_size * (clients.rich_batch if clients.rich else 1)
-    if config.algorithm == "flmoco":
+    if config.own.algorithm:  # which may not need a queue
+        _in_range("moco.queue_size", moco.queue_size, 0)
+    elif config.algorithm == "flmoco":
         _in_range("moco.queue_size", moco.queue_size, largest * views, why="a client's keys of one step")
     elif not moco.feature_sharing:
         keys = clients.num * largest * views
@@ -270,7 +298,7 @@ def _check_batch_norm(config: Resolved) -> None:
     clients, moco = config.clients, config.moco
     rows = clients.batch_size * (2 if moco.full_symmetric else 1)
     what = "a client"
-    if config.algorithm == "mocosfl":
+    if config.algorithm != "flmoco":
         what = "the cohort"
         rows *= clients.cohort
     if rows == 1:

@@ -117,8 +117,8 @@ def plans(run: Run, names: Sequence[str] = NAMES) -> Iterator[Plan]:
 
     algorithm = run.algorithm
     cohort = None if run.whole_pool else _shape(np.zeros(run.cohort, np.int32), everywhere)
-    state = states.placed(mesh, jax.eval_shape(algorithm.init, key))
-    at_work = states.placed(mesh, jax.eval_shape(algorithm.enter, state, cohort))
+    state = states.placed(mesh, algorithm.homes, jax.eval_shape(algorithm.init, key))
+    at_work = states.placed(mesh, algorithm.homes, jax.eval_shape(algorithm.enter, state, cohort))
     if "init" in names:
         yield plan("init", jax.jit(algorithm.init), key, elsewhere=0)
     if "enter" in names:

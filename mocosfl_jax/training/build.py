@@ -1,5 +1,6 @@
 """The network and the algorithm of a configuration."""
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -15,9 +16,8 @@ from mocosfl_jax.algorithm.flmoco import flmoco
 from mocosfl_jax.algorithm.interface import Algorithm, TrainState
 from mocosfl_jax.algorithm.moco import MomentumContrast
 from mocosfl_jax.algorithm.mocosfl import mocosfl
-from mocosfl_jax.algorithm.pool import online_model
-from mocosfl_jax.config import Resolved
-from mocosfl_jax.errors import renamed
+from mocosfl_jax.config import Resolved, name_of
+from mocosfl_jax.errors import UserError, renamed
 from mocosfl_jax.evaluation.features import Head
 from mocosfl_jax.models import SplitModel, split_model
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
@@ -66,46 +66,56 @@ def build(
       The network, and the algorithm with its states on the mesh.
     """
     model = build_model(config, image_size, forms)
-    placement = exchange.make_placement(mesh, forms)
-    optimizer = optim.sgd(config.optim.momentum, config.optim.weight_decay)
     server_lr, client_lr = learning_rates(config, steps_per_epoch)
-    moco = MomentumContrast(
-        queue_size=config.moco.queue_size,
-        temperature=config.moco.temperature,
-        momentum=config.moco.momentum,
-        symmetric=config.moco.symmetric,
-        full_symmetric=config.moco.full_symmetric,
-        feature_sharing=config.moco.feature_sharing,
-    )
-    sync = Sync(
-        weights=np.array(images, np.float32) if config.sync.weighted else None,
-        momentum_models=config.sync.momentum_models,
-        buffers=config.sync.buffers,
-        divergence_lambda=config.sync.divergence_lambda,
-    )
+    settings = config.optim
+    client_optimizer = None  # frozen
+    if not isinstance(client_lr, float):
+        client_optimizer = optim.sgd(client_lr, settings.momentum, settings.weight_decay)
+    arguments: dict[str, Any] = {
+        "num_clients": config.clients.num,
+        "moco": MomentumContrast(
+            queue_size=config.moco.queue_size,
+            temperature=config.moco.temperature,
+            momentum=config.moco.momentum,
+            symmetric=config.moco.symmetric,
+            full_symmetric=config.moco.full_symmetric,
+            feature_sharing=config.moco.feature_sharing,
+        ),
+        "sync": Sync(
+            weights=np.array(images, np.float32) if config.sync.weighted else None,
+            momentum_models=config.sync.momentum_models,
+            buffers=config.sync.buffers,
+            divergence_lambda=config.sync.divergence_lambda,
+        ),
+        "placement": exchange.make_placement(mesh, forms),
+    }
     if config.algorithm == "flmoco":
-        algorithm = flmoco(
-            model,
-            num_clients=config.clients.num,
-            moco=moco,
-            optimizer=optimizer,
-            lr=client_lr,
-            sync=sync,
-            placement=placement,
-        )
+        make: MakeAlgorithm = _flmoco
+        arguments |= {"optimizer": client_optimizer or optim.sgd(0.0)}
     else:
-        algorithm = mocosfl(
-            model,
-            num_clients=config.clients.num,
-            batch_sizes=batch_sizes,
-            moco=moco,
-            optimizer=optimizer,
-            server_lr=server_lr,
-            client_lr=client_lr,
-            sync=sync,
-            placement=placement,
-        )
-    return model, state.distribute(algorithm, mesh, config.clients.num)
+        make = _mocosfl
+        arguments |= {
+            "batch_sizes": batch_sizes,
+            "client_optimizer": client_optimizer,
+            "server_optimizer": optim.sgd(server_lr, settings.momentum, settings.weight_decay),
+        }
+    algorithm = (config.own.algorithm or make)(config, model, arguments)
+    if not isinstance(algorithm, Algorithm):
+        found = type(algorithm).__name__
+        raise UserError(f"config.own.algorithm: found a function that returns {found}, allowed: Algorithm")
+    return model, state.distribute(algorithm, mesh)
+
+
+# A function like `config.own.algorithm`.
+MakeAlgorithm = Callable[[Resolved, SplitModel, dict[str, Any]], Algorithm]
+
+
+def _mocosfl(config: Resolved, model: SplitModel, arguments: dict[str, Any]) -> Algorithm:
+    return mocosfl(model, **arguments)
+
+
+def _flmoco(config: Resolved, model: SplitModel, arguments: dict[str, Any]) -> Algorithm:
+    return flmoco(model, **arguments)
 
 
 def learning_rates(config: Resolved, steps_per_epoch: int) -> tuple[optim.Schedule, optim.Schedule | float]:
@@ -140,40 +150,55 @@ def network_arguments(config: Resolved, image_size: int) -> dict[str, Any]:
     return given | {"image_size": image_size}
 
 
+def constant_network(model: SplitModel) -> Callable[..., SplitModel]:
+    """Return a function like `config.own.network` that always gives this network."""
+
+    def network(config: Resolved, image_size: int, forms: Forms) -> SplitModel:
+        return model
+
+    return network
+
+
+def network_record(config: Resolved, image_size: int) -> dict[str, Any]:
+    """Describe the network in plain values: arguments of `split_model`, or the name of your own function."""
+    if config.own.network is None:
+        return network_arguments(config, image_size)
+    return {"function": name_of(config.own.network), "key_dim": config.moco.key_dim}
+
+
 def build_model(config: Resolved, image_size: int, forms: Forms = ACCELERATOR) -> SplitModel:
     """Build the network of a configuration, for images of `image_size` pixels."""
-    stacked_server = config.algorithm == "flmoco"
-    with renamed(FIELDS):
-        return split_model(
-            **network_arguments(config, image_size), stacked_server=stacked_server, forms=forms
+    if config.own.network is None:
+        stacked_server = config.algorithm == "flmoco"
+        with renamed(FIELDS):
+            return split_model(
+                **network_arguments(config, image_size), stacked_server=stacked_server, forms=forms
+            )
+    model = config.own.network(config, image_size, forms)
+    if not isinstance(model, SplitModel):
+        raise UserError(
+            f"config.own.network: found a function that returns {type(model).__name__}, allowed: SplitModel"
         )
+    return model
 
 
-def encoder_params(config: Resolved, state: TrainState) -> tuple[Any, Any]:
-    """Return the parameters of a run's encoder: those of the client side, and those of the server side.
-
-    In FL-MoCo, each client has the whole network.
-    """
-    client = online_model(state)
-    return client if config.algorithm == "flmoco" else (client, state.server.params)
-
-
-def whole_head(config: Resolved, model: SplitModel, mesh: Mesh) -> Head | None:
+def whole_head(config: Resolved, model: SplitModel, algorithm: Algorithm, mesh: Mesh) -> Head | None:
     """Return the compiled head of a run's encoder, on as many rows as it is given.
 
     Args:
       config: the resolved configuration.
       model: its network.
+      algorithm: whose states hold the models.
       mesh: of the states.
 
     Returns:
-      The head for `make_encode`; None for a head that treats each row by itself.
+      The head for `make_encode`; None for a head that is known to treat each row by itself.
     """
-    if config.moco.head != "mlp_bn":
+    if config.moco.head != "mlp_bn" and config.own.network is None:
         return None
 
     def head(state: TrainState, backbone: Array) -> Array:
-        _, server_params = encoder_params(config, state)
+        _, server_params = algorithm.models(state).online
         with renamed(FIELDS):
             return model.head(server_params, backbone)
 

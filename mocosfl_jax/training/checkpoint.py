@@ -22,7 +22,7 @@ from absl import logging
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from mocosfl_jax.algorithm.interface import TrainState
+from mocosfl_jax.algorithm.interface import Algorithm, TrainState, home_of_leaves
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.runtime import hosts
 
@@ -30,6 +30,9 @@ _MARGIN = 2**20  # bytes, an upper bound for all files of a checkpoint except th
 # Seconds that all processes have to confirm that they have written. Longer than `hosts.HEARTBEAT`, so that a
 # dead process is reported as such.
 AGREEING = 90
+
+
+Homes = Callable[[TrainState], Any]  # `Algorithm.homes`
 
 
 class Progress(NamedTuple):
@@ -196,7 +199,9 @@ def _report_full_disk(manager: ocp.CheckpointManager, *, agreed: bool) -> Iterat
         raise DiskFullError(message) from error
 
 
-def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, Progress] | None:
+def restore_newest(
+    manager: ocp.CheckpointManager, like: TrainState, homes: Homes
+) -> tuple[TrainState, Progress] | None:
     """Restore the newest readable checkpoint, or return None if there are no checkpoints.
 
     Newer ones that are damaged are moved to the parent folder, with a warning, so that their steps can be
@@ -205,6 +210,7 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
     Args:
       manager: from `open_manager`.
       like: shapes, dtypes and placement of the state. Its mesh may differ from that of the run so far.
+      homes: of the algorithm. The padding of the clients may differ.
 
     Returns:
       State and progress.
@@ -217,7 +223,7 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> tuple[Tr
         return None
     folder = Path(manager.directory)
     with _reader(folder) as reader:
-        state, progress, damaged = _first_readable(reader, steps, like)
+        state, progress, damaged = _first_readable(reader, steps, like, homes)
     if hosts.first():
         for step in damaged:
             (folder / str(step)).rename(_unused_path(folder.parent / f"damaged_checkpoint_{step}"))
@@ -233,14 +239,14 @@ def _unused_path(path: Path) -> Path:
 
 
 def restore(
-    folder: Path, step: int | None, init: Callable[[Array], TrainState], device: jax.Device
+    folder: Path, step: int | None, algorithm: Algorithm, device: jax.Device
 ) -> tuple[TrainState, Progress]:
     """Restore one checkpoint for reading. Nothing in `folder` changes, and a run may be training there.
 
     Args:
       folder: the folder of the checkpoints.
       step: of the checkpoint; None: the newest readable one, with a warning about damaged newer ones.
-      init: `init` of the algorithm. It is not run; it gives the shapes and dtypes of the state.
+      algorithm: gives the shapes and dtypes of the state. It is not run.
       device: the device for the state.
 
     Returns:
@@ -257,22 +263,23 @@ def restore(
     place = SingleDeviceSharding(device)
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(init, jax.random.key(0)),
+        jax.eval_shape(algorithm.init, jax.random.key(0)),
     )
     with _reader(folder) as manager:
-        state, progress, _ = _first_readable(manager, steps if step is None else [step], like)
+        chosen = steps if step is None else [step]
+        state, progress, _ = _first_readable(manager, chosen, like, algorithm.homes)
     return state, progress
 
 
 def _first_readable(
-    manager: ocp.CheckpointManager, steps: Sequence[int], like: TrainState
+    manager: ocp.CheckpointManager, steps: Sequence[int], like: TrainState, homes: Homes
 ) -> tuple[TrainState, Progress, list[int]]:
     """Return the first of the checkpoints that all processes can read, and the damaged ones before it."""
     damaged: list[int] = []
     for step in steps:
         found = None
         try:
-            found = _restore(manager, step, like)
+            found = _restore(manager, step, like, homes)
             reason = "its arrays differ from those that were saved"
         except (MemoryError, PermissionError, UserError):
             raise
@@ -294,10 +301,10 @@ def _first_readable(
 
 
 def _restore(
-    manager: ocp.CheckpointManager, step: int, like: TrainState
+    manager: ocp.CheckpointManager, step: int, like: TrainState, homes: Homes
 ) -> tuple[TrainState, dict[str, Any]]:
     """Return the state, and the record of its progress with its fingerprint, which the caller compares."""
-    _require_same_shapes(manager, step, like)
+    _require_same_shapes(manager, step, like, homes)
     restored = manager.restore(
         step,
         # Not strict, since the number of clients may differ: a state at rest on a mesh may be padded with
@@ -309,9 +316,10 @@ def _restore(
     return restored.state, json.loads(restored.progress["record"])
 
 
-def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainState) -> None:
+def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainState, homes: Homes) -> None:
     """Raise UserError unless the checkpoint has the arrays of `like`; the clients' padding may differ."""
     saved, wanted = _leaves(manager.item_metadata(step)["state"].tree), _leaves(like)
+    home = _leaves(home_of_leaves(homes(like), like))
     checkpoint = manager.directory / str(step)
     if ("clients", "scales") in saved:
         raise UserError(
@@ -320,7 +328,7 @@ def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainS
         )
     for path in sorted(saved.keys() | wanted.keys()):
         found, allowed = (leaves[path].shape if path in leaves else None for leaves in (saved, wanted))
-        padded = path[:2] == ("pool", "own") and found and allowed and found[1:] == allowed[1:]
+        padded = found and allowed and home[path].kind == "clients" and found[1:] == allowed[1:]
         if found != allowed and not padded:
             raise UserError(
                 f"{checkpoint}: found {'/'.join(path)} of shape {found}, allowed: {allowed}, that of the "

@@ -1,5 +1,6 @@
 """Prepares an experiment: reads the data, divides it among the clients and builds the algorithm."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from mocosfl_jax import data
 from mocosfl_jax.algorithm.interface import Algorithm
-from mocosfl_jax.config import Resolved
+from mocosfl_jax.config import Own, Resolved
 from mocosfl_jax.data.fingerprint import Fingerprint, fingerprint
 from mocosfl_jax.errors import UserError, renamed
 from mocosfl_jax.feed import augment, batches, partition
@@ -21,7 +22,7 @@ from mocosfl_jax.models.forms import Forms
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.training import saving
-from mocosfl_jax.training.build import FIELDS, build
+from mocosfl_jax.training.build import FIELDS, MakeAlgorithm, build, constant_network
 from mocosfl_jax.training.rounds import MakeViews
 
 
@@ -97,7 +98,14 @@ def views_of(dataset: data.Dataset) -> data.Images:
     return dataset.x_train if dataset.whole is None else dataset.whole
 
 
-def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
+def prepare(
+    config: Resolved,
+    mesh: Mesh,
+    forms: Forms | None = None,
+    *,
+    model: SplitModel | None = None,
+    algorithm: MakeAlgorithm | None = None,
+) -> Run:
     """Read the data, divide it among the clients and build the algorithm. Nothing is compiled.
 
     Args:
@@ -105,6 +113,8 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
         and evaluated on any number of devices.
       mesh: the mesh to train on.
       forms: the forms of the program; None: the fast ones for the mesh's platform.
+      model: a network of your own; None: that of the configuration.
+      algorithm: a function like `config.own.algorithm`; None: that of the configuration.
 
     Returns:
       The run.
@@ -112,6 +122,9 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
     Raises:
       UserError: if a part of the configuration or the data is impossible.
     """
+    given = Own(network=None if model is None else constant_network(model), algorithm=algorithm)
+    own = Own(network=given.network or config.own.network, algorithm=given.algorithm or config.own.algorithm)
+    config = dataclasses.replace(config, own=own)
     check(config, mesh)
     dataset, data_fingerprint, residence = _load(config, mesh)
     pool = config.clients
@@ -121,7 +134,7 @@ def prepare(config: Resolved, mesh: Mesh, forms: Forms | None = None) -> Run:
         batch_size=pool.batch_size,
         noniid_ratio=pool.noniid_ratio,
         dirichlet_alpha=pool.dirichlet_alpha,
-        seed=config.seed,
+        seed=pool.seed,
         rich=_rich(config),
     )
     run = assemble(config, mesh, forms, dataset, parts, residence, data_fingerprint)
@@ -204,18 +217,19 @@ def _rich(config: Resolved) -> Rich | None:
 
 def check(config: Resolved, mesh: Mesh) -> None:
     """Raise UserError for an impossible network or queue, before the data is read."""
-    with renamed(FIELDS):
-        check_model(
-            config.model.name,
-            cut_layer=config.model.cut_layer,
-            width=config.model.width,
-            stem_stride=config.model.stem_stride,
-            bottleneck=config.model.bottleneck,
-            norm=config.model.norm,
-            init=config.model.init,
-            compute_dtype=config.model.compute_dtype,
-            head=config.moco.head,
-        )
+    if config.own.network is None:
+        with renamed(FIELDS):
+            check_model(
+                config.model.name,
+                cut_layer=config.model.cut_layer,
+                width=config.model.width,
+                stem_stride=config.model.stem_stride,
+                bottleneck=config.model.bottleneck,
+                norm=config.model.norm,
+                init=config.model.init,
+                compute_dtype=config.model.compute_dtype,
+                head=config.moco.head,
+            )
     if config.algorithm == "mocosfl" and config.moco.feature_sharing:
         meshes.check_queue(mesh, config.moco.queue_size)
 
@@ -254,6 +268,11 @@ def _check_saving(run: Run) -> None:
     settings = run.config.saving
     if not settings.loss_threshold:
         return
+    if run.algorithm.replay is None:
+        raise UserError(
+            f"config.saving.loss_threshold: found {settings.loss_threshold:g}, allowed: 0 with an algorithm "
+            "that cannot replay smashed data"
+        )
     if hosts.several():
         raise UserError(
             f"config.saving.loss_threshold: found {settings.loss_threshold:g}, allowed: 0 with several "

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from mocosfl_jax.algorithm.interface import CohortState, TrainState
 from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import Encode, make_encode
+from mocosfl_jax.feed.batches import Feed
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.training import build, checkpoint, journal, plots, report, rounds, saving, workdir
 from mocosfl_jax.training.checkpoint import Progress
 from mocosfl_jax.training.experiment import Run
+from mocosfl_jax.training.initial import initial_models
 from mocosfl_jax.training.journal import Output
 from mocosfl_jax.training.programs import Programs, compile_programs
 from mocosfl_jax.training.saving import Traffic
@@ -28,16 +30,30 @@ from mocosfl_jax.training.saving import Traffic
 Stop = Callable[[], bool]
 
 
-def train(run: Run, stop: Stop, output: Output) -> bool:
+# Metrics and state after an epoch -> whether training should save and end.
+OnEpoch = Callable[[workdir.Metrics, TrainState], object]
+
+
+class Outcome(NamedTuple):
+    """The end of a call of `train`."""
+
+    finished: (
+        bool  # whether the run is finished, including its linear probe; if not, the same call resumes it
+    )
+    state: TrainState
+
+
+def train(run: Run, stop: Stop, output: Output, on_epoch: OnEpoch | None = None) -> Outcome:
     """Train from the newest checkpoint in the workdir, or from the start.
 
     Args:
       run: from `experiment.prepare`.
       stop: once it returns True, training saves and ends after the current round.
       output: workdir and screen.
+      on_epoch: called after each epoch and, with epoch 0, before the first one.
 
     Returns:
-      Whether the run is finished, including its linear probe. If not, the same call resumes it.
+      Whether the run is finished, and its state.
 
     Raises:
       NonFiniteError: if the loss or a parameter is not finite. The newest checkpoint is from an earlier step.
@@ -45,23 +61,36 @@ def train(run: Run, stop: Stop, output: Output) -> bool:
       UserError: if there are checkpoints but none can be read.
     """
     with jax.default_device(run.mesh.local_devices[0]):
-        return _train(run, stop, output)
+        return _train(run, stop, output, on_epoch or (lambda metrics, state: False))
 
 
-def _train(run: Run, stop: Stop, output: Output) -> bool:
+def _train(run: Run, stop_asked: Stop, output: Output, on_epoch: OnEpoch) -> Outcome:
+    ended_early = False
+
+    def stop() -> bool:
+        return ended_early or stop_asked()
+
+    def after_epoch(metrics: workdir.Metrics, state: TrainState) -> None:
+        nonlocal ended_early
+        ended_early = bool(on_epoch(metrics, state))
+
     rng_init, rng_views, rng_probe = jax.random.split(jax.random.key(run.config.seed), 3)
     output.say(report.header(run))
     init: Any = jax.jit(run.algorithm.init).lower(rng_init).compile()
     dataset, folder = run.dataset, output.folder
-    head = build.whole_head(run.config, run.model, run.mesh)
+    head = build.whole_head(run.config, run.model, run.algorithm, run.mesh)
     encode = make_encode(run.algorithm, dataset.mean, dataset.std, head)
     store = saving.Store(folder, run.replay)
     if run.config.saving.loss_threshold:
         store.require_space()
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
         # Restored before anything is initialised, so that memory holds one state.
-        restored = checkpoint.restore_newest(manager, rounds.outputs(init))
-        state, progress = restored or (init(rng_init), Progress())
+        restored = checkpoint.restore_newest(manager, rounds.outputs(init), run.algorithm.homes)
+        models = initial_models(run) if restored is None else None
+        state, progress = restored or (
+            init(rng_init) if models is None else jax.jit(run.algorithm.init)(rng_init, models),
+            Progress(),
+        )
         if progress.step > run.total_steps:
             raise UserError(
                 f"{folder}: found a checkpoint of step {progress.step:,}, allowed: at most "
@@ -76,7 +105,7 @@ def _train(run: Run, stop: Stop, output: Output) -> bool:
             preprocessing = workdir.Preprocessing(dataset.x_train.shape[1], dataset.mean, dataset.std)
             workdir.write_preprocessing(folder, preprocessing)
         if restored is None:
-            progress = start(run, state, encode, output)
+            progress = start(run, state, encode, output, after_epoch)
             save(run, manager, state, progress, output)
         elif not ended:
             output.say(f"resuming from step {progress.step:,} of {run.total_steps:,}")
@@ -86,18 +115,24 @@ def _train(run: Run, stop: Stop, output: Output) -> bool:
             programs = compile_programs(run, state, rng_views, encode)
             output.say(f"compiled the step in {time.perf_counter() - clock:.1f} s")
             state, progress, features = run_epochs(
-                run, programs, state, progress, store, manager, stop, output
+                run, programs, state, progress, store, manager, stop, output, after_epoch
             )
     if output.writes:
         plots.plot_curves(folder / "curves.png", workdir.read_metrics(folder))
     if progress.step < run.total_steps or (features and stop()):
         output.say(f"saved at step {progress.step:,} of {run.total_steps:,}")
-        return False
+        return Outcome(False, state)
     finish(run, progress, features or monitor.features(run.dataset, state, encode), rng_probe, output)
-    return True
+    return Outcome(True, state)
 
 
-def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progress:
+def start(
+    run: Run,
+    state: TrainState,
+    encode: Encode,
+    output: Output,
+    after_epoch: Callable[[workdir.Metrics, TrainState], None],
+) -> Progress:
     """Plot the partition, and record the accuracies of the untrained network."""
     names = run.dataset.class_names
     if output.writes:
@@ -108,7 +143,9 @@ def start(run: Run, state: TrainState, encode: Encode, output: Output) -> Progre
         **monitor.knn(run.dataset, run.config.eval, monitor.features(run.dataset, state, encode)),
     }
     metrics |= monitor.knn_raw_pixels(run.dataset, run.config.eval)
-    return journal.record(run, Progress(), metrics, output)
+    progress = journal.record(run, Progress(), metrics, output)
+    after_epoch(metrics, state)
+    return progress
 
 
 def run_epochs(
@@ -120,6 +157,7 @@ def run_epochs(
     manager: ocp.CheckpointManager,
     stop: Stop,
     output: Output,
+    after_epoch: Callable[[workdir.Metrics, TrainState], None],
 ) -> tuple[TrainState, Progress, monitor.Evaluated | None]:
     """Train until the last epoch or until `stop`, and save in either case.
 
@@ -154,6 +192,7 @@ def run_epochs(
                     top1s=(),
                     epoch_seconds=0.0,
                 )
+                after_epoch(metrics, state)
             # The next epoch overwrites the smashed data that an older checkpoint would replay.
             replaces = rest == 0 and progress.traffic == Traffic.UP_ONLY
             if replaces:
@@ -197,15 +236,15 @@ def run_epoch(
     divergence = None
     for first in range(done, run.steps_per_epoch, run.steps_per_round):
         steps = range(first, min(first + run.steps_per_round, run.steps_per_epoch))
-        if traffic is Traffic.BOTH_WAYS:
+        if traffic is Traffic.BOTH_WAYS or programs.replaying is None:
             at_work, curve = programs.run_steps(at_work, programs.feed(epoch, steps))
             at_work, info = programs.turn.sync(at_work)
             divergence = info.divergence
         elif traffic is Traffic.UP_ONLY:
-            at_work, curve = keep(programs, store, epoch, at_work, steps)
+            at_work, curve = keep(programs.replaying, programs.feed, store, epoch, at_work, steps)
         else:
             kept = order[steps.start : steps.stop]
-            at_work, curve = replay(programs, store, progress.kept_epoch, at_work, kept)
+            at_work, curve = replay(programs.replaying, store, progress.kept_epoch, at_work, kept)
         pending.append(curve)
         if stop():
             break
@@ -219,25 +258,30 @@ def run_epoch(
 
 
 def keep(
-    programs: Programs, store: saving.Store, epoch: int, state: CohortState, steps: range
+    replaying: rounds.Replaying,
+    feed: Feed,
+    store: saving.Store,
+    epoch: int,
+    state: CohortState,
+    steps: range,
 ) -> tuple[CohortState, rounds.Curve]:
     """Train the server alone, and keep the smashed data that the clients send."""
     curves = []
-    images = (batch for piece in programs.feed(epoch, steps) for batch in piece)
+    images = (batch for piece in feed(epoch, steps) for batch in piece)
     for step, batch in zip(steps, images, strict=True):
-        state, curve, smashed = programs.keeping_step(state, batch)
+        state, curve, smashed = replaying.keep(state, batch)
         store.write(epoch, step, smashed)
         curves.append(curve)
     return state, rounds.joined(curves)
 
 
 def replay(
-    programs: Programs, store: saving.Store, epoch: int, state: CohortState, steps: np.ndarray
+    replaying: rounds.Replaying, store: saving.Store, epoch: int, state: CohortState, steps: np.ndarray
 ) -> tuple[CohortState, rounds.Curve]:
     """Train the server on the smashed data kept from `steps` of `epoch`."""
     curves = []
     for step in steps:
-        state, curve = programs.replay_step(state, store.read(epoch, int(step)))
+        state, curve = replaying.train(state, store.read(epoch, int(step)))
         curves.append(curve)
     return state, rounds.joined(curves)
 

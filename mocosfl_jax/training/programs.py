@@ -22,8 +22,7 @@ class Programs(NamedTuple):
 
     feed: Feed
     run_steps: rounds.RunSteps
-    keeping_step: rounds.KeepingStep
-    replay_step: rounds.ReplayStep
+    replaying: rounds.Replaying | None  # None: clients take part in every step
     turn: rounds.Turn
     encode: Encode
 
@@ -48,14 +47,9 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
         images=piece(run, size),
         spread=spread,
     )
-    return Programs(
-        make_feed(run, size),
-        run_steps,
-        rounds.make_keeping_step(run.algorithm, run.make_views, rng_views, spread),
-        rounds.make_replay_step(run.algorithm),
-        turn,
-        encode,
-    )
+    replay = run.algorithm.replay if run.config.saving.loss_threshold else None
+    replaying = rounds.make_replaying(replay, run.make_views, rng_views, spread) if replay else None
+    return Programs(make_feed(run, size), run_steps, replaying, turn, encode)
 
 
 def round_programs(run: Run) -> tuple[Any, Any]:

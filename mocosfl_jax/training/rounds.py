@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from mocosfl_jax.algorithm.interface import Algorithm, CohortState, SyncInfo, TrainState
+from mocosfl_jax.algorithm.interface import Algorithm, CohortState, Replay, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData, Views
 
 # Pieces queued on the device. Each holds its images, so the host must not run ahead without limit.
@@ -26,10 +26,17 @@ class Curve(NamedTuple):
 
 
 RunSteps = Callable[[CohortState, Iterable[Array]], tuple[CohortState, Curve]]
-KeepingStep = Callable[[CohortState, Array], tuple[CohortState, Curve, SmashedData]]
-ReplayStep = Callable[[CohortState, SmashedData], tuple[CohortState, Curve]]
 Spread = Callable[[Array], Array]  # images [M, B, H, W, 3] -> the same, on several devices
 MakeViews = Callable[[Array, Array], Views]  # rng, images [M, B, H, W, 3] uint8 -> Views
+
+
+class Replaying(NamedTuple):
+    """The steps that train the server alone. Their state is donated."""
+
+    # state, images [M, B, H, W, 3] uint8 -> state, Curve, the smashed data that the clients have sent
+    keep: Callable[[CohortState, Array], tuple[CohortState, Curve, SmashedData]]
+    # state, SmashedData that its cohort has sent -> state, Curve
+    train: Callable[[CohortState, SmashedData], tuple[CohortState, Curve]]
 
 
 def joined(curves: Iterable[Curve]) -> Curve:
@@ -80,40 +87,29 @@ def make_turn(algorithm: Algorithm, state: TrainState, cohort: int | None) -> Tu
     return Turn(entering, sync, leaving, outputs(entering))
 
 
-def make_keeping_step(
-    algorithm: Algorithm, make_views: MakeViews, rng: Array, spread: Spread = _identity
-) -> KeepingStep:
-    """Return a step that trains the server alone and returns the smashed data that the clients sent.
+def make_replaying(
+    replay: Replay, make_views: MakeViews, rng: Array, spread: Spread = _identity
+) -> Replaying:
+    """Return the steps that train the server alone. Each is compiled when first called.
 
-    The arguments are those of `make_run_steps`, and the views drawn are the same. Compiled when first called.
-
-    Returns:
-      A function (state, images [M, B, H, W, 3] uint8) -> state, Curve, SmashedData. The state is donated.
+    Args:
+      replay: of the algorithm.
+      make_views: augmentation, as for `make_run_steps`. The views drawn are the same.
+      rng: key of all augmentations of the run.
+      spread: places a step's images on several devices.
     """
 
-    def step(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve, SmashedData | None]:
+    def keep(state: CohortState, images: Array, rng: Array) -> tuple[CohortState, Curve, SmashedData | None]:
         views = make_views(jax.random.fold_in(rng, state.step), spread(images))
-        state, info = algorithm.step(state, views, send_gradients=False)
+        state, info = replay.keep(state, views)
         return state, Curve([info.loss[None]], [info.top1[None]]), info.smashed
 
-    run_step: Any = jax.jit(step, donate_argnums=0)
-    return lambda state, images: run_step(state, images, rng)
-
-
-def make_replay_step(algorithm: Algorithm) -> ReplayStep:
-    """Return a step of the server on smashed data that it has kept. Compiled when first called.
-
-    Returns:
-      A function (state, SmashedData that its cohort has sent) -> state, Curve. The state is donated.
-    """
-
-    def step(state: CohortState, smashed: SmashedData) -> tuple[CohortState, Curve]:
-        assert algorithm.replay is not None
-        state, info = algorithm.replay(state, smashed)
+    def train(state: CohortState, smashed: SmashedData) -> tuple[CohortState, Curve]:
+        state, info = replay.train(state, smashed)
         return state, Curve([info.loss[None]], [info.top1[None]])
 
-    replay: Any = jax.jit(step, donate_argnums=0)
-    return replay
+    keeping: Any = jax.jit(keep, donate_argnums=0)
+    return Replaying(lambda state, images: keeping(state, images, rng), jax.jit(train, donate_argnums=0))
 
 
 def round_programs(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config import Resolved, from_dict, upgraded
+from mocosfl_jax.config import Own, Resolved, from_dict, upgraded
 from mocosfl_jax.config import differences as config_differences
 from mocosfl_jax.data import MAX_SIZE
 from mocosfl_jax.data.fingerprint import Fingerprint, changes
@@ -118,6 +118,10 @@ def claim(
         )
     if other_data and not accept_other_data:
         raise UserError(_refusal(workdir, other_data))
+    # Fields that do not change results may have new values, which evaluation uses.
+    _write_json(
+        path, config.as_dict() | {name: found[name] for name in (_ENVIRONMENT, _DATA) if name in found}
+    )
     started = found.get(_ENVIRONMENT)
     return Claim(differences(started, environment) if isinstance(started, dict) else [], emptied=False)
 
@@ -155,8 +159,12 @@ def _empty(workdir: Path) -> None:
         (workdir / name).unlink(missing_ok=True)
 
 
-def read_config(workdir: Path) -> Resolved:
+def read_config(workdir: Path, own: Own | None = None) -> Resolved:
     """Read the configuration of the run in `workdir`.
+
+    Args:
+      workdir: the folder of the run.
+      own: the functions that the configuration names, from a config file that the user trusts.
 
     Raises:
       UserError: if there is no run, or its configuration is invalid.
@@ -169,7 +177,7 @@ def read_config(workdir: Path) -> Resolved:
         values.pop(_ENVIRONMENT, None)
         values.pop(_DATA, None)
     try:
-        return from_dict(values)
+        return from_dict(values, own)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

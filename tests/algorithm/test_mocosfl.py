@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import SplitModel, Views
-from mocosfl_jax.algorithm import moco
+from mocosfl_jax.algorithm import moco, optim
 from mocosfl_jax.algorithm.concatenation import merge
 from tests.support.algorithms import LR, B, Build, K, N, assert_trees_close, client, diverse
 from tests.support.toy import random_views
@@ -160,7 +160,8 @@ def test_learning_rates_follow_their_schedules(build: Build, toy_model: SplitMod
     def stopping(step: jax.Array) -> jax.Array:
         return jnp.where(step < 1, LR, 0.0)
 
-    algorithm, state = build(toy_model, server_lr=stopping, client_lr=stopping)
+    optimizer = optim.sgd(stopping)
+    algorithm, state = build(toy_model, client_optimizer=optimizer, server_optimizer=optimizer)
     first, _ = algorithm.step(state, random_views(5, N, B))
     second, _ = algorithm.step(first, random_views(6, N, B))
     assert np.any(jax.tree.leaves(first.server.params)[0] != jax.tree.leaves(state.server.params)[0])
@@ -171,14 +172,14 @@ def test_learning_rates_follow_their_schedules(build: Build, toy_model: SplitMod
 
 def test_incompatible_settings_are_refused(build: Build, toy_model: SplitModel) -> None:
     algorithm, state = build(toy_model)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match=r"views: found query .* with M = 4"):
         algorithm.step(state, random_views(1, N - 1, B))
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match=r"views: found query .* with M = 2"):
         algorithm.step(algorithm.enter(algorithm.leave(state), jnp.array([0, 1])), random_views(1, N, B))
     small, state = build(toy_model, queue_size=N * B - 1)
     with pytest.raises(ValueError, match="queue of 11 keys cannot take 12"):
         small.step(state, random_views(1, N, B))
-    with pytest.raises(ValueError, match="4 queues cannot be made of 3 keys"):
+    with pytest.raises(ValueError, match=r"moco\.queue_size: found 3, allowed: 4 or more"):
         build(toy_model, queue_size=3, feature_sharing=False)
 
 

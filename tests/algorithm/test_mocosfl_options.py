@@ -188,28 +188,28 @@ def test_full_symmetric_is_the_gradient_of_both_views(build: Build, toy_model: S
 
 
 def test_frozen_clients_receive_no_gradient_and_never_change(build: Build, toy_model: SplitModel) -> None:
-    algorithm, state = build(toy_model, client_lr=0.0)
+    algorithm, state = build(toy_model, client_optimizer=None)
     new, info = algorithm.step(state, random_views(1, N, B))
     synced, _ = algorithm.sync(new)
     assert info.smashed_grad is None
     assert_trees_close(synced.clients.params, state.clients.params, rtol=0)
     assert_trees_close(synced.clients.opt_state, state.clients.opt_state, rtol=0)
-    moving, _ = build(toy_model)
-    assert_trees_close(new.server, moving.step(state, random_views(1, N, B))[0].server, rtol=1e-5, atol=1e-7)
+    moving, start = build(toy_model)
+    assert_trees_close(new.server, moving.step(start, random_views(1, N, B))[0].server, rtol=1e-5, atol=1e-7)
 
 
 def test_frozen_clients_have_no_backward_pass(build: Build, toy_model: SplitModel) -> None:
     """A step has no gradient of the clients' kernels; once compiled, none of smashed data either."""
 
-    def flops(client_lr: float) -> tuple[int, float]:
+    def flops(**options: Any) -> tuple[int, float]:
         """FLOPs of the products in the traced algorithm, and of the whole compiled step."""
-        algorithm, state = build(toy_model, client_lr=client_lr)
+        algorithm, state = build(toy_model, **options)
         step, arguments = jax.jit(algorithm.step), (state, random_views(1, N, B))
         analysis = step.lower(*arguments).compile().cost_analysis()
         assert analysis is not None
         return forward_flops(step, *arguments), analysis["flops"]
 
-    (frozen, compiled_frozen), (training, compiled_training) = flops(0.0), flops(0.1)
+    (frozen, compiled_frozen), (training, compiled_training) = flops(client_optimizer=None), flops()
     of_kernels = 2 * (N * B * 4 * 4) * (3 * 5)  # 16 pixels per image, 3 channels to 5
     of_smashed = 2 * (N * B) * (16 * 5) * 12
     # Twice as many where a backward pass recomputes the forward pass.
@@ -221,7 +221,8 @@ def test_withheld_gradients_train_the_server_alone(build: Build, toy_model: Spli
     algorithm, state = build(toy_model)
     state, views = diverse(state), random_views(1, N, B)
     full, _ = algorithm.step(state, views)
-    withheld, info = algorithm.step(state, views, send_gradients=False)
+    assert algorithm.replay is not None
+    withheld, info = algorithm.replay.keep(state, views)
     assert info.smashed_grad is None
     assert_trees_close(withheld.server, full.server, rtol=1e-5, atol=1e-7)
     assert_trees_close(withheld.clients.params, state.clients.params, rtol=0)
@@ -237,7 +238,7 @@ def test_replay_is_the_servers_half_of_a_step(
     full, info = algorithm.step(state, random_views(1, 2, B))
     assert algorithm.replay is not None and info.smashed is not None
     kept = SmashedData(*map(jnp.asarray, map(np.asarray, info.smashed)))
-    replayed, again = algorithm.replay(state, kept)
+    replayed, again = algorithm.replay.train(state, kept)
     assert_trees_close(replayed.server, full.server, rtol=1e-5, atol=1e-7)
     assert_trees_close(replayed.clients.queue, full.clients.queue, rtol=1e-5, atol=1e-7)
     models, before = (s.clients._replace(queue=None) for s in (replayed, state))

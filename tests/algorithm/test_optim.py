@@ -11,11 +11,11 @@ def test_sgd_equals_the_definition(x64: None) -> None:
     rng = np.random.default_rng(0)
     p, m, rate = rng.normal(size=5), np.zeros(5), 0.06
     params = {"p": jnp.asarray(p)}
-    optimizer = optim.sgd(momentum=0.9, weight_decay=5e-4)
+    optimizer = optim.sgd(rate, momentum=0.9, weight_decay=5e-4)
     state = optimizer.init(params)
     for _ in range(5):
         g = rng.normal(size=5)
-        params, state = optim.descend(optimizer, {"p": jnp.asarray(g)}, state, params, jnp.asarray(rate))
+        params, state = optim.descend(optimizer, {"p": jnp.asarray(g)}, state, params, 0)
         m = 0.9 * m + g + 5e-4 * p
         p = p - rate * m
         np.testing.assert_allclose(params["p"], p, rtol=1e-13)

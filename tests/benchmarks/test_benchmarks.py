@@ -33,9 +33,8 @@ from benchmarks import (
 from benchmarks.settings import QUICKSTART, Setting
 from benchmarks.timing import finished, medians, stepper
 from mocosfl_jax.config import Config, quickstart, resolve
-from mocosfl_jax.training.build import build_model
-from tests.support import toy
-from tests.support.toy import in_place, make_toy_model
+from mocosfl_jax.training.build import build_model, constant_network
+from tests.support.toy import make_toy_model
 
 TINY = Setting(clients=3, batch=2, width=4, stem_stride=4, key_dim=8, queue_size=20, image_size=16)
 
@@ -290,8 +289,8 @@ def test_epoch_separates_the_steps_from_the_rest(toy_images: str, monkeypatch: p
     config.clients.num, config.clients.batch_size, config.clients.noniid_ratio = 4, 2, 0.5
     config.model.width, config.moco.key_dim, config.moco.queue_size = 4, 8, 20
     config.eval.knn_k = 5
-    with in_place():
-        numbers = epoch.measure(config, "tiny", epochs=1).numbers
+    config.own.network = constant_network(make_toy_model())
+    numbers = epoch.measure(config, "tiny", epochs=1).numbers
     # Two epochs of six steps, each step a round of its own; the first epoch warms up. Each round reads the
     # clock twice, the second time after 3 + 1 s, and the epoch reads it once more.
     assert rounds == [2 * 6]
@@ -310,20 +309,20 @@ def test_data_measures_both_kinds_of_images(tmp_path: pathlib.Path, monkeypatch:
         config = quickstart()
         config.clients.num, config.clients.batch_size = 4, 2
         config.model.width, config.moco.key_dim, config.moco.queue_size = 4, 8, 20
+        config.own.network = constant_network(sparse)
         return config
 
     monkeypatch.setattr(data, "quickstart", tiny)
     monkeypatch.setattr(data, "IMAGES", 40)
     model = make_toy_model()
+    # For images of 32 pixels.
     sparse = model._replace(client=lambda params, images: model.client(params, images[..., ::8, ::8, :]))
-    monkeypatch.setattr(toy, "make_toy_model", lambda: sparse)  # for images of 32 pixels
     monkeypatch.setattr(data, "time", types.SimpleNamespace(perf_counter=Clock(tick=1.0)))
     data.write_npy(tmp_path)
     # Five steps, each a round of its own. Each round waits for its images and for their end: two readings of
     # a clock where a reading takes 1 s, and 1 s of waiting. The epoch reads the clock once more.
     for resident in (True, False):
-        with in_place():
-            epochs = list(data.make_epochs("npy", tmp_path, resident, 2))
+        epochs = list(data.make_epochs("npy", tmp_path, resident, 2))
         assert epochs == 2 * [data.Epoch(seconds=2 * 10 + 1, waiting=10)]
 
 

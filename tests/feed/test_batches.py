@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
-from mocosfl_jax import MomentumContrast, mocosfl
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Synchronization
 from mocosfl_jax.data.images import OnDisk
 from mocosfl_jax.feed import batches
@@ -118,7 +117,7 @@ def write_images(folder: pathlib.Path, kind: str, shape: tuple[int, ...] = IMAGE
 
 
 def prepared(folder: pathlib.Path, kind: str, resident: bool, image_size: int | None = None) -> Run:
-    run = prepare(
+    return prepare(
         Config(
             epochs=2,
             data=Data(name=kind, dir=str(folder), resident=resident, image_size=image_size),
@@ -127,18 +126,15 @@ def prepared(folder: pathlib.Path, kind: str, resident: bool, image_size: int | 
             model=Model(width=4),
             moco=Moco(key_dim=8, queue_size=20),
             eval=Eval(every=0, knn_k=3, probe_epochs=1),
-        )
-    )
-    model = make_toy_model()
-    return run._replace(
-        model=model, algorithm=mocosfl(model, num_clients=6, moco=MomentumContrast(queue_size=20))
+        ),
+        model=make_toy_model(),
     )
 
 
 def last_state(run: Run, folder: pathlib.Path) -> list[np.ndarray]:
     like = jax.jit(run.algorithm.init)(jax.random.key(0))
     with checkpoint.open_manager(folder / "checkpoints", keep=3) as manager:
-        restored = checkpoint.restore_newest(manager, like)
+        restored = checkpoint.restore_newest(manager, like, run.algorithm.homes)
     assert restored is not None and restored[1].step == run.total_steps
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored[0])]
 

@@ -28,6 +28,7 @@ from mocosfl_jax import (
     split_model,
     train,
 )
+from mocosfl_jax.algorithm import optim
 from mocosfl_jax.config import quickstart, resolve
 from mocosfl_jax.costs import accounting
 from mocosfl_jax.models import norms
@@ -53,8 +54,8 @@ def build(compute_dtype: str, **changes: Any) -> tuple[SplitModel, Algorithm]:
         model,
         num_clients=CLIENTS,
         moco=MomentumContrast(queue_size=48, temperature=1.0),
-        server_lr=LR,
-        client_lr=LR,
+        server_optimizer=optim.sgd(LR),
+        client_optimizer=optim.sgd(LR),
     )
 
 

@@ -42,7 +42,7 @@ from mocosfl_jax.train import main
 from mocosfl_jax.training import experiment, loop, rounds, workdir
 from mocosfl_jax.training.journal import Output
 from tests.support.small_run import arguments
-from tests.support.toy import in_place, make_toy_model
+from tests.support.toy import make_toy_model, with_toy
 from tests.support.training import prepare, single
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -121,7 +121,7 @@ def build(case: Case, mesh: jax.sharding.Mesh, forms: Forms = CPU) -> Algorithm:
         algorithm = flmoco(conv_model(stacked_server=True), **settings)
     else:
         algorithm = mocosfl(conv_model(), **settings, **case.options)
-    return distribute(algorithm, mesh, case.num_clients)
+    return distribute(algorithm, mesh)
 
 
 def diverse(state: TrainState) -> TrainState:
@@ -345,19 +345,11 @@ def prepared(path: pathlib.Path, mesh: jax.sharding.Mesh) -> experiment.Run:
         data=Data(name="npz", dir=str(path)),
         clients=Clients(num=6, cohort=5, batch_size=2, noniid_ratio=1.0),
         model=Model(width=4),
-        moco=Moco(key_dim=8, queue_size=24),
+        moco=Moco(key_dim=8, queue_size=24, temperature=1.0),
         eval=Eval(every=1, knn_k=3, probe_epochs=0),
     )
     config.sync.frequency = 2
-    run = prepare(config, mesh)
-    model = make_toy_model()
-    algorithm = mocosfl(
-        model,
-        num_clients=6,
-        moco=MomentumContrast(queue_size=24, temperature=1.0),
-        placement=make_placement(mesh, CPU),
-    )
-    return run._replace(model=model, algorithm=distribute(algorithm, mesh, 6))
+    return prepare(config, mesh, CPU, model=make_toy_model())
 
 
 def test_a_run_resumes_on_another_mesh(tmp_path: pathlib.Path) -> None:
@@ -376,7 +368,7 @@ def test_a_run_resumes_on_another_mesh(tmp_path: pathlib.Path) -> None:
             if metrics["epoch"] == last_epoch:
                 stop.set()
 
-        return loop.train(run, stop.is_set, Output(folder, lambda line: None, watch))
+        return loop.train(run, stop.is_set, Output(folder, lambda line: None, watch)).finished
 
     assert not go(tmp_path / "many", make_mesh(Mesh(), jax.devices()), 1)
     assert not go(tmp_path / "many", make_mesh(Mesh(data=2, model=4), jax.devices()), 2)
@@ -411,7 +403,6 @@ def test_a_scanned_round_on_a_mesh_equals_steps_on_one_device() -> None:
                 placement=placement,
             ),
             mesh,
-            7,
         )
         place, size = of_images(mesh, 5), 3 if scan else 1
         places = padded(mesh, 5, 2)
@@ -456,8 +447,7 @@ def test_the_command_trains_on_all_devices(
         toy_images, tmp_path, "--config.mesh.data=None", "--config.mesh.model=2", "--config.epochs=1"
     )
     argv.append("--config.eval.probe_epochs=0")
-    with in_place():
-        assert main(argv) == 0
+    assert main(with_toy(argv)) == 0
     out = capsys.readouterr().out
     assert re.search(r"devices +8 x cpu \(cpu\), mesh of data 4 x model 2\n", out)
     assert main([*argv, "--config.mesh.model=8"]) == 2
@@ -479,7 +469,7 @@ def test_on_one_device_nothing_is_distributed() -> None:
     mesh = make_mesh(Mesh(data=1, model=1), jax.devices()[3:])
     assert mesh.devices.tolist() == [[jax.devices()[3]]]
     algorithm = mocosfl(make_toy_model(), num_clients=2)
-    assert distribute(algorithm, mesh, 2) is algorithm
+    assert distribute(algorithm, mesh) is algorithm
     assert make_placement(mesh, CPU) == one_device(CPU)
 
 

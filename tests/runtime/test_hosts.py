@@ -33,7 +33,7 @@ from tests.support.processes import (
     newest,
     start,
 )
-from tests.support.toy import in_place, last_arrays
+from tests.support.toy import last_arrays, with_toy
 from tests.support.training import comparable, prepare
 
 FATAL = "Terminating process because the JAX distributed service detected fatal errors."
@@ -49,10 +49,10 @@ def wait_for_epoch(folder: pathlib.Path, epoch: int) -> None:
 
 def train_here(argv: list[str], stop_after: int | None = None) -> None:
     """Run the command in this process alone, on two of its devices, optionally until the end of an epoch."""
-    with in_place(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         if stop_after is not None:
             patch.setattr(journal, "record", stopping(stop_after))
-        assert main(argv) == (0 if stop_after is None else 128 + signal.SIGTERM)
+        assert main(with_toy(argv)) == (0 if stop_after is None else 128 + signal.SIGTERM)
 
 
 def stopping(epoch: int) -> Callable[..., checkpoint.Progress]:

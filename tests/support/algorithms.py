@@ -6,6 +6,8 @@ import jax
 import numpy as np
 
 from mocosfl_jax import Algorithm, CohortState, Forms, MomentumContrast, SplitModel, mocosfl, one_device
+from mocosfl_jax.algorithm import optim
+from mocosfl_jax.algorithm.interface import Replay
 from mocosfl_jax.models.forms import ACCELERATOR, CPU
 
 N, B, K = 4, 3, 48
@@ -34,16 +36,18 @@ def build(
         num_clients=num_clients,
         moco=MomentumContrast(**{"queue_size": K, "temperature": 1.0} | moco),
         placement=one_device(forms),
-        **{"server_lr": LR, "client_lr": LR} | changes,
+        **{"client_optimizer": optim.sgd(LR), "server_optimizer": optim.sgd(LR)} | changes,
     )
     algorithm = Algorithm(
         init=jax.jit(pure.init),
         enter=jax.jit(pure.enter),
-        step=jax.jit(pure.step, static_argnames="send_gradients"),
+        step=jax.jit(pure.step),
         sync=jax.jit(pure.sync),
         leave=jax.jit(pure.leave),
         encode=jax.jit(pure.encode),
-        replay=jax.jit(pure.replay) if pure.replay else None,
+        models=jax.jit(pure.models),
+        homes=pure.homes,
+        replay=pure.replay and Replay(jax.jit(pure.replay.keep), jax.jit(pure.replay.train)),
     )
     return algorithm, algorithm.enter(algorithm.init(jax.random.key(0)))
 

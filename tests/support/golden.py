@@ -137,10 +137,8 @@ def build(case: Case, forms: Forms) -> tuple[Algorithm, CohortState]:
     algorithm = mocosfl(
         model,
         num_clients=s["num_client"],
-        server_lr=s["lr"],
-        # Given as a schedule: the number 0 would freeze the clients, and no gradient would cross the cut.
-        client_lr=lambda step: jnp.asarray(s["c_lr"]),
-        optimizer=optim.sgd(s["momentum"], s["weight_decay"]),
+        server_optimizer=optim.sgd(s["lr"], s["momentum"], s["weight_decay"]),
+        client_optimizer=optim.sgd(s["c_lr"], s["momentum"], s["weight_decay"]),
         placement=one_device(forms),
         moco=MomentumContrast(
             queue_size=s["K"],

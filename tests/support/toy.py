@@ -1,8 +1,7 @@
-"""A toy network, views for it, and runs that use it instead of the ResNet."""
+"""A toy network, views for it, and command lines with it."""
 
-import contextlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from mocosfl_jax import SplitModel, Views, train
-from mocosfl_jax.training import build, checkpoint
+from mocosfl_jax.training import checkpoint
 from tests.support.training import prepare
 
 IMAGE = (4, 4, 3)
@@ -42,23 +41,17 @@ def make_toy_model() -> SplitModel:
     return SplitModel(init, client, backbone, head, KEY_DIM)
 
 
-@contextlib.contextmanager
-def in_place() -> Iterator[None]:
-    """Within this context, every configuration gets the toy network."""
-    build_model = build.build_model
-    build.build_model = lambda *_, **__: make_toy_model()
-    try:
-        yield
-    finally:
-        build.build_model = build_model
+def with_toy(argv: Sequence[str]) -> list[str]:
+    """The command line `argv` of a command, with the toy network instead of the quickstart's."""
+    file = pathlib.Path(__file__).with_name("toy_config.py")
+    return [argv[0], f"--config={file}", *argv[1:]]
 
 
 def last_arrays(argv: Sequence[str], folder: pathlib.Path) -> list[np.ndarray]:
     """All arrays of the newest checkpoint of a run with the toy network, restored on one device."""
-    config, *_ = train.parse(argv)
-    with in_place():
-        run = prepare(config)
-    state, _ = checkpoint.restore(folder / "checkpoints", None, run.algorithm.init, jax.devices()[0])
+    config, *_ = train.parse(with_toy(argv))
+    run = prepare(config)
+    state, _ = checkpoint.restore(folder / "checkpoints", None, run.algorithm, jax.devices()[0])
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 

@@ -15,7 +15,7 @@ from mocosfl_jax.data.images import OnDisk
 from mocosfl_jax.feed import batches
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.training import checkpoint
-from tests.support.toy import in_place
+from tests.support.toy import with_toy
 
 
 def recording(images: Images, folder: str) -> OnDisk:
@@ -54,8 +54,7 @@ def main() -> int:
         fill_disk(process, range(first, end))
     # A killed process is noticed, and a missing process is given up, within seconds.
     hosts.HEARTBEAT, hosts.MEETING, hosts.PARTING = int(os.environ.get("TOY_HEARTBEAT", "20")), 10, 20
-    with in_place():
-        return train.main(sys.argv)
+    return train.main(with_toy(sys.argv))
 
 
 if __name__ == "__main__":

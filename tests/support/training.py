@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from mocosfl_jax.config import Config, resolve
+from mocosfl_jax.models import SplitModel
 from mocosfl_jax.models.forms import Forms
 from mocosfl_jax.parallel.mesh import one_device
 from mocosfl_jax.training import experiment, loop, workdir
@@ -22,9 +23,11 @@ def single() -> Mesh:
     return one_device(jax.devices()[0])
 
 
-def prepare(config: Config, mesh: Mesh | None = None, forms: Forms | None = None) -> Run:
+def prepare(
+    config: Config, mesh: Mesh | None = None, forms: Forms | None = None, *, model: SplitModel | None = None
+) -> Run:
     """Prepare the run of a configuration, by default on one device in the forms of its platform."""
-    return experiment.prepare(resolve(config), mesh or single(), forms)
+    return experiment.prepare(resolve(config), mesh or single(), forms, model=model)
 
 
 def train(run: Run, folder: pathlib.Path, stop_at: Callable[[Metrics], bool] = lambda metrics: False) -> bool:
@@ -36,7 +39,7 @@ def train(run: Run, folder: pathlib.Path, stop_at: Callable[[Metrics], bool] = l
         if stop_at(metrics):
             stop.set()
 
-    return loop.train(run, stop.is_set, Output(folder, lambda line: None, watch))
+    return loop.train(run, stop.is_set, Output(folder, lambda line: None, watch)).finished
 
 
 def comparable(folder: pathlib.Path) -> list[dict[str, float]]:

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import MomentumContrast, mocosfl
 from mocosfl_jax.algorithm.messages import SmashedData
 from mocosfl_jax.config import Checkpoint, Clients, Config, Data, Eval, Moco, Model, Synchronization
 from mocosfl_jax.errors import DiskFullError
@@ -46,7 +45,7 @@ def prepared(folder: pathlib.Path, on_full_disk: str) -> Run:
     rng = np.random.default_rng(0)
     pictures, labels = rng.integers(0, 256, (24, *IMAGE)).astype(np.uint8), np.arange(24) % 3
     np.savez(path, x_train=pictures, y_train=labels, x_test=pictures, y_test=labels)
-    run = prepare(
+    return prepare(
         Config(
             epochs=4,
             data=Data(name="npz", dir=str(path)),
@@ -56,11 +55,8 @@ def prepared(folder: pathlib.Path, on_full_disk: str) -> Run:
             moco=Moco(key_dim=8, queue_size=20),
             eval=Eval(every=0, knn_k=3, probe_epochs=0),
             checkpoint=Checkpoint(keep=1, on_full_disk=on_full_disk),
-        )
-    )
-    model = make_toy_model()
-    return run._replace(
-        model=model, algorithm=mocosfl(model, num_clients=3, moco=MomentumContrast(queue_size=20))
+        ),
+        model=make_toy_model(),
     )
 
 
@@ -89,7 +85,7 @@ def last_checkpoint(run: Run, folder: pathlib.Path) -> tuple[int, list[np.ndarra
     like = jax.jit(run.algorithm.init)(jax.random.key(0))
     with checkpoint.open_manager(folder / "checkpoints", keep=1) as manager:
         assert len(manager.all_steps()) == 1
-        restored = checkpoint.restore_newest(manager, like)
+        restored = checkpoint.restore_newest(manager, like, run.algorithm.homes)
     assert restored is not None
     return restored[1].step, [np.asarray(leaf) for leaf in jax.tree.leaves(restored[0])]
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mocosfl_jax import MomentumContrast, mocosfl
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Synchronization
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.training import workdir
@@ -28,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     labels = np.arange(84) % 3
     pictures = rng.integers(0, 256, (84, *IMAGE)).astype(np.uint8)
     np.savez(path, x_train=pictures, y_train=labels, x_test=pictures[:20], y_test=labels[:20])
-    run = prepare(
+    return prepare(
         Config(
             epochs=4,
             data=Data(name="npz", dir=str(path)),
@@ -37,11 +36,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             model=Model(width=4),
             moco=Moco(key_dim=8, queue_size=20),
             eval=Eval(every=2, knn_k=3, probe_epochs=2),
-        )
-    )
-    model = make_toy_model()
-    return run._replace(
-        model=model, algorithm=mocosfl(model, num_clients=6, moco=MomentumContrast(queue_size=20))
+        ),
+        model=make_toy_model(),
     )
 
 
@@ -57,9 +53,10 @@ def undisturbed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[pat
 
         return counted
 
-    algorithm = run.algorithm._replace(
-        **{name: counting(name, getattr(run.algorithm, name)) for name in ("init", "step", "sync", "encode")}
-    )
+    counted: Any = {
+        name: counting(name, getattr(run.algorithm, name)) for name in ("init", "step", "sync", "encode")
+    }
+    algorithm = run.algorithm._replace(**counted)
     folder = tmp_path_factory.mktemp("undisturbed")
     assert train(run._replace(algorithm=algorithm), folder)
     return folder, traces

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from mocosfl_jax import CohortState, Forms, MomentumContrast, SplitModel, Views, mocosfl, one_device
+from mocosfl_jax import CohortState, Forms, MomentumContrast, SplitModel, StepInfo, Views, mocosfl, one_device
 from mocosfl_jax.feed import batches
 from mocosfl_jax.models.forms import CPU
 from mocosfl_jax.training import rounds
@@ -37,10 +37,10 @@ def build(
     moco = MomentumContrast(queue_size=24, temperature=1.0)
     algorithm = mocosfl(model, num_clients=N, moco=moco, placement=one_device(forms))
 
-    def counted(*args: Any) -> Any:
+    def counted(state: CohortState, views: Views) -> tuple[CohortState, StepInfo]:
         if traces is not None:
             traces.append(1)
-        return algorithm.step(*args)
+        return algorithm.step(state, views)
 
     images = np.random.default_rng(1).integers(0, 256, (40, *IMAGE), np.uint8)
     size = R if scan else 1

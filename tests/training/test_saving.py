@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax import MomentumContrast, mocosfl
 from mocosfl_jax.algorithm.messages import SmashedData
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Saving, Synchronization, quickstart
 from mocosfl_jax.errors import UserError
@@ -135,7 +134,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     rng = np.random.default_rng(0)
     pictures, labels = rng.integers(0, 256, (24, *IMAGE)).astype(np.uint8), np.arange(24) % 3
     np.savez(path, x_train=pictures, y_train=labels, x_test=pictures[:9], y_test=labels[:9])
-    prepared = prepare(
+    return prepare(
         Config(
             epochs=EPOCHS,
             data=Data(name="npz", dir=str(path)),
@@ -145,11 +144,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             model=Model(width=4),
             moco=Moco(key_dim=8, queue_size=24, feature_sharing=False),
             eval=Eval(every=2, knn_k=3, probe_epochs=2),
-        )
+        ),
+        model=make_toy_model(),
     )
-    model = make_toy_model()
-    algorithm = mocosfl(model, num_clients=3, moco=MomentumContrast(queue_size=24, feature_sharing=False))
-    return prepared._replace(model=model, algorithm=algorithm)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +172,7 @@ def test_clients_pause_and_the_server_continues(run: Run, tmp_path: pathlib.Path
     states = []
     for _ in range(2):
         with checkpoint.open_manager(tmp_path / "checkpoints", keep=3) as manager:
-            restored = checkpoint.restore_newest(manager, like)
+            restored = checkpoint.restore_newest(manager, like, run.algorithm.homes)
         assert restored is not None
         states.append(restored[0])
         if len(states) == 1:

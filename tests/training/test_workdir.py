@@ -10,7 +10,7 @@ import pytest
 from mocosfl_jax import evaluate
 from mocosfl_jax.train import main
 from tests.support.small_run import arguments, metrics, write_images
-from tests.support.toy import IMAGE, in_place
+from tests.support.toy import IMAGE, with_toy
 
 
 @pytest.fixture
@@ -26,8 +26,7 @@ def run(data: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def train(data: pathlib.Path, folder: pathlib.Path, *more: str) -> int:
-    with in_place():
-        return main(arguments(str(data), folder, *more))
+    return main(with_toy(arguments(str(data), folder, *more)))
 
 
 def exchange(data: pathlib.Path, images: int) -> None:
@@ -48,8 +47,7 @@ def test_a_run_does_not_resume_with_other_data(
     error = capsys.readouterr().err
     assert "config.data: found other data than those of the run" in error and error.count("\n") == 1
     assert (f"training images: 48 there, {images} now" in error) == (images != 48)
-    with in_place():
-        assert evaluate.main(["evaluate", f"--workdir={run}"]) == 2
+    assert evaluate.main(with_toy(["evaluate", f"--workdir={run}"])) == 2
     assert "other pixels" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == kept
 
@@ -62,8 +60,7 @@ def test_other_data_are_accepted_on_request(
     assert train(data, run, "--accept_other_data") == 0
     assert (run / "preprocessing.json").read_bytes() == preprocessing
     assert metrics(run)[: len(lines) - 1] == lines[:-1]  # each epoch is kept, exactly once
-    with in_place():
-        assert evaluate.main(["evaluate", f"--workdir={run}", "--accept_other_data"]) == 0
+    assert evaluate.main(with_toy(["evaluate", f"--workdir={run}", "--accept_other_data"])) == 0
     capsys.readouterr()
     exchange(data, 24)  # 3 epochs of 3 steps, while the checkpoint is at step 18
     assert train(data, run, "--accept_other_data") == 2
@@ -78,12 +75,12 @@ def test_the_same_data_may_be_elsewhere(
     moved = tmp_path / "elsewhere.npz"
     shutil.move(data, moved)
     monkeypatch.chdir(tmp_path)
+    # Its data are gone from their place.
+    assert evaluate.main(with_toy(["evaluate", f"--workdir={run}"])) == 2
     for place in (moved, pathlib.Path("elsewhere.npz")):
         assert train(place, run) == 0
     assert metrics(run) == before
-    with in_place():
-        assert evaluate.main(["evaluate", f"--workdir={run}"]) == 2  # its data are gone from their place
-        assert evaluate.main(["evaluate", f"--workdir={run}", f"--data_dir={moved}"]) == 0
+    assert evaluate.main(with_toy(["evaluate", f"--workdir={run}", f"--data_dir={moved}"])) == 0
     found = json.loads((run / "evaluation.json").read_text())
     assert found["knn_backbone"] == before[-2]["knn_backbone"]
 

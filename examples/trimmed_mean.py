@@ -1,0 +1,36 @@
+"""An average that few bad clients cannot move: the trimmed mean (Yin et al. 2018).
+
+python -m mocosfl_jax.train --config=examples/trimmed_mean.py
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mocosfl_jax import Algorithm, SplitModel, mocosfl
+from mocosfl_jax.config import Config, Own, quickstart
+
+TRIM = 0.1  # the share of clients left out at each end
+
+
+def trimmed_mean(stacked: Any, weights: Array | None) -> Any:
+    """The mean of each parameter over the clients [M, ...], without its largest and its smallest values."""
+
+    def of_leaf(leaf: Array) -> Array:
+        cut = int(TRIM * len(leaf))
+        return jnp.mean(jnp.sort(leaf, axis=0)[cut : len(leaf) - cut], axis=0)
+
+    return jax.tree.map(of_leaf, stacked)
+
+
+def algorithm(config: Any, model: SplitModel, arguments: dict[str, Any]) -> Algorithm:
+    sync = arguments.pop("sync")._replace(average=trimmed_mean)
+    return mocosfl(model, sync=sync, **arguments)
+
+
+def get_config() -> Config:
+    config = quickstart()
+    config.own = Own(algorithm=algorithm)
+    return config
