@@ -10,8 +10,11 @@ import difflib
 import functools
 import re
 import runpy
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from mocosfl_jax.config import Config, Own, quickstart
+from mocosfl_jax.config import CHOICES, Config, Own, comments, quickstart
 from mocosfl_jax.errors import UserError, one_line
 from mocosfl_jax.paths import user_path
 
@@ -56,10 +59,11 @@ def parse(
       >>> arguments.name, arguments.config.clients.num
       ('quickstart', 50)
     """
-    unset, argv = split_unset(argv)
-    for argument in argv[1:]:
-        check_field(argument)
     values = flags.FlagValues()
+    define(values)
+    for argument in argv[1:]:
+        check_field(argument, values)
+    unset, argv = split_unset(argv)
     names = ["quickstart"]
 
     def load(path: str) -> Config:
@@ -71,12 +75,11 @@ def parse(
         config_flags.DEFINE_config_dataclass(
             "config", quickstart(), "A file with get_config().", values, sys_argv=list(argv), parse_fn=load
         )
-        define(values)
         rest = values(list(argv))[1:]
     except flags.Error as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, values, usage)) from error
     if rest:
-        raise UserError(f"found {rest[0]!r}, allowed: {usage}")
+        raise UserError(unexpected(repr(rest[0]), rest[0], list(values), usage))
     for path in unset:
         *parents, field = path.split(".")
         setattr(functools.reduce(getattr, parents, values.config), field, None)
@@ -84,7 +87,11 @@ def parse(
 
 
 def parse_flags(
-    argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], None], required: Sequence[str] = ()
+    argv: Sequence[str],
+    usage: str,
+    define: Callable[[flags.FlagValues], None],
+    required: Sequence[str] = (),
+    rest: list[str] | None = None,
 ) -> Any:
     """Parse a command line without a configuration, with only the flags that `define` adds.
 
@@ -93,6 +100,7 @@ def parse_flags(
       usage: the allowed arguments, for the error message.
       define: adds the flags.
       required: flags that must have a value.
+      rest: receives the arguments that are no flags; None: there may be none.
 
     Returns:
       The flags, each an attribute.
@@ -103,11 +111,13 @@ def parse_flags(
     values = flags.FlagValues()
     define(values)
     try:
-        rest = values(list(argv))[1:]
+        found = values(list(argv))[1:]
     except flags.Error as error:
-        raise UserError(f"{explain(error).rstrip(' .?')}; allowed: {usage}") from error
-    if rest:
-        raise UserError(f"found {rest[0]!r}, allowed: {usage}")
+        raise UserError(explain(error, values, usage)) from error
+    if rest is not None:
+        rest += found
+    elif found:
+        raise UserError(unexpected(repr(found[0]), found[0], list(values), usage))
     for name in required:
         if not values[name].value:
             raise UserError(f"--{name} is missing; allowed: {usage}")
@@ -141,11 +151,8 @@ def split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Take the arguments `--config.FIELD=None` out of a command line: absl cannot parse None as a number.
 
     Returns:
-      The paths of these fields, without `config.`, and the other arguments. Whether a field may be None is
-      checked later, with the configuration.
-
-    Raises:
-      UserError: if there is no such field.
+      The paths of these fields, without `config.`, and the other arguments. Whether a field exists and may be
+      None is not checked here.
 
     Example:
       >>> split_unset(["train", "--config.clients.cohort=None"])
@@ -155,15 +162,17 @@ def split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for argument in argv:
         match = re.fullmatch(r"--?config\.(.+)=(?i:none)", argument)
         if match:
-            check_field(argument)
             unset.append(match[1])
         else:
             others.append(argument)
     return unset, others
 
 
-def check_field(argument: str) -> None:
-    """Raise UserError if `argument` sets a field that does not exist in a configuration."""
+def check_field(argument: str, flag_names: Iterable[str] = ()) -> None:
+    """Raise UserError if `argument` sets a field that does not exist in a configuration.
+
+    The message says which field, or flag of `flag_names`, was probably meant.
+    """
     match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
     node: Any = quickstart()
     path = "config"
@@ -174,9 +183,9 @@ def check_field(argument: str) -> None:
     for part in match[1].split(".") if match else []:
         names = [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
         if part not in names:
-            close = difflib.get_close_matches(part, names, 1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
             allowed = ", ".join(names) if names else "no field below it"
+            meant = did_you_mean(argument, ["config", *flag_names]) if names else ""
+            hint = f" ({meant})" if meant else ""
             raise UserError(f"{path}: found field {part!r}{hint}, allowed: {allowed}")
         node, path = getattr(node, part), f"{path}.{part}"
 
@@ -191,6 +200,78 @@ def own_functions(path: str | None) -> Own:
         return Own()
     file, parameter = split_parameter(str(user_path("--config", path)))
     return load_config(file, parameter).own
+
+
+MOST_GUESSES = 3
+# What other programs call it, in the words that are used here.
+OTHER_WORDS = {"learning_rate": "lr", "dataset": "data", "arch": "model", "output": "out"}
+
+
+def did_you_mean(argument: str, flag_names: Sequence[str]) -> str:
+    """Return what was probably meant by an argument that does not exist, or "" if nothing is like it.
+
+    With `config` in `flag_names`, it may be a field of the configuration.
+
+    Example:
+      >>> did_you_mean("--seed=3", ["config", "workdir"])
+      'did you mean --config.seed=3?'
+      >>> did_you_mean("--config.lr=0.1", ["config", "workdir"])
+      'did you mean --config.optim.server_lr=0.1 or --config.optim.client_lr=0.1?'
+    """
+    name, equals, value = argument.lstrip("-").partition("=")
+    names = [each for each in flag_names if not each.startswith("config")]
+    if "config" in flag_names:
+        names += [f"config.{path}" for path in field_paths()]
+    found = [f"--{each}{equals}{value}" for each in guesses(name.removeprefix("config."), names)]
+    return f"did you mean {one_of(found)}?" if found else ""
+
+
+def guesses(wanted: str, names: Iterable[str]) -> list[str]:
+    """Return up to three names of flags and fields that are most like the one that was wanted.
+
+    The best kind of likeness counts: the same name or section; the same last part; nearly the same letters;
+    the same words, such as `num_clients` and `clients.num`; one within the other; similar letters. Names in
+    the section that was given come first.
+
+    Example:
+      >>> guesses("num_clients", ["config.clients.num", "config.clients.cohort", "workdir"])
+      ['config.clients.num']
+    """
+    wanted = OTHER_WORDS.get(wanted.lower(), wanted.lower())
+    section, _, last = wanted.rpartition(".")
+    words = set(re.split(r"[._-]", wanted)) - {""}
+    kinds: list[list[str]] = [[] for _ in range(6)]
+    for name in sorted(names, key=lambda name: not name.startswith(f"config.{section}.")):
+        path = name.removeprefix("config.")
+        end = path.rpartition(".")[2]
+        likenesses = (
+            path == wanted or path.startswith(f"{wanted}."),
+            end == last,
+            difflib.SequenceMatcher(None, last, end).ratio() > 0.85,
+            bool(words) and words <= set(re.split(r"[._]", path)),
+            min(len(end), len(last)) >= 3 and (last in path or end in last),
+            difflib.SequenceMatcher(None, last, end).ratio() > 0.7,
+        )
+        for kind, alike in zip(kinds, likenesses, strict=True):
+            if alike:
+                kind.append(name)
+    return next((kind[:MOST_GUESSES] for kind in kinds if kind), [])
+
+
+def one_of(words: Sequence[str]) -> str:
+    """Return the words as `a, b or c`."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def field_paths(node: Any = None, path: str = "") -> list[str]:
+    """Return the paths of all fields of a configuration, such as `clients.num`."""
+    node = quickstart() if node is None else node
+    paths = []
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        name = f"{path}{field.name}"
+        paths += field_paths(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+    return paths
 
 
 def load_config(file: str, parameter: Sequence[str] = ()) -> Config:
@@ -230,16 +311,26 @@ def _importable(folder: Path) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def explain(error: BaseException) -> str:
-    """Describe an absl parsing error in one line."""
+def explain(error: BaseException, values: flags.FlagValues, usage: str) -> str:
+    """Describe an absl parsing error in one line.
+
+    Args:
+      error: of the parser.
+      values: the flags that were defined.
+      usage: the allowed arguments.
+    """
     cause = error.__context__
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__context__
     if cause is not None:
         return str(cause)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        if error.flagname in ("resume", "restore") and {"config", "workdir"} <= set(values):
+            return f"found --{error.flagname}; the command that started a run resumes it, without a flag"
+        return unexpected(f"--{error.flagname}", error.flagvalue, list(values), usage)
     wrong_type = re.match(r"flag --(config\.[\w.]+)=(.*?): ", str(error), re.DOTALL)
     if wrong_type is None:
-        return str(error).replace("\n", " ")
+        return f"{' '.join(str(error).split()).rstrip(' .?')}; allowed: {usage}"
     *parents, name = wrong_type[1].split(".")[1:]
     node: Any = quickstart()
     for part in parents:
@@ -248,25 +339,53 @@ def explain(error: BaseException) -> str:
     return f"{wrong_type[1]}: found {wrong_type[2]!r}, allowed: {type_name(allowed)}"
 
 
+def unexpected(shown: str, argument: str, flag_names: Sequence[str], usage: str) -> str:
+    """Describe an argument that does not exist: what was probably meant, or else what is allowed."""
+    return f"found {shown}, {did_you_mean(argument, flag_names) or f'allowed: {usage}'}"
+
+
 def type_name(annotation: Any) -> str:
-    """Return the name of a field's type, such as `int | None`."""
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    """Return the name of a field's type, such as `int or None`."""
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return one_of(name.split(" | "))
 
 
 def help_text(description: str | None) -> str:
-    """Return a command's description, followed by every field of a configuration and its default."""
+    """Return a command's description, followed by every field: its default, type and meaning.
+
+    The meanings are the comments of `config.fields`, wrapped to the width of the terminal.
+    """
+    width = max(40, shutil.get_terminal_size().columns)
+
+    def wrapped(text: str, indent: str, further: str) -> str:
+        return textwrap.fill(
+            text,
+            width,
+            initial_indent=indent,
+            subsequent_indent=further,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
     def lines(node: Any, path: str) -> Iterator[str]:
+        meanings = comments(type(node))
         for field in dataclasses.fields(node):
-            value = getattr(node, field.name)
+            value, name = getattr(node, field.name), f"{path}{field.name}"
             if dataclasses.is_dataclass(value):
-                yield from lines(value, f"{path}.{field.name}")
+                yield f"\n{wrapped(f'{name}: {value.__doc__}', '', '  ')}"
+                yield from lines(value, f"{name}.")
             else:
-                yield f"  --{path}.{field.name}={value}  ({type_name(field.type)})"
+                words = CHOICES.get(name, ())
+                optional = ("None",) if words and type(None) in typing.get_args(field.type) else ()
+                allowed = one_of([*words, *optional]) if words else type_name(field.type)
+                yield wrapped(
+                    f"--config.{name}={value}  ({allowed})  {meanings.get(field.name, '')}", "  ", "      "
+                )
 
-    fields = "\n".join(lines(quickstart(), "config"))
-    title = "Fields and their values in the quickstart (see mocosfl_jax/config/fields.py):"
-    return f"{description}\n{title}\n{fields}"
+    title = (
+        "Fields of the configuration, each with its value in the quickstart, what it may be, and its meaning:"
+    )
+    return "\n".join([(description or "").strip(), "", wrapped(title, "", ""), "", *lines(quickstart(), "")])
 
 
 def answer(argv: Sequence[str], explanation: str, work: Callable[[Sequence[str]], None]) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 import griffe
 
+from mocosfl_jax.config.comments import comment_of
+
 
 class Comments(griffe.Extension):
     """Gives attributes that have no docstring their comment, and examples their section."""
@@ -23,16 +25,3 @@ class Comments(griffe.Extension):
             comment = comment_of(attr.lines_collection[attr.filepath], attr.lineno, attr.endlineno)
             if comment:
                 attr.docstring = griffe.Docstring(comment, lineno=attr.lineno, parent=attr)
-
-
-def comment_of(lines: list[str], first: int, last: int) -> str:
-    """The comment of the statement in lines `first` to `last`, counted from 1."""
-    _, mark, behind = lines[last - 1].partition("  # ")
-    if mark:
-        return behind.strip()
-    above: list[str] = []
-    for line in reversed(lines[: first - 1]):
-        if not line.strip().startswith("# "):
-            break
-        above.insert(0, line.strip()[2:])
-    return " ".join(above)

@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_not_moved(
         (["--workdir={run}", "--checkpoint=last"], "--checkpoint=last"),
         (["--workdir={run}", "--probe_epochs=-1"], "--probe_epochs=-1"),
         (["--workdir={run}", "--probe_epochs=0", "--semi_supervised"], "--probe_epochs: found 0, allowed: 1"),
-        (["--workdir={run}", "--chekpoint=6"], "Did you mean: checkpoint; allowed: --workdir"),
+        (["--workdir={run}", "--chekpoint=6"], "found --chekpoint, did you mean --checkpoint=6?"),
         (["{run}"], "allowed: --workdir=FOLDER"),
     ],
 )

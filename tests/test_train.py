@@ -292,14 +292,20 @@ def test_a_loss_that_is_no_number_stops_the_run(
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ("--config.epoch=3", "config: found field 'epoch' (did you mean epochs?), allowed: algorithm, seed"),
-        ("--config.clients.size=3", "config.clients: found field 'size', allowed: num, cohort"),
+        (
+            "--config.epoch=3",
+            "config: found field 'epoch' (did you mean --config.epochs=3?), allowed",
+        ),
+        (
+            "--config.clients.size=3",
+            "(did you mean --config.clients.batch_size=3?), allowed: num, cohort",
+        ),
         ("--config.epochs.x=3", "config.epochs: found field 'x', allowed: no field below it"),
         ("--config.epochs=many", "config.epochs: found 'many', allowed: int"),
         ("--config.clients.noniid_ratio=x", "config.clients.noniid_ratio: found 'x', allowed: float"),
-        ("--config.clients.cohort=x", "config.clients.cohort: found 'x', allowed: int | None"),
+        ("--config.clients.cohort=x", "config.clients.cohort: found 'x', allowed: int or None"),
         ("--config=nowhere.py", "--config: found no file nowhere.py"),
-        ("--epochs=3", "Unknown command line flag 'epochs'"),
+        ("--epochs=3", "found --epochs, did you mean --config.epochs=3?"),
         ("loose", "found 'loose', allowed: --config=FILE"),
         ("--config.model.cut_layer=9", "config.model.cut_layer: found 9, allowed: 0 to 8 for resnet18"),
         ("--config.model.name=vgg", "config.model.name: found 'vgg', allowed: resnet18"),
@@ -454,12 +460,6 @@ def test_a_config_file_imports_its_neighbours(tmp_path: pathlib.Path) -> None:
         before = list(sys.path)
         assert parse(["train", f"--config={tmp_path / folder / 'mine.py'}"])[0].epochs == epochs
         assert sys.path == before and "neighbour" not in sys.modules
-
-
-def test_help_lists_every_field(capsys: pytest.CaptureFixture) -> None:
-    assert main(["train", "--help"]) == 0
-    out = capsys.readouterr().out
-    assert "--config.clients.noniid_ratio=0.2" in out and "--workdir" in out
 
 
 def test_workdir_is_named_after_the_config_file() -> None:

@@ -5,7 +5,9 @@
 Nothing here reads files or imports JAX.
 """
 
+from mocosfl_jax.config.comments import comments
 from mocosfl_jax.config.fields import (
+    CHOICES,
     Checkpoint,
     Clients,
     Config,
@@ -24,6 +26,7 @@ from mocosfl_jax.config.record import differences, from_dict, upgraded
 from mocosfl_jax.config.resolution import Resolved, name_of, paper_settings, resolve
 
 __all__ = [
+    "CHOICES",
     "Checkpoint",
     "Clients",
     "Config",
@@ -37,6 +40,7 @@ __all__ = [
     "Resolved",
     "Saving",
     "Synchronization",
+    "comments",
     "differences",
     "from_dict",
     "name_of",

@@ -4,12 +4,27 @@ A file in `configs/` returns a `Config` from `get_config()`. The command line ov
 example `--config.clients.num=100`. A field that is None is filled in by `resolution.resolve`, unless its
 comment gives None another meaning.
 
+A comment is the meaning of a field, for --help and for the reference. `CHOICES` has the fields that take one
+of a few words.
+
 Symbols: N clients in the pool, M clients in the cohort, B images per client and step, K keys in the queue.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
+
+# The words that a field may hold. `resolution.resolve` checks them, and --help shows them.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "algorithm": ("mocosfl", "flmoco"),
+    "sync.buffers": ("keep", "reset", "average"),
+    "moco.preset": ("v1", "small_v2", "v2", "large_v2"),
+    "moco.head": ("linear", "mlp", "mlp_bn"),
+    "moco.augmentation": ("v1", "v2"),
+    "optim.schedule": ("cosine", "multistep", "constant"),
+    "optim.client_schedule": ("cosine", "multistep", "constant", "official_per_step"),
+    "checkpoint.on_full_disk": ("stop", "continue"),
+}
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -51,7 +66,9 @@ class Clients:
     # Fraction of the clients that are rich: together they hold the fraction rich_data of the images, and
     # their batches are rich_batch times as large. The paper uses 0.2, 0.8 and 16. 0: all clients are alike.
     rich: float = 0.0
+    # Fraction of the images that the rich clients hold together.
     rich_data: float = 0.8
+    # How many times as large the batches of rich clients are.
     rich_batch: int = 16
     # FL-MoCo only: passes over a client's images per epoch.
     local_epochs: int = 1
@@ -69,7 +86,7 @@ class Synchronization:
     weighted: bool = False
     # Average the momentum models too (MonAcoSFL).
     momentum_models: bool = False
-    # What happens to the momentum buffers of the clients' SGD at a synchronization: keep, reset or average.
+    # What happens to the momentum buffers of the clients' SGD at a synchronization.
     buffers: str = "keep"
     # Use divergence-aware averaging (Zhuang et al. 2022) with this first lambda. None: plain averaging.
     divergence_lambda: float | None = None
@@ -109,6 +126,7 @@ class Model:
     bottleneck: str | None = None
     # Whether the residual blocks of the clients have shortcuts.
     client_residual: bool = True
+    # Whether the kernels of convolutions are standardised (all but those that `split_model` names).
     weight_standardisation: bool = True
     # Normalization layers: group, layer or instance.
     norm: str = "group"
@@ -126,15 +144,15 @@ class Model:
 class Moco:
     """Momentum contrast: head, views, queue and loss."""
 
-    # v1, small_v2, v2 or large_v2. The preset fills in every field of this section that is None.
+    # Fills in every field of this section that is None.
     preset: str = "v2"
     # Dimension of queries and keys.
     key_dim: int | None = None
-    # Projection head: linear, mlp (one hidden layer) or mlp_bn (one hidden layer and BatchNorm).
+    # Projection head. mlp has one hidden layer, mlp_bn one with BatchNorm.
     head: str | None = None
     # Symmetric loss: each of the two views is once the query and once the key.
     symmetric: bool | None = None
-    # Augmentation of the views: v1 (without blur) or v2.
+    # Augmentation of the views. v1 has no blur.
     augmentation: str | None = None
     # Clients run both of their models on both views and receive gradients for both (MonAcoSFL).
     full_symmetric: bool = False
@@ -154,17 +172,20 @@ class Moco:
 class Optim:
     """SGD with momentum, and its learning rates."""
 
+    # Learning rate of the server at the start.
     server_lr: float = 0.06
-    # None: the server's learning rate. 0: the clients are frozen and receive no gradients.
+    # Learning rate of the clients at the start. None: the server's. 0: the clients are frozen and receive no
+    # gradients.
     client_lr: float | None = None
+    # Momentum of SGD, on both sides.
     momentum: float = 0.9
+    # Factor of the parameters that is added to their gradients, on both sides.
     weight_decay: float = 5e-4
-    # cosine, multistep or constant. None: that of the MoCo preset, which is multistep for v1 and cosine
+    # Learning rate over epochs. None: that of the MoCo preset, which is multistep for v1 and cosine
     # otherwise.
     schedule: str | None = None
-    # Schedule of the clients: one of the above, or official_per_step, which advances the schedule with every
-    # batch instead of every epoch, as the official code did for the paper's numbers. None: the server's
-    # schedule.
+    # Schedule of the clients. official_per_step advances that of the server with every batch instead of every
+    # epoch, as the official code did for the paper's numbers. None: the server's schedule.
     client_schedule: str | None = None
 
 
@@ -190,7 +211,7 @@ class Checkpoint:
     every: int = 1
     # Number of newest checkpoints to keep.
     keep: int = 3
-    # When the disk is full: stop, or continue, which trains on without saving until there is space again.
+    # When the disk is full. continue: train on without saving until there is space again.
     on_full_disk: str = "stop"
 
 
@@ -227,12 +248,13 @@ class Config:
       (200, 0.2, None)
     """
 
-    # mocosfl, or flmoco: the baseline that trains the whole network on each client.
+    # flmoco is the baseline that trains the whole network on each client.
     algorithm: str = "mocosfl"
     # A workdir or an encoder file with whose models the run starts, momentum models included. None: models
     # are drawn.
     init_from: str | None = None
-    # Of models, augmentation and sampling.
+    # Seed of all random draws: the cohorts, the initialization, the views and, without `clients.seed`, the
+    # partition.
     seed: int = 1234
     # Passes over the data if the whole pool takes part. Smaller cohorts train N // M times as many epochs, so
     # that a client takes part in `epochs` of them on average, or in fewer where M does not divide N.

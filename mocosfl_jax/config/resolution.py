@@ -6,12 +6,13 @@ Settings that a configuration leaves open come from the paper's defaults for N c
 import copy
 import dataclasses
 import math
+import operator
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config.fields import Checkpoint, Config, Data, Eval, Mesh, Model, Own, Saving
+from mocosfl_jax.config.fields import CHOICES, Checkpoint, Config, Data, Eval, Mesh, Model, Own, Saving
 from mocosfl_jax.errors import UserError
 
 
@@ -133,7 +134,7 @@ def resolve(config: Config) -> Resolved:
     _check_types(config, "config")
     config = copy.deepcopy(config)
     moco, optim, clients, sync = config.moco, config.optim, config.clients, config.sync
-    _allow("moco.preset", moco.preset, tuple(_PRESETS))
+    _allow("moco.preset", moco.preset)
     _fill(moco, _PRESETS[moco.preset])
     _fill(optim, {"schedule": _PRESET_SCHEDULE[moco.preset], "client_lr": optim.server_lr})
     _fill(optim, {"client_schedule": optim.schedule})
@@ -222,13 +223,8 @@ def _check_values(config: Resolved) -> None:
     """Checks everything that is known before data is read and a network is built."""
     clients, sync, moco, optim = config.clients, config.sync, config.moco, config.optim
     evaluation, saving = config.eval, config.saving
-    _allow("algorithm", config.algorithm, ("mocosfl", "flmoco"))
-    _allow("moco.augmentation", moco.augmentation, ("v1", "v2"))
-    _allow("moco.head", moco.head, ("linear", "mlp", "mlp_bn"))
-    _allow("optim.schedule", optim.schedule, ("cosine", "multistep", "constant"))
-    client_schedules = ("cosine", "multistep", "constant", "official_per_step")
-    _allow("optim.client_schedule", optim.client_schedule, client_schedules)
-    _allow("sync.buffers", sync.buffers, ("keep", "reset", "average"))
+    for field in CHOICES:
+        _allow(field, operator.attrgetter(field)(config))
     _in_range("seed", config.seed, 0, 2**32 - 1)
     _in_range("clients.seed", clients.seed, 0, 2**32 - 1)
     _in_range("epochs", config.epochs, 1)
@@ -286,7 +282,6 @@ def _check_values(config: Resolved) -> None:
     for axis in ("data", "model"):
         if getattr(config.mesh, axis) is not None:
             _in_range(f"mesh.{axis}", getattr(config.mesh, axis), 1)
-    _allow("checkpoint.on_full_disk", config.checkpoint.on_full_disk, ("stop", "continue"))
     if config.algorithm == "flmoco":
         _only_mocosfl(config)
     elif clients.local_epochs != 1:
@@ -321,9 +316,10 @@ def _only_mocosfl(config: Resolved) -> None:
             raise UserError(f"config.{field}: found {value}, allowed: {allowed} for flmoco")
 
 
-def _allow(field: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"config.{field}: found {value!r}, allowed: {', '.join(allowed)}")
+def _allow(field: str, value: Any) -> None:
+    """Refuses a word that `CHOICES` does not have."""
+    if value not in CHOICES[field]:
+        raise UserError(f"config.{field}: found {value!r}, allowed: {', '.join(CHOICES[field])}")
 
 
 def _in_range(
