@@ -20,10 +20,14 @@ from mocosfl_jax.algorithm.mocosfl import mocosfl
 from mocosfl_jax.algorithm.optim import sgd
 from mocosfl_jax.algorithm.placement import Placement, one_device
 from mocosfl_jax.config import Config
+from mocosfl_jax.evaluation.classifiers import linear_probe, semi_supervised
+from mocosfl_jax.evaluation.features import encode_images
+from mocosfl_jax.evaluation.knn import knn_accuracy
 from mocosfl_jax.feed.augment import normalise, two_views
 from mocosfl_jax.models import Features, SplitModel, check_independence, split_model
 from mocosfl_jax.models.forms import Forms, forms
-from mocosfl_jax.weights.encoder_file import load_encoder
+from mocosfl_jax.training.encoder import encoder_of_run
+from mocosfl_jax.weights.encoder_file import Encoder, load_encoder
 
 if TYPE_CHECKING:
     from mocosfl_jax.training.session import run
@@ -44,6 +48,7 @@ __all__ = [
     "CohortState",
     "Config",
     "Contrast",
+    "Encoder",
     "Features",
     "Forms",
     "MomentumContrast",
@@ -57,14 +62,19 @@ __all__ = [
     "TrainState",
     "Views",
     "check_independence",
+    "encode_images",
+    "encoder_of_run",
     "flmoco",
     "forms",
+    "knn_accuracy",
+    "linear_probe",
     "load_encoder",
     "mocosfl",
     "momentum_contrast",
     "normalise",
     "one_device",
     "run",
+    "semi_supervised",
     "sgd",
     "split_model",
     "two_views",

@@ -23,7 +23,8 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from mocosfl_jax.config import CHOICES, Config, Own, comments, quickstart
+from mocosfl_jax import data
+from mocosfl_jax.config import CHOICES, Config, Data, Own, comments, quickstart
 from mocosfl_jax.errors import UserError, one_line
 from mocosfl_jax.paths import user_path
 
@@ -122,6 +123,38 @@ def parse_flags(
         if not values[name].value:
             raise UserError(f"--{name} is missing; allowed: {usage}")
     return values
+
+
+def define_data(values: flags.FlagValues) -> None:
+    """Define the flags of a data set, which are named as the fields of `config.data`."""
+    flags.DEFINE_string("data.name", None, "Name of the data set.", flag_values=values)
+    flags.DEFINE_string("data.dir", None, "Where the data set is.", flag_values=values)
+    flags.DEFINE_float(
+        "data.max_broken", None, "Share of its images that may fail to decode.", 0.0, 1.0, flag_values=values
+    )
+
+
+def given_data(values: flags.FlagValues) -> dict[str, Any]:
+    """Return the fields of `config.data` that are given by the flags of `define_data`."""
+    names = ("name", "dir", "max_broken")
+    return {name: values[f"data.{name}"].value for name in names if values[f"data.{name}"].value is not None}
+
+
+def load_data(given: dict[str, Any], image_size: int) -> data.Dataset:
+    """Load the data set that a user has named by flags. It is downloaded if training would do so.
+
+    Args:
+      given: from `given_data`, with a name. Other fields have the defaults of `Data`.
+      image_size: in pixels.
+
+    Raises:
+      UserError: as for `data.load`.
+    """
+    wanted = Data(**given)
+    try:
+        return data.load(wanted.name, wanted.dir, image_size, max_broken=wanted.max_broken)
+    except UserError as error:
+        raise UserError(str(error).replace("config.data.", "--data.")) from error
 
 
 def output_file(text: str) -> Path:

@@ -1,37 +1,47 @@
 """Evaluate a checkpoint of a run: kNN, a linear probe and, on request, classifiers trained on few labels.
 
     python -m mocosfl_jax.evaluate --workdir=FOLDER [--checkpoint=STEP] [--probe_epochs=N] [--semi_supervised]
-                                   [--data_dir=FOLDER] [--accept_other_data]
+                                   [--data.name=NAME] [--data.dir=FOLDER] [--data.max_broken=SHARE]
+                                   [--accept_other_data]
 
   --workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not
   --checkpoint=STEP    a number in FOLDER/checkpoints; default: the newest
   --probe_epochs=N     epochs of the linear probe and the semi-supervised classifiers, 0 to skip them;
                        default: config.eval.probe_epochs of the run
   --semi_supervised    also train a small network on the features with 10 % and with 1 % of the labels
-  --data_dir=FOLDER    where the data set is now; default: config.data.dir of the run
+  --data.dir=FOLDER    where the run's data set is now; default: config.data.dir of the run
   --accept_other_data  evaluate on the data set even if it is not the one that the run was trained on
+  --data.name=NAME     evaluate on this data set instead, with its classes: transfer. It is in --data.dir, by
+                       default `data`. Its images are prepared as the run's: size, mean and standard deviation
+  --data.max_broken=SHARE  of the images of a split, which may fail to decode; such images are black
 
-Prints the accuracies and writes them to FOLDER/evaluation.json. Nothing else in the folder changes.
-Nothing is downloaded: a data set that is missing is reported.
+Prints the accuracies and writes them to FOLDER/evaluation.json, those on another data set to
+FOLDER/evaluation_NAME.json. Nothing else in the folder changes. The run's own data set is not downloaded: if
+it is missing, that is reported. A data set that --data.name names is downloaded as in training.
 """
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
 
 from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
-from mocosfl_jax.data import download
+from mocosfl_jax.config import Data, Own, Resolved
+from mocosfl_jax.data import Dataset, download
+from mocosfl_jax.data.fingerprint import fingerprint
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.paths import utf8_path
+from mocosfl_jax.paths import user_path, utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
 USAGE = (
     "--workdir=FOLDER, --config=FILE, --checkpoint=STEP, --probe_epochs=N, --semi_supervised, "
-    "--data_dir=FOLDER, --accept_other_data, --help"
+    "--data.name=NAME, --data.dir=FOLDER, --data.max_broken=SHARE, --accept_other_data, --help"
 )
 
 
@@ -53,53 +63,130 @@ def evaluate(argv: Sequence[str]) -> None:
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
         flags.DEFINE_integer("probe_epochs", None, "Epochs of the probes.", lower_bound=0, flag_values=values)
         flags.DEFINE_bool("semi_supervised", False, "Also with few labels.", flag_values=values)
-        flags.DEFINE_string("data_dir", None, "Folder of the data set.", flag_values=values)
         flags.DEFINE_bool("accept_other_data", False, "Evaluate on other data.", flag_values=values)
+        commandline.define_data(values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir"])
     folder = utf8_path("--workdir", values.workdir)
     config = workdir.read_config(folder, commandline.own_functions(values.config))
     if values.probe_epochs is not None:
         config.eval.probe_epochs = values.probe_epochs
-    if values.data_dir is not None:
-        config.data.dir = values.data_dir
     if values.semi_supervised and not config.eval.probe_epochs:
         raise UserError("--probe_epochs: found 0, allowed: 1 or more with --semi_supervised")
+    given = commandline.given_data(values)
 
     compiler.set_up()
     # Imported lazily, so that argument errors precede slow imports.
     from mocosfl_jax.evaluation import monitor
+    from mocosfl_jax.training import report
+
+    if "name" in given:
+        subject = other_data(folder, given, values.checkpoint, config.own)
+    else:
+        for name, value in given.items():
+            setattr(config.data, name, value)
+        subject = own_data(folder, config, values.checkpoint, accept_changed=values.accept_other_data)
+    dataset, features = subject.dataset, subject.features
+    numbers = monitor.knn(dataset, config.eval, features) | monitor.knn_raw_pixels(dataset, config.eval)
+    # The same key as in training, so that the last checkpoint gets the accuracies in metrics.jsonl.
+    _, _, rng_probe = jax.random.split(jax.random.key(config.seed), 3)
+    if config.eval.probe_epochs:
+        numbers |= monitor.linear_probe(dataset, config.eval, features, rng_probe)
+    if values.semi_supervised:
+        rng_few = jax.random.fold_in(jax.random.key(config.seed), 3)  # a fourth key, beside those three
+        numbers |= monitor.semi_supervised(dataset, config.eval, features, rng_few)
+    say(report.accuracies(numbers, subject.untrained))
+    settings = {name: getattr(config.eval, name) for name in ("knn_k", "knn_temperature", "probe_epochs")}
+    workdir.write_evaluation(folder, {**subject.record, **settings, **numbers}, subject.file)
+    say(f"{folder}: {subject.file}")
+
+
+class Subject(NamedTuple):
+    """What is evaluated."""
+
+    file: str  # name of the file in the workdir
+    dataset: Dataset  # with the mean and the standard deviation of the run
+    features: Any  # `evaluation.monitor.Evaluated`
+    record: dict[str, Any]  # the first fields of the file
+    untrained: Mapping[str, float]  # accuracies of the untrained network, as far as they are known
+
+
+def own_data(folder: Path, config: Resolved, checkpoint: int | None, *, accept_changed: bool) -> Subject:
+    """Encode the data set on which a run was trained.
+
+    Args:
+      folder: the workdir.
+      config: of the run.
+      checkpoint: its training step; None: the newest.
+      accept_changed: whether the data set may have changed since the training.
+    """
+    from mocosfl_jax.evaluation import monitor
     from mocosfl_jax.evaluation.features import make_encode
     from mocosfl_jax.parallel.mesh import one_device
-    from mocosfl_jax.training import checkpoint, experiment, report
+    from mocosfl_jax.training import checkpoint as checkpoints
+    from mocosfl_jax.training import experiment
     from mocosfl_jax.training.build import whole_head
 
     device = jax.devices()[0]
     with download.forbidden():
         run = experiment.prepare(config, one_device(device))
-    if not values.accept_other_data:
+    if not accept_changed:
         workdir.require_same_data(folder, run.fingerprint)
-    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, run.algorithm, device)
+    state, progress = checkpoints.restore(folder / "checkpoints", checkpoint, run.algorithm, device)
     epoch = progress.step / run.steps_per_epoch
     say(f"{folder}: checkpoint {progress.step:,}, epoch {epoch:g} of {run.config.total_epochs:,}")
     head = whole_head(config, run.model, run.algorithm, run.mesh)
     encode = make_encode(run.algorithm, run.dataset.mean, run.dataset.std, head)
-    features = monitor.features(run.dataset, state, encode)
-    numbers = monitor.knn(run.dataset, run.config.eval, features) | monitor.knn_raw_pixels(
-        run.dataset, run.config.eval
+    return Subject(
+        "evaluation.json",
+        run.dataset,
+        monitor.features(run.dataset, state, encode),
+        {"step": progress.step, "epoch": epoch},
+        next(iter(workdir.read_metrics(folder, 1)), {}),
     )
-    # The same key as in training, so that the last checkpoint gets the accuracies in metrics.jsonl.
-    _, _, rng_probe = jax.random.split(jax.random.key(config.seed), 3)
-    if config.eval.probe_epochs:
-        numbers |= monitor.linear_probe(run.dataset, run.config.eval, features, rng_probe)
-    if values.semi_supervised:
-        rng_few = jax.random.fold_in(jax.random.key(config.seed), 3)  # a fourth key, beside those three
-        numbers |= monitor.semi_supervised(run.dataset, run.config.eval, features, rng_few)
-    untrained = workdir.read_metrics(folder, 1)
-    say(report.accuracies(numbers, untrained[0] if untrained else {}))
-    settings = {name: getattr(config.eval, name) for name in ("knn_k", "knn_temperature", "probe_epochs")}
-    workdir.write_evaluation(folder, {"step": progress.step, "epoch": epoch, **settings, **numbers})
-    say(f"{folder}: evaluation.json")
+
+
+def other_data(folder: Path, given: dict[str, Any], checkpoint: int | None, own: Own) -> Subject:
+    """Encode a data set that the user has named, prepared as the images of the run.
+
+    Args:
+      folder: the workdir.
+      given: fields of the data set, among them its name.
+      checkpoint: its training step; None: the newest.
+      own: the functions that the run's configuration names.
+    """
+    from mocosfl_jax.evaluation import monitor
+    from mocosfl_jax.evaluation.features import encode_of
+    from mocosfl_jax.training.encoder import read_encoder
+
+    data = Data(**given)
+    image_size, mean, std = workdir.read_preprocessing(folder)
+    dataset = commandline.load_data(given, image_size)
+    encoder, step = read_encoder(folder, checkpoint, own=own)
+    say(f"{folder}: checkpoint {step:,} on {dataset.source}, {len(dataset.class_names)} classes")
+    dataset = dataset._replace(mean=mean, std=std)
+    record = {
+        "step": step,
+        "data": {"name": data.name, "dir": data.dir, "image_size": image_size},
+        "data_fingerprint": fingerprint(dataset),
+    }
+    features = monitor.features(dataset, encoder.params, encode_of(encoder))
+    return Subject(file_name(data), dataset, features, record, {})
+
+
+def file_name(about: Data) -> str:
+    """Return the name of the file for the accuracies on another data set.
+
+    It ends with the name of the data set. Data sets of one's own have the name of their file or folder too.
+
+    Example:
+      >>> file_name(Data(name="cifar10")), file_name(Data(name="image_folder", dir="/data/my pets"))
+      ('evaluation_cifar10.json', 'evaluation_image_folder_my_pets.json')
+    """
+    words = about.name
+    if about.name in ("npz", "npy", "image_folder", "imagenet12"):
+        words += f"_{user_path('--data.dir', about.dir).resolve().name.removesuffix('.npz')}"
+    return f"evaluation_{re.sub(r'[^A-Za-z0-9.-]+', '_', words)}.json"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@
 import sys
 from collections.abc import Sequence
 
-import jax
 from absl import flags
 
 from mocosfl_jax import commandline
@@ -21,6 +20,8 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.paths import utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
+from mocosfl_jax.training.encoder import encoder_of_run
+from mocosfl_jax.weights import encoder_file
 
 USAGE = "--workdir=FOLDER, --config=FILE, --out=FILE.safetensors, --checkpoint=STEP, --help"
 
@@ -45,31 +46,14 @@ def export(argv: Sequence[str]) -> None:
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "out"])
     folder, out = utf8_path("--workdir", values.workdir), commandline.output_file(values.out)
-    config = workdir.read_config(folder, commandline.own_functions(values.config))
-    if config.own.network is not None:
+    own = commandline.own_functions(values.config)
+    if (network := workdir.read_config(folder, own).own.network) is not None:
         raise UserError(
-            f"config.own.network: found {name_of(config.own.network)}, allowed: None; an encoder file holds "
-            "a network of split_model"
+            f"config.own.network: found {name_of(network)}, allowed: None; an encoder file holds a network of "
+            "split_model"
         )
-    preprocessing = workdir.read_preprocessing(folder)
-
     compiler.set_up()
-    # Imported lazily, so that argument errors precede slow imports.
-    from mocosfl_jax.models.forms import forms
-    from mocosfl_jax.parallel.mesh import one_device
-    from mocosfl_jax.training import checkpoint
-    from mocosfl_jax.training.build import build, network_arguments
-    from mocosfl_jax.weights import encoder_file
-
-    device = jax.devices()[0]
-    _, algorithm = build(
-        config, one_device(device), forms(device.platform), image_size=preprocessing.image_size
-    )
-    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, algorithm, device)
-    client, server = algorithm.models(state).online
-    source = f"checkpoint {progress.step:,} of {folder}"
-    network = network_arguments(config, preprocessing.image_size)
-    metadata = encoder_file.Metadata(network, preprocessing.mean, preprocessing.std, source)
+    _, (client, server), metadata = encoder_of_run(folder, values.checkpoint, own=own)
     encoder_file.export_encoder(out, client, server, metadata)
     say(f"{out}: {encoder_file.describe(client, server, metadata)}")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocosfl_jax import encode, evaluate, export, load_encoder
+from mocosfl_jax import encode, encode_images, encoder_of_run, evaluate, export, knn_accuracy, load_encoder
 from mocosfl_jax.data import images as fitting
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.evaluation import classifiers, monitor
@@ -134,6 +134,10 @@ def test_a_damaged_checkpoint_is_not_moved(
         (["--workdir={run}", "--probe_epochs=0", "--semi_supervised"], "--probe_epochs: found 0, allowed: 1"),
         (["--workdir={run}", "--chekpoint=6"], "found --chekpoint, did you mean --checkpoint=6?"),
         (["{run}"], "allowed: --workdir=FOLDER"),
+        (["--workdir={run}", "--data_dir=x"], "found --data_dir, did you mean --data.dir=x?"),
+        (["--workdir={run}", "--data.name=npz", "--data.dir=/nowhere"], "--data.dir: /nowhere"),
+        (["--workdir={run}", "--data.name=cifar11"], "--data.name: 'cifar11' is none of"),
+        (["--workdir={run}", "--data.max_broken=2"], "--data.max_broken=2"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -178,6 +182,75 @@ def test_a_run_that_has_not_saved_yet(run: pathlib.Path, capsys: pytest.CaptureF
     assert evaluate.main(["evaluate", f"--workdir={run}"]) == 2
     assert "found no checkpoint" in capsys.readouterr().err
     assert not (run / "checkpoints").exists()
+
+
+@pytest.fixture
+def others(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Dark pictures of another size, in three classes, as an npz."""
+    rng = np.random.default_rng(1)
+    colours = rng.integers(20, 80, (3, 1, 1, 3))
+    arrays: dict[str, np.ndarray] = {}
+    for split, count in (("train", 7), ("test", 4)):
+        labels = np.repeat(np.arange(3), count)
+        pictures = colours[labels] + rng.integers(-20, 20, (len(labels), 20, 20, 3))
+        arrays |= {f"x_{split}": pictures.astype(np.uint8), f"y_{split}": labels}
+    arrays["class_names"] = np.array(["ant", "bee", "cow"])
+    np.savez(tmp_path / "dark.npz", **arrays)  # type: ignore[arg-type]
+    return tmp_path / "dark.npz"
+
+
+def features_by_hand(run: pathlib.Path, images: np.ndarray) -> np.ndarray:
+    """Backbone features, an image at a time, normalised with the numbers of preprocessing.json."""
+    model, (client, server), _ = encoder_of_run(run)
+    values = json.loads((run / "preprocessing.json").read_text())
+    sized = [np.asarray(fitting.fit(Image.fromarray(image), values["image_size"])) for image in images]
+    rows = [(image / 255 - values["mean"]) / values["std"] for image in sized]
+    encoded = jax.jit(lambda x: model.backbone(server, model.client(client, x)))
+    return np.concatenate([np.asarray(encoded(row[None].astype(np.float32))) for row in rows])
+
+
+def test_transfer_to_another_data_set(
+    run: pathlib.Path, others: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    run_evaluate(run, "--probe_epochs=0")
+    own = (run / "evaluation.json").read_bytes()
+    before = files(run)
+    argv = [f"--workdir={run}", "--data.name=npz", f"--data.dir={others}", "--probe_epochs=20"]
+    assert evaluate.main(["evaluate", *argv]) == 0
+    found = json.loads((run / "evaluation_npz_dark.json").read_text())
+    (run / "evaluation_npz_dark.json").unlink()
+    assert files(run) == before and (run / "evaluation.json").read_bytes() == own
+
+    with np.load(others) as arrays:
+        train, test = (features_by_hand(run, arrays[f"x_{split}"]) for split in ("train", "test"))
+        expected = knn_accuracy(train, arrays["y_train"], test, arrays["y_test"], num_classes=3, k=5)
+    assert found["knn_backbone"] == expected
+    assert found["data"] == {"name": "npz", "dir": str(others), "image_size": 16}
+    assert (found["step"], found["knn_k"], found["probe_epochs"]) == (18, 5, 20)
+    assert [found["data_fingerprint"][f"{split}_images"] for split in ("training", "test")] == [21, 12]
+    assert 0 <= found["linear_probe"] <= found["linear_probe_best_on_test"] <= 1
+    out = capsys.readouterr().out
+    assert f"checkpoint 18 on {others}" in out and "3 classes" in out and "evaluation_npz_dark.json" in out
+    assert "untrained" not in out.split("3 classes")[1]
+
+
+def test_the_runs_own_data_by_name_give_the_numbers_of_the_run(run: pathlib.Path, images: str) -> None:
+    """Transfer to the same images takes another way, and ends in the same features."""
+    own = run_evaluate(run)
+    argv = [f"--workdir={run}", "--data.name=npz", f"--data.dir={images}"]
+    assert evaluate.main(["evaluate", *argv]) == 0
+    other = json.loads((run / "evaluation_npz_images.json").read_text())
+    for name in (*KNN, "knn_raw_pixels", "linear_probe", "data_fingerprint"):
+        recorded = json.loads((run / "config.json").read_text())
+        assert other[name] == (own[name] if name in own else recorded[name])
+
+
+def test_data_that_have_moved(run: pathlib.Path, images: str, tmp_path: pathlib.Path) -> None:
+    moved = shutil.copy(images, tmp_path / "moved.npz")
+    path = run / "config.json"
+    path.write_text(path.read_text().replace(images, "/nowhere.npz"))
+    found = run_evaluate(run, f"--data.dir={moved}", "--probe_epochs=0")
+    assert found["knn_backbone"] == metrics(run)[-2]["knn_backbone"]
 
 
 @pytest.mark.parametrize("command", [evaluate, encode])
@@ -256,6 +329,64 @@ def test_files_are_fitted_or_skipped(
     assert f"not used: {folder / '.hidden.png'} (hidden)" in out
 
 
+def test_encode_takes_a_data_set(
+    run: pathlib.Path,
+    others: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(encode, "BATCH", 8)
+    out = tmp_path / "features.npz"
+    argv = [f"--workdir={run}", "--data.name=npz", f"--data.dir={others}", f"--out={out}"]
+    assert encode.main(["encode", *argv]) == 0
+    with np.load(out) as arrays, np.load(others) as given:
+        got = dict(arrays)
+        for split in ("train", "test"):
+            np.testing.assert_array_equal(got[f"{split}_labels"], given[f"y_{split}"])
+            expected = features_by_hand(run, given[f"x_{split}"])
+            np.testing.assert_allclose(got[f"{split}_backbone"], expected, rtol=1e-4, atol=1e-5)
+            assert got[f"{split}_projection"].shape == (len(expected), 8)
+    assert got["class_names"].tolist() == ["ant", "bee", "cow"]
+    assert {array.dtype.str for name, array in got.items() if "labels" in name} == {"<i4"}
+    assert set(got) == {
+        *(f"{split}_{name}" for split in ("train", "test") for name in ("backbone", "projection", "labels")),
+        "class_names",
+    }
+    shown = capsys.readouterr().out
+    assert "21 training and 12 test images of 3 classes" in shown and "backbone 32, projection 8" in shown
+
+
+def test_features_in_three_lines(run: pathlib.Path, images: str, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "encoder.safetensors"
+    assert export.main(["export", f"--workdir={run}", f"--out={file}", "--checkpoint=12"]) == 0
+    with np.load(images) as arrays:
+        pictures = arrays["x_test"]
+    of_run = encode_images(encoder_of_run(run, checkpoint=12), pictures)
+    of_file = encode_images(load_encoder(file), pictures, batch_size=5)
+    for one, other in zip(of_run, of_file, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    newest = encode_images(encoder_of_run(str(run)), pictures / 255)
+    np.testing.assert_allclose(newest.backbone, features_by_hand(run, pictures), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(newest.backbone, of_run.backbone, rtol=1e-3)
+    assert newest.backbone.dtype == np.float32
+
+
+def test_a_mistake_with_an_encoder_names_the_argument(run: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"^workdir: found no folder /nowhere, allowed"):
+        encoder_of_run("/nowhere")
+    with pytest.raises(UserError, match=r"^checkpoint: found 7, allowed: 18, 12, 6"):
+        encoder_of_run(run, checkpoint=7)
+    encoder = encoder_of_run(run)
+    for shape in ((16, 16, 3), (2, 16, 16), (2, 16, 16, 1), (0, 16, 16, 3)):
+        with pytest.raises(UserError, match=r"^images: found shape \[.*\], allowed: \[n, H, W, 3\]"):
+            encode_images(encoder, np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match="images: found int64"):
+        encode_images(encoder, np.zeros((2, 16, 16, 3), np.int64))
+    with pytest.raises(UserError, match="images: "):
+        encode_images(encoder, np.full((2, 16, 16, 3), 200.0))
+
+
 @pytest.mark.usefixtures("short_resnet")
 @pytest.mark.parametrize("algorithm", ["mocosfl", "flmoco"])
 def test_batch_norm_in_the_head_is_over_all_images(
@@ -308,7 +439,13 @@ def test_batch_norm_in_the_head_is_over_all_images(
     "arguments, message",
     [
         (["--images={good}", "--out={tmp}/f.npz"], "--workdir is missing"),
-        (["--workdir={run}", "--out={tmp}/f.npz"], "--images is missing"),
+        (["--workdir={run}", "--out={tmp}/f.npz"], "--images is missing, or --data.name; allowed"),
+        (["--workdir={run}", "--data.dir=x", "--out={tmp}/f.npz"], "--images is missing, or --data.name"),
+        (
+            ["--workdir={run}", "--images={good}", "--data.name=npz", "--out={tmp}/f.npz"],
+            "found --images and --data.name, allowed: one of",
+        ),
+        (["--workdir={run}", "--data.name=npz", "--data.dir={bad}", "--out={tmp}/f.npz"], "--data.dir: "),
         (["--workdir={run}", "--images={good}"], "--out is missing"),
         (["--workdir={run}", "--images=/nowhere", "--out={tmp}/f.npz"], "--images: found no folder /nowhere"),
         (["--workdir={run}", "--images={empty}", "--out={tmp}/f.npz"], "holds no picture, allowed: .png"),

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -42,6 +43,24 @@ def test_an_encoder_is_used_in_three_lines(tmp_path: pathlib.Path, monkeypatch: 
     names: dict = {"images": np.zeros((2, 16, 16, 3), np.uint8)}
     exec(program, names)
     assert names["features"].shape == (2, 32)
+
+
+def test_features_and_probes_as_the_reference_shows_them(
+    finished: pathlib.Path, images: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "runs" / "quickstart")
+    encoding, probing = programs("docs/reference/evaluation.md")
+    with np.load(images) as arrays:
+        names: dict = {"jax": jax, "images": arrays["x_train"], "train_labels": arrays["y_train"]}
+        exec(encoding, names)
+        names["train"] = names["features"]
+        names |= {"images": arrays["x_test"], "test_labels": arrays["y_test"]}
+        exec(encoding, names)
+        names["test"] = names["features"]
+    exec(probing, names)
+    assert names["train"].backbone.shape == (48, 32) and names["test"].projection.shape == (12, 8)
+    assert 0 <= names["accuracy"] <= 1 and 0 <= names["probe"].last_epoch <= 1
 
 
 def test_readme_is_short_and_shows_the_two_commands() -> None:

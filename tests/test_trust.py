@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocosfl_jax import commandline, evaluate, load_encoder
+from mocosfl_jax import commandline, encode, evaluate, load_encoder
 from mocosfl_jax.data import download, load
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.weights.torch_file import read_state_dict
@@ -151,6 +151,35 @@ def test_evaluate_downloads_nothing(
     with pytest.raises(UserError, match="sent 0 bytes"):  # training does
         monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: io.BytesIO(b""))
         download.download("http://localhost/a", tmp_path / "a", 3, "")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "encode"])
+def test_a_data_set_that_the_user_names_is_downloaded_as_in_training(
+    command: str,
+    run: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """To the user's folder, by default `data`, and not to one that the workdir names."""
+    asked: list[object] = []
+
+    def urlopen(url: str, **kwargs: object) -> io.BytesIO:
+        asked.append(url)
+        return io.BytesIO(b"")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.chdir(tmp_path)
+    path = run / "config.json"
+    values = json.loads(path.read_text())
+    values["data"] |= {"name": "cifar10", "dir": str(tmp_path / "foreign")}
+    path.write_text(json.dumps(values))
+    argv = [f"--workdir={run}", "--data.name=cifar100", *(["--out=x.npz"] if command == "encode" else [])]
+    assert {"evaluate": evaluate, "encode": encode}[command].main([command, *argv]) == 2
+    error = capsys.readouterr().err
+    assert "--data.dir: data/cifar-100" in error and "sent 0 bytes" in error and error.count("\n") == 1
+    assert len(asked) == 1 and "cifar-100" in str(asked[0])
+    assert not (tmp_path / "foreign").exists()
 
 
 @pytest.mark.parametrize("name", ["beans", "huggingface:mnist", "kaggle:mnist", "foreign"])

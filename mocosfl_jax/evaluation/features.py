@@ -1,21 +1,30 @@
-"""Features of whole sets of images, computed once, in batches of one shape."""
+"""Features of whole sets of images, computed once, in batches of one shape.
+
+`encode_images` takes an encoder that `load_encoder` or `encoder_of_run` has read. `make_encode` and `extract`
+take the state of an algorithm, during training.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
-from mocosfl_jax.algorithm.interface import Algorithm, TrainState
+from mocosfl_jax.algorithm.interface import Algorithm
 from mocosfl_jax.data import Images
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.feed import augment
-from mocosfl_jax.models import Features
+from mocosfl_jax.models import Features, SplitModel
+from mocosfl_jax.weights.encoder_file import Encoder
 
 BATCH = 250  # images at a time
 
 Rows = np.ndarray | Array  # [n, D] features, or [n] labels
-Head = Callable[[TrainState, np.ndarray], Array]  # state, pooled features [n, D] -> projections [n, key_dim]
+# What an encoder computes with: the `TrainState` of an algorithm, or the parameters of an `Encoder`.
+State = Any
+Head = Callable[[State, np.ndarray], Array]  # state, pooled features [n, D] -> projections [n, key_dim]
 
 
 class Extracted(NamedTuple):
@@ -25,10 +34,41 @@ class Extracted(NamedTuple):
     projection: np.ndarray  # [n, key_dim], output of the projection head, not normalised
 
 
+def encode_images(encoder: Encoder, images: Images, batch_size: int = BATCH) -> Extracted:
+    """Compute the features of images with a trained encoder, without augmentation.
+
+    Args:
+      encoder: from `load_encoder` or `encoder_of_run`.
+      images: [n, H, W, 3], uint8 or floats in [0, 1], in memory or on disk; n must be at least 1. They should
+        have the size on which the encoder was trained, `encoder.metadata.network["image_size"]`.
+      batch_size: images at a time.
+
+    Returns:
+      Features of all n images, float32.
+
+    Raises:
+      UserError: if the images have another shape or dtype, or are floats far above 1.
+
+    Example:
+      >>> from mocosfl_jax import split_model
+      >>> from mocosfl_jax.weights.encoder_file import Metadata
+      >>> network = {"name": "resnet18", "cut_layer": 1, "width": 4, "image_size": 8, "key_dim": 6}
+      >>> model = split_model(**network)  # load_encoder reads all of this from a file
+      >>> params = model.init(jax.random.key(0))
+      >>> encoder = Encoder(model, params, Metadata(network, mean=(0.5,) * 3, std=(0.25,) * 3))
+      >>> features = encode_images(encoder, np.zeros((5, 8, 8, 3), np.uint8))
+      >>> features.backbone.shape, features.projection.shape
+      ((5, 32), (5, 6))
+    """
+    if len(images.shape) != 4 or images.shape[3] != 3 or not len(images):
+        raise UserError(f"images: found shape {list(images.shape)}, allowed: [n, H, W, 3], n at least 1")
+    return extract(encode_of(encoder), encoder.params, images, batch_size)
+
+
 class Encode(NamedTuple):
     """The compiled encoder of images without augmentation."""
 
-    batch: Callable[[TrainState, np.ndarray], Features]  # state, images [n, H, W, 3] uint8 -> Features
+    batch: Callable[[State, np.ndarray], Features]  # state, images [n, H, W, 3] -> Features
     # For a head that mixes the rows of its batch, as batch norm does. None: rows are independent.
     head: Head | None
 
@@ -51,13 +91,35 @@ def make_encode(
     return Encode(batch, head)
 
 
-def extract(encode: Encode, state: TrainState, images: Images, batch_size: int = BATCH) -> Extracted:
+def encode_of(encoder: Encoder) -> Encode:
+    """Return the compiled encoder, for `extract` and `extract_batches`. Its parameters are their state."""
+    model, _, metadata = encoder
+
+    def batch(params: State, images: np.ndarray) -> Features:
+        return _features(model, params, augment.normalise(images, metadata.mean, metadata.std))
+
+    mixes_rows = metadata.network.get("head") == "mlp_bn"
+    return Encode(batch, partial(_head, model) if mixes_rows else None)
+
+
+@partial(jax.jit, static_argnums=0)
+def _features(model: SplitModel, params: State, images: Array) -> Features:
+    client, server = params
+    return model.server(server, model.client(client, images))
+
+
+@partial(jax.jit, static_argnums=0)
+def _head(model: SplitModel, params: State, backbone: Array) -> Array:
+    return model.head(params[1], backbone)
+
+
+def extract(encode: Encode, state: State, images: Images, batch_size: int = BATCH) -> Extracted:
     """Compute the features of all `images`, as `extract_batches` does.
 
     Args:
       encode: the compiled encoder.
-      state: the training state.
-      images: [n, H, W, 3] uint8, in memory or on disk; n must be at least 1.
+      state: the training state, or the parameters of the encoder.
+      images: [n, H, W, 3], in memory or on disk; n must be at least 1.
       batch_size: images at a time.
 
     Returns:
@@ -70,7 +132,7 @@ def extract(encode: Encode, state: TrainState, images: Images, batch_size: int =
 
 
 def extract_batches(
-    encode: Encode, state: TrainState, batches: Iterable[np.ndarray], batch_size: int = BATCH
+    encode: Encode, state: State, batches: Iterable[np.ndarray], batch_size: int = BATCH
 ) -> Extracted:
     """Compute the features of batches of images.
 
@@ -79,8 +141,8 @@ def extract_batches(
 
     Args:
       encode: the compiled encoder.
-      state: the training state.
-      batches: of n_i images [n_i, H, W, 3] uint8 each, 1 <= n_i <= batch_size; at least one.
+      state: the training state, or the parameters of the encoder.
+      batches: of n_i images [n_i, H, W, 3] each, 1 <= n_i <= batch_size; at least one.
       batch_size: smaller batches are padded to it, and the features of the padding are dropped.
 
     Returns:
@@ -98,7 +160,7 @@ def extract_batches(
     for batch in batches:
         if working is not None:
             finish(*working)
-        padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)
+        padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)
         working = len(batch), encode.batch(state, np.concatenate([batch, padding]))
     assert working is not None
     finish(*working)

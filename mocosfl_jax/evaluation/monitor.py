@@ -5,11 +5,10 @@ import math
 import jax
 from jax import Array
 
-from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.config import Eval
 from mocosfl_jax.data import Dataset
 from mocosfl_jax.evaluation import classifiers
-from mocosfl_jax.evaluation.features import Encode, Extracted, Rows, extract
+from mocosfl_jax.evaluation.features import Encode, Extracted, Rows, State, extract
 from mocosfl_jax.evaluation.knn import knn_accuracy
 from mocosfl_jax.feed import augment
 
@@ -17,7 +16,7 @@ Evaluated = tuple[Extracted, Extracted]  # of the training and of the test image
 RAW_PIXELS_LIMIT = 2**30  # bytes of float images; above it, raw pixels are not evaluated
 
 
-def features(dataset: Dataset, state: TrainState, encode: Encode) -> Evaluated:
+def features(dataset: Dataset, state: State, encode: Encode) -> Evaluated:
     """Compute the features of the training and of the test images."""
     return extract(encode, state, dataset.x_train), extract(encode, state, dataset.x_test)
 

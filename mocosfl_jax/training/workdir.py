@@ -186,8 +186,8 @@ class Preprocessing(NamedTuple):
     """How a run prepares images for its encoder."""
 
     image_size: int  # in pixels
-    mean: tuple[float, ...]  # per channel, for pixels on [0, 1]
-    std: tuple[float, ...]  # per channel
+    mean: tuple[float, float, float]  # per channel, for pixels on [0, 1]
+    std: tuple[float, float, float]  # per channel
 
 
 def write_preprocessing(workdir: Path, preprocessing: Preprocessing) -> None:
@@ -223,9 +223,9 @@ def read_preprocessing(workdir: Path) -> Preprocessing:
     return Preprocessing(size, tuple(mean), tuple(std))
 
 
-def write_evaluation(workdir: Path, evaluation: Mapping[str, Any]) -> None:
-    """Write evaluation.json, replacing an earlier one."""
-    _write_json(workdir / "evaluation.json", evaluation)
+def write_evaluation(workdir: Path, evaluation: Mapping[str, Any], file: str = "evaluation.json") -> None:
+    """Write evaluation.json, or another file for another data set, replacing an earlier one."""
+    _write_json(workdir / file, evaluation)
 
 
 def append_metrics(workdir: Path, lines: Sequence[Metrics]) -> None:
