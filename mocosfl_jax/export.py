@@ -49,8 +49,8 @@ def export(argv: Sequence[str]) -> None:
     own = commandline.own_functions(values.config)
     if (network := workdir.read_config(folder, own).own.network) is not None:
         raise UserError(
-            f"config.own.network: found {name_of(network)}, allowed: None; an encoder file holds a network of "
-            "split_model"
+            f"config.own.network: found {name_of(network)}, allowed: None; an encoder file holds a network "
+            "of split_model"
         )
     compiler.set_up()
     _, (client, server), metadata = encoder_of_run(folder, values.checkpoint, own=own)

@@ -48,7 +48,7 @@ ROOMS = [
     {"training"},
     {"costs"},
     {"preflight"},
-    {"train", "evaluate", "encode", "export", "import_official"},
+    {"train", "evaluate", "encode", "export", "import_official", "table"},
 ]
 
 

@@ -223,6 +223,18 @@ def read_preprocessing(workdir: Path) -> Preprocessing:
     return Preprocessing(size, tuple(mean), tuple(std))
 
 
+def read_record(workdir: Path) -> dict[str, Any]:
+    """Read config.json as it was written: fields, environment of the start, and what identifies the data.
+
+    Raises:
+      UserError: if the file is missing or damaged.
+    """
+    values = _read_json(workdir / "config.json")
+    if not isinstance(values, dict):
+        raise UserError(f"{workdir / 'config.json'}: found no configuration of a run")
+    return values
+
+
 def write_evaluation(workdir: Path, evaluation: Mapping[str, Any], file: str = "evaluation.json") -> None:
     """Write evaluation.json, or another file for another data set, replacing an earlier one."""
     _write_json(workdir / file, evaluation)
