@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mocosfl_jax import train
+from mocosfl_jax import data, train
 from mocosfl_jax.commandline import field_paths, guesses, help_text
 from mocosfl_jax.config import CHOICES, Config, comments, quickstart, resolve
 from mocosfl_jax.config.fields import Clients
@@ -128,12 +128,13 @@ def test_every_choice_is_checked() -> None:
 @pytest.mark.parametrize(
     "path, words",
     [
+        ("data.name", data.NAMES),
         ("model.name", split.NAMES),
         ("model.norm", split.NORMS),
         ("model.init", split.INITS),
         ("model.compute_dtype", split.COMPUTE_DTYPES),
     ],
 )
-def test_comments_name_what_the_networks_allow(path: str, words: Any) -> None:
+def test_comments_name_what_data_and_networks_allow(path: str, words: Any) -> None:
     _, comment = every_field(Config())[path]
     assert set(words) <= set(re.findall(r"\w+", comment))
