@@ -6,11 +6,15 @@
 """
 
 import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import griffe
 
-from mocosfl_jax.config.comments import comment_of
+# From the file, since the site is built without the packages that mocosfl_jax imports.
+_COMMENTS = Path(__file__).parents[1] / "mocosfl_jax" / "config" / "comments.py"
+comment_of = runpy.run_path(str(_COMMENTS))["comment_of"]
 
 
 class Comments(griffe.Extension):
