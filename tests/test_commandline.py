@@ -12,7 +12,7 @@ from mocosfl_jax.config import CHOICES, Config, comments, quickstart, resolve
 from mocosfl_jax.config.fields import Clients
 from mocosfl_jax.costs import __main__ as costs_command
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.models import split
+from mocosfl_jax.models import layers, named
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,10 @@ def test_every_choice_is_checked() -> None:
     "path, words",
     [
         ("data.name", data.NAMES),
-        ("model.name", split.NAMES),
-        ("model.norm", split.NORMS),
-        ("model.init", split.INITS),
-        ("model.compute_dtype", split.COMPUTE_DTYPES),
+        ("model.name", tuple(named.NETWORKS)),
+        ("model.norm", layers.NORMS),
+        ("model.init", layers.INITS),
+        ("model.compute_dtype", named.COMPUTE_DTYPES),
     ],
 )
 def test_comments_name_what_data_and_networks_allow(path: str, words: Any) -> None:

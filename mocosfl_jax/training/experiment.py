@@ -16,7 +16,7 @@ from mocosfl_jax.data.fingerprint import Fingerprint, fingerprint
 from mocosfl_jax.errors import UserError, renamed
 from mocosfl_jax.feed import augment, batches, partition
 from mocosfl_jax.feed.partition import Rich
-from mocosfl_jax.models import SplitModel, check_model
+from mocosfl_jax.models import SplitModel, check_independence, check_model
 from mocosfl_jax.models import forms as platforms
 from mocosfl_jax.models.forms import Forms
 from mocosfl_jax.parallel import mesh as meshes
@@ -138,6 +138,9 @@ def prepare(
         rich=_rich(config),
     )
     run = assemble(config, mesh, forms, dataset, parts, residence, data_fingerprint)
+    if own.network is not None:
+        height, width, channels = dataset.x_train.shape[1:]
+        check_independence(run.model, (height, width, channels))
     _check_saving(run)
     return run
 
