@@ -18,7 +18,17 @@ from mocosfl_jax import Algorithm, Contrast, SplitModel, mocosfl, split_model
 from mocosfl_jax.config import Config, Own, quickstart
 from mocosfl_jax.training.build import network_arguments
 
-predictor = nn.Sequential([nn.Dense(256), nn.LayerNorm(), nn.relu, nn.Dense(128)])
+
+class Predictor(nn.Module):
+    """Queries [n, D] -> guesses of their keys [n, D]."""
+
+    @nn.compact
+    def __call__(self, query: Array) -> Array:
+        hidden = nn.relu(nn.LayerNorm()(nn.Dense(256)(query)))
+        return nn.Dense(query.shape[-1])(hidden)
+
+
+predictor = Predictor()
 
 
 def network(config: Any, image_size: int, forms: Any) -> SplitModel:

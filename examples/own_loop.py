@@ -24,8 +24,10 @@ from mocosfl_jax.data import load
 PATIENCE = 3  # evaluations without a better kNN accuracy
 
 
-def main(config: Config, folder: Path, images: dict[str, Any], tuning_steps: int = 100) -> float:
-    """Train on `images`, stop early, fine-tune with 10 % of the labels, and return the test accuracy."""
+def main(
+    config: Config, folder: Path, images: dict[str, Any], tuning_steps: int = 100, share: float = 0.1
+) -> float:
+    """Train on `images`, stop early, fine-tune with a share of the labels, and return the test accuracy."""
     # Data: an npz file with x_train [n, H, W, 3] uint8, y_train [n] integers, x_test and y_test.
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "images.npz", **images)
@@ -47,7 +49,8 @@ def main(config: Config, folder: Path, images: dict[str, Any], tuning_steps: int
     # Fine-tuning: all parameters of the encoder, and a linear layer on top of it.
     model, encoder, metadata = trained.encoder
     prepare = partial(normalise, mean=metadata.mean, std=metadata.std)
-    few = np.random.default_rng(0).permutation(len(images["y_train"]))[: len(images["y_train"]) // 10]
+    count = len(images["y_train"])
+    few = np.random.default_rng(0).permutation(count)[: int(share * count)]
     width = jax.eval_shape(model.whole_backbone, encoder, prepare(images["x_train"][:1])).shape[-1]
     params = {"encoder": encoder, "linear": jnp.zeros((width, int(images["y_train"].max()) + 1))}
     optimizer = optax.adam(1e-3)

@@ -250,15 +250,15 @@ class Config:
 
     # flmoco is the baseline that trains the whole network on each client.
     algorithm: str = "mocosfl"
-    # A workdir or an encoder file with whose models the run starts, momentum models included. None: models
-    # are drawn.
-    init_from: str | None = None
     # Seed of all random draws: the cohorts, the initialization, the views and, without `clients.seed`, the
     # partition.
     seed: int = 1234
     # Passes over the data if the whole pool takes part. Smaller cohorts train N // M times as many epochs, so
     # that a client takes part in `epochs` of them on average, or in fewer where M does not divide N.
     epochs: int = 200
+    # A workdir or an encoder file with whose models the run starts, momentum models included. None: models
+    # are drawn.
+    init_from: str | None = None
     data: Data = dataclasses.field(default_factory=Data)
     clients: Clients = dataclasses.field(default_factory=Clients)
     sync: Synchronization = dataclasses.field(default_factory=Synchronization)

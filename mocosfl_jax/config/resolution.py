@@ -77,9 +77,9 @@ class Resolved:
     """A `fields.Config` in which no value depends on a preset or on the number of clients any more."""
 
     algorithm: str
-    init_from: str | None
     seed: int
     epochs: int
+    init_from: str | None
     data: Data
     clients: ResolvedClients
     sync: ResolvedSynchronization
