@@ -46,6 +46,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(pathlib.Path(__file__).parent / "golden"),
         help="folder with the NAME.json / NAME.npz cases of test_golden.py",
     )
+    parser.addoption(
+        "--privacy-dir",
+        help="for -m privacy: folder with official_defended_clients.npz, which has the parameters of clients "
+        "that the authors released and the images that they attacked, and with CIFAR-10",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -82,6 +87,16 @@ def x64() -> Iterator[None]:
     """Float64 for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def released(pytestconfig: pytest.Config) -> dict[str, np.ndarray]:
+    """The clients that the authors released, and the images that they attacked."""
+    folder = pytestconfig.getoption("--privacy-dir")
+    if folder is None:
+        pytest.fail("-m privacy needs --privacy-dir=FOLDER")
+    with np.load(pathlib.Path(folder) / "official_defended_clients.npz") as arrays:
+        return dict(arrays)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ ROOMS = [
     {"config", "data", "models", "runtime"},
     {"algorithm", "commandline"},
     {"feed", "parallel", "weights"},
-    {"evaluation"},
+    {"evaluation", "privacy"},
     {"training"},
     {"costs"},
     {"preflight"},

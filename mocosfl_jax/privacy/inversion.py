@@ -1,0 +1,231 @@
+"""Model inversion: an attacker trains a decoder from smashed data to images.
+
+The attacker knows the client-side model, or can query it, and has images of its own. It computes their
+smashed data, trains the decoder on these pairs, and applies it to the smashed data of its victims.
+
+All attackers that are trained together are a leading axis A of every array, as clients are.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.models.decoders import Decoder
+from mocosfl_jax.models.forms import ACCELERATOR, Forms
+
+FEWEST_IMAGES = 20  # of an attacker, of which it validates on 2
+
+
+class Training(NamedTuple):
+    """How a decoder is trained, by Adam on the mean squared error. The defaults are the official attack's."""
+
+    epochs: int = 50
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    cosine: bool = False  # whether the learning rate falls to 0; otherwise it is constant
+    # Share of the images that are held out. The weights of the epoch with the smallest error on them stay.
+    validation: float = 0.1
+    # Validate as the official attack: batch norms use and record each batch, and one batch alone decides.
+    validate_in_training_mode: bool = False
+
+
+class Weights(NamedTuple):
+    """A decoder's weights."""
+
+    params: Any
+    statistics: Any  # running, of batch norms
+
+
+class Trained(NamedTuple):
+    """The decoders of A attackers."""
+
+    weights: Weights  # leaves [A, ...], of the best epoch
+    validation_mse: np.ndarray  # [A, epochs], by which the best epoch was chosen
+
+
+class _State(NamedTuple):
+    """The state of one attacker."""
+
+    weights: Weights
+    opt_state: Any
+    best: Weights
+    best_mse: Array  # []
+
+
+def train_decoder(
+    rngs: Array,
+    smashed: ArrayLike,
+    images: ArrayLike,
+    *,
+    decoder: Decoder,
+    training: Training = Training(),  # noqa: B008, an immutable tuple
+    forms: Forms = ACCELERATOR,
+    each_epoch: Callable[[np.ndarray], None] = lambda mse: None,
+) -> Trained:
+    """Train a decoder for each of A attackers.
+
+    Args:
+      rngs: [A] keys: for the initial weights, the held-out images and the order of the batches.
+      smashed: [A, n, h, w, c] smashed data of the attackers' images.
+      images: [A, n, H, W, 3] uint8, the attackers' images.
+      decoder: from `make_decoder`.
+      training: how to train. The last batch of an epoch may be smaller.
+      forms: of the platform.
+      each_epoch: called after each epoch with the validation errors [A].
+
+    Returns:
+      The decoders, each of the epoch with the smallest validation error.
+
+    Raises:
+      UserError: if there are fewer than `FEWEST_IMAGES` images.
+
+    Example:
+      >>> from mocosfl_jax.models.decoders import make_decoder
+      >>> images = np.random.default_rng(0).integers(0, 256, (1, 20, 8, 8, 3), np.uint8)
+      >>> smashed = images[:, :, ::2, ::2] / np.float32(255)
+      >>> trained = train_decoder(
+      ...     jax.random.split(jax.random.key(0), 1),
+      ...     smashed,
+      ...     images,
+      ...     decoder=make_decoder("custom", (4, 4, 3), image_size=8),
+      ...     training=Training(epochs=2),
+      ... )
+      >>> trained.validation_mse.shape
+      (1, 2)
+    """
+    smashed, images = jnp.asarray(smashed), jnp.asarray(images)
+    count = images.shape[1]
+    if count < FEWEST_IMAGES:
+        raise UserError(f"attacker's images: found {count}, allowed: {FEWEST_IMAGES} or more")
+    held_out = max(2, round(training.validation * count))
+    steps = -(-(count - held_out) // training.batch_size)
+    rate: Any = training.learning_rate
+    if training.cosine:
+        rate = optax.cosine_decay_schedule(training.learning_rate, training.epochs * steps)
+    optimizer = optax.adam(rate)
+    rngs_init, rngs_split, rngs_order = jnp.moveaxis(jax.vmap(partial(jax.random.split, num=3))(rngs), 1, 0)
+    order = jax.vmap(lambda rng: jax.random.permutation(rng, count))(rngs_split)
+
+    @jax.jit
+    @jax.vmap
+    def init(rng: Array) -> _State:
+        weights = Weights(*decoder.init(rng))
+        # Copies, since the state is donated.
+        best = jax.tree.map(jnp.copy, weights)
+        return _State(weights, optimizer.init(weights.params), best, jnp.full((), jnp.inf, smashed.dtype))
+
+    def epoch(state: _State, rng: Array, smashed: Array, images: Array, order: Array) -> tuple[_State, Array]:
+        """One attacker's epoch."""
+        validation, rows = order[:held_out], order[held_out:]
+        rows = jax.random.permutation(rng, rows)
+
+        def step(state: _State, batch: Array) -> tuple[_State, None]:
+            return _step(decoder, optimizer, state, smashed[batch], images[batch]), None
+
+        state = _over_batches(step, state, rows, training.batch_size)
+        validate = _validate_in_training_mode if training.validate_in_training_mode else _validate
+        weights, mse = validate(decoder, state.weights, smashed, images, validation, training.batch_size)
+        better = mse < state.best_mse
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), weights, state.best)
+        return state._replace(weights=weights, best=best, best_mse=jnp.minimum(mse, state.best_mse)), mse
+
+    run_epoch = jax.jit(lambda *stacked: forms.over_clients(epoch)(*stacked), donate_argnums=0)
+    state, errors = init(rngs_init), []
+    for number in range(training.epochs):
+        rngs_epoch = jax.vmap(lambda rng, number=number: jax.random.fold_in(rng, number))(rngs_order)
+        state, mse = run_epoch(state, rngs_epoch, smashed, images, order)
+        errors.append(np.asarray(mse))
+        each_epoch(errors[-1])
+    return Trained(state.best, np.stack(errors, axis=1))
+
+
+def reconstruct(
+    decoder: Decoder,
+    weights: Weights,
+    smashed: ArrayLike,
+    *,
+    forms: Forms = ACCELERATOR,
+    batch_size: int = 128,
+) -> np.ndarray:
+    """Apply each attacker's decoder, in evaluation mode, to smashed data.
+
+    Args:
+      decoder: from `make_decoder`.
+      weights: leaves [A, ...].
+      smashed: [A, m, h, w, c].
+      forms: of the platform.
+      batch_size: images at a time.
+
+    Returns:
+      [A, m, H, W, 3] float32 in [0, 1].
+    """
+    smashed = np.asarray(smashed)
+
+    def one(weights: Weights, smashed: Array) -> Array:
+        return decoder.apply(*weights, smashed, training=False)[0]
+
+    run = jax.jit(lambda *stacked: forms.over_clients(one)(*stacked))
+    starts = range(0, smashed.shape[1], batch_size)
+    parts = [np.asarray(run(weights, smashed[:, start : start + batch_size])) for start in starts]
+    return np.concatenate(parts, axis=1)
+
+
+def _step(
+    decoder: Decoder, optimizer: optax.GradientTransformation, state: _State, smashed: Array, images: Array
+) -> _State:
+    """One step of Adam on a batch."""
+
+    def loss(params: Any) -> tuple[Array, Any]:
+        found, statistics = decoder.apply(params, state.weights.statistics, smashed, training=True)
+        return _mse(found, images), statistics
+
+    grads, statistics = jax.grad(loss, has_aux=True)(state.weights.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.weights.params)
+    weights = Weights(optax.apply_updates(state.weights.params, updates), statistics)
+    return state._replace(weights=weights, opt_state=opt_state)
+
+
+def _validate(
+    decoder: Decoder, weights: Weights, smashed: Array, images: Array, rows: Array, batch_size: int
+) -> tuple[Weights, Array]:
+    """The mean squared error on the rows, in evaluation mode."""
+
+    def add(total: Array, batch: Array) -> tuple[Array, None]:
+        found, _ = decoder.apply(*weights, smashed[batch], training=False)
+        return total + _mse(found, images[batch]) * len(batch), None
+
+    return weights, _over_batches(add, jnp.zeros(()), rows, batch_size) / len(rows)
+
+
+def _validate_in_training_mode(
+    decoder: Decoder, weights: Weights, smashed: Array, images: Array, rows: Array, batch_size: int
+) -> tuple[Weights, Array]:
+    """The official attack's validation: the smallest error of a single batch, in training mode."""
+
+    def least(carry: tuple[Any, Array], batch: Array) -> tuple[tuple[Any, Array], None]:
+        statistics, mse = carry
+        found, statistics = decoder.apply(weights.params, statistics, smashed[batch], training=True)
+        return (statistics, jnp.minimum(mse, _mse(found, images[batch]))), None
+
+    carry = (weights.statistics, jnp.full((), jnp.inf, smashed.dtype))
+    statistics, mse = _over_batches(least, carry, rows, batch_size)
+    return weights._replace(statistics=statistics), mse
+
+
+def _over_batches(function: Callable[[Any, Array], Any], carry: Any, rows: Array, batch_size: int) -> Any:
+    """Fold `function` over the batches of `rows`; the last batch may be smaller."""
+    whole = len(rows) // batch_size * batch_size
+    carry, _ = jax.lax.scan(function, carry, rows[:whole].reshape(-1, batch_size))
+    return function(carry, rows[whole:])[0] if whole < len(rows) else carry
+
+
+def _mse(found: Array, images: Array) -> Array:
+    return jnp.mean(jnp.square(found - images.astype(jnp.float32) / 255))
