@@ -48,7 +48,7 @@ ROOMS = [
     {"training"},
     {"costs"},
     {"preflight"},
-    {"train", "evaluate", "encode", "export", "import_official", "table"},
+    {"train", "evaluate", "attack", "encode", "export", "import_official", "table"},
 ]
 
 

@@ -63,6 +63,26 @@ def from_official(client_state: State, server_state: State, **network: Any) -> t
     )
 
 
+def client_from_official(client_state: State, **network: Any) -> Any:
+    """Converts the state dict of a client alone, where the server's is not known.
+
+    Args:
+      client_state: The client's tensors by name.
+      **network: Arguments of `split_model`, as for `from_official`.
+
+    Returns:
+      Client-side parameters, float32.
+
+    Raises:
+      UserError: If the tensors are not exactly those of this network's client.
+    """
+    tree, _ = jax.eval_shape(split_model(**network).init, jax.random.key(0))
+    modules, _ = _modules(server_state={}, **network)
+    described = f"{network['name']} cut at {network['cut_layer']}, bottleneck {network.get('bottleneck')}"
+    names = NETWORKS[network["name"]].official_names
+    return _side("client", client_state, tree, modules, names, described, None)
+
+
 def official_key(path: tuple[str, ...], modules: Modules, names: Mapping[str, str]) -> str:
     """The official name of one of our parameters.
 

@@ -1,0 +1,139 @@
+"""All attackers on one client, and the figures of a result."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.models.forms import CPU
+from mocosfl_jax.privacy import attacks, report
+from mocosfl_jax.privacy.attacks import Result, Settings
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+SIZE = 8
+
+
+def halved(images: jax.Array) -> jax.Array:
+    """A client that sends the means of 2x2 pixels."""
+    n = len(images)
+    return images.reshape(n, SIZE // 2, 2, SIZE // 2, 2, 3).mean((2, 4))
+
+
+def blind(images: jax.Array) -> jax.Array:
+    return 0 * halved(images)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """Each has four blocks of one colour, so that `halved` loses nothing."""
+    colours = np.random.default_rng(0).integers(0, 256, (90, 2, 2, 3), np.uint8)
+    return colours.repeat(SIZE // 2, axis=1).repeat(SIZE // 2, axis=2)
+
+
+@pytest.fixture(scope="module")
+def results(images: np.ndarray) -> list[Result]:
+    settings = Settings(epochs=2, decoder="custom", optimised=3, steps=60, seeds=2)
+    attackers = ("trivial", "ridge", "strong", "optimisation")
+    return attacks.attack(
+        {"query": halved, "key": blind},
+        images,
+        images[:12],
+        MEAN,
+        STD,
+        settings=settings._replace(attackers=attackers),
+        forms=CPU,
+    )
+
+
+def test_every_attacker_has_its_rows(results: list[Result]) -> None:
+    found = [(r.attacker, r.smashed, r.images, *r.mse.shape) for r in results]
+    assert found == [
+        ("constant colour", "", None, 1, 12),
+        ("own mean colour", "", None, 1, 12),
+        ("means of 4x4 blocks", "", None, 1, 12),
+        ("ridge", "query", 78, 2, 12),
+        ("ridge", "key", 78, 2, 12),
+        ("strong decoder", "query", 78, 2, 12),
+        ("strong decoder", "key", 78, 2, 12),
+        ("optimisation", "query", None, 1, 3),
+        ("optimisation", "key", None, 1, 3),
+    ]
+
+
+def test_open_smashed_data_are_inverted_and_blind_ones_are_not(results: list[Result]) -> None:
+    rows = {(r.attacker, r.smashed): r.summary() for r in results}
+    assert rows["constant colour", ""]["relative_mse"] == 1
+    assert rows["means of 4x4 blocks", ""]["mse"] == pytest.approx(0, abs=1e-12)
+    assert rows["ridge", "query"]["relative_mse"] < 0.02
+    assert rows["ridge", "key"]["relative_mse"] == pytest.approx(1, abs=0.05)
+    assert rows["optimisation", "query"]["relative_mse"] < 0.05
+    assert rows["optimisation", "key"]["relative_mse"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_summary_is_over_victims_and_seeds() -> None:
+    mse = np.array([[0.1, 0.2, 0.3], [0.2, 0.3, 0.7]])
+    row = Result("a", "query", 5, mse, 1 - mse, -mse, 0.6, np.zeros((1, 4, 4, 3))).summary()
+    assert row["mse"] == pytest.approx(0.3) and row["relative_mse"] == pytest.approx(0.5)
+    assert row["mse_std"] == pytest.approx(np.std([0.2, 0.4], ddof=1))
+    # Linear interpolation between the smallest and the next: a tenth of the way.
+    assert row["mse_5th_percentile"] == pytest.approx((0.11 + 0.21) / 2)
+    assert (row["victims"], row["seeds"], row["images"]) == (3, 2, 5)
+
+
+def test_the_table_has_a_line_for_each_result(results: list[Result]) -> None:
+    title, *lines = report.table(results).splitlines()
+    assert title.split() == ["attacker", "smashed", "images", "MSE", "SSIM", "PSNR", "MSE/const", "MSE", "p5"]
+    assert len(lines) == len(results)
+    assert lines[0].split()[:5] == ["constant", "colour", "-", "-", f"{results[0].mse.mean():.4f}"]
+    assert lines[-1].startswith("optimisation (3 victims)")
+
+
+def test_the_picture_has_the_victims_above(tmp_path: Path, images: np.ndarray, results: list[Result]) -> None:
+    path = tmp_path / "reconstructions.png"
+    report.draw_reconstructions(path, images[:12], {"a $client_{0": results})
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    colour = images[0, 0, 0].astype(int)
+    near = (np.abs(picture.astype(int) - colour).max(-1) < 3).nonzero()
+    rows = len(results) + 1
+    # The first victim's first block: in the first row, and again in that of the block means.
+    assert near[0].min() < picture.shape[0] / rows
+    assert len(near[0]) > 20
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"attackers": ("trivial", "magic")}, r"--attackers: found 'magic', allowed: trivial, ridge"),
+        ({"protocol": "dirty"}, r"--protocol: found 'dirty', allowed: clean, official"),
+        ({"decoder": "gan"}, r"decoder: found 'gan', allowed: res_norm"),
+        ({"images": 19}, r"attacker's images: found 19 of 78 training images, allowed: 20 or more"),
+        ({"protocol": "official"}, r"attacker's images: found 1 of 90 training images"),
+    ],
+)
+def test_impossible_settings_are_refused(images: np.ndarray, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        attacks.attack(
+            {"query": halved}, images, images[:12], MEAN, STD, settings=Settings(**changes), forms=CPU
+        )
+
+
+def test_the_official_protocol_trains_as_the_official_code(
+    images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict = {}
+
+    def train(rngs, smashed, targets, *, decoder, training, forms, each_epoch):  # type: ignore[no-untyped-def]
+        seen.update(targets=targets, training=training)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mocosfl_jax.privacy.inversion.train_decoder", train)
+    many = np.tile(images, (25, 1, 1, 1))  # 2,250, of which the attacker has 22 or 23
+    settings = Settings(attackers=("official",), protocol="official")
+    with pytest.raises(KeyboardInterrupt):
+        attacks.attack({"query": halved}, many, images[:12], MEAN, STD, settings=settings, forms=CPU)
+    assert seen["targets"].shape == (1, 22, SIZE, SIZE, 3)
+    assert seen["training"] == (50, 32, 1e-3, False, 0.1, True)

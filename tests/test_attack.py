@@ -1,0 +1,187 @@
+"""The command that attacks smashed data."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mocosfl_jax import attack, export, split_model
+from mocosfl_jax.privacy import attacks
+from mocosfl_jax.training import workdir
+from mocosfl_jax.weights import official
+
+QUICK = ["--attackers=trivial,ridge,strong", "--decoder=custom", "--epochs=2", "--victims=6"]
+TRIVIAL = ["constant colour", "own mean colour", "means of 8x8 blocks", "means of 4x4 blocks"]
+
+
+@pytest.fixture
+def run(finished: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of the finished run's workdir."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def rows(folder: pathlib.Path) -> list[dict]:
+    return json.loads((folder / "privacy.json").read_text())["rows"]
+
+
+def test_a_run_is_attacked_at_queries_and_keys(run: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    assert attack.main(["attack", f"--workdir={run}", *QUICK]) == 0
+    found = [(row["attacker"], row["smashed"], row["victims"]) for row in rows(run)]
+    assert found == [
+        *((name, "", 6) for name in TRIVIAL),
+        *(("ridge", view, 6) for view in ("query", "key")),
+        *(("strong decoder", view, 6) for view in ("query", "key")),
+    ]
+    by_view = {row["smashed"]: row["mse"] for row in rows(run) if row["attacker"] == "ridge"}
+    assert by_view["query"] != by_view["key"]  # the momentum model is another one
+    assert all(row["client"] == "client 0" for row in rows(run))
+    with Image.open(run / "reconstructions.png") as picture:
+        picture.verify()
+    captured = capsys.readouterr()
+    assert "checkpoint 18" in captured.out and "MSE/const" in captured.out
+    assert captured.err == ""
+
+
+def test_the_client_of_an_export_is_that_of_the_run(
+    run: pathlib.Path, images: str, tmp_path: pathlib.Path
+) -> None:
+    encoder, out = tmp_path / "encoder.safetensors", tmp_path / "new" / "out"
+    assert export.main(["export", f"--workdir={run}", f"--out={encoder}"]) == 0
+    assert attack.main(["attack", f"--workdir={run}", *QUICK]) == 0
+    data = ["--data_name=npz", f"--data_dir={images}"]
+    out.parent.mkdir()
+    assert attack.main(["attack", f"--encoder={encoder}", f"--out={out}", *data, *QUICK]) == 0
+    of_run = [row for row in rows(run) if row["smashed"] == "query"]
+    of_encoder = [row for row in rows(out) if row["smashed"]]
+    assert [row["attacker"] for row in of_encoder] == ["ridge", "strong decoder"]
+    for one, other in zip(of_run, of_encoder, strict=True):
+        assert one["mse"] == pytest.approx(other["mse"], rel=1e-3)
+
+
+def write_clients(path: pathlib.Path, **more: np.ndarray) -> None:
+    """A client cut after the stem, one cut after two blocks, both C4S2 and of width 8."""
+    arrays: dict[str, Any] = dict(more)
+    for name, cut_layer in (("one", 1), ("three", 3)):
+        model = split_model("resnet18", cut_layer=cut_layer, width=8, bottleneck="C4S2", image_size=16)
+        params, _ = model.init(jax.random.key(cut_layer))
+        modules = {(f"layer{i}",): str(i) for i in range(cut_layer)} | {
+            ("bottleneck", "conv0"): str(cut_layer)
+        }
+        for key_path, leaf in jax.tree.leaves_with_path(params):
+            key = official.official_key(tuple(entry.key for entry in key_path), modules)
+            arrays[f"{name}/{key}"] = np.asarray(leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf)
+    np.savez(path, **arrays)
+
+
+def test_official_clients_of_several_cuts(tmp_path: pathlib.Path, images: str) -> None:
+    victims = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8)
+    write_clients(tmp_path / "clients.npz", attack_test_images_uint8_nhwc=victims)
+    argv = [f"--official_clients={tmp_path / 'clients.npz'}", "--data_name=npz", f"--data_dir={images}"]
+    quick = ["--attackers=trivial,ridge", f"--out={tmp_path / 'out'}"]
+    assert attack.main(["attack", *argv, *quick]) == 0
+    found = [(row["client"], row["attacker"]) for row in rows(tmp_path / "out")]
+    assert found == [(client, name) for client in ("one", "three") for name in [*TRIVIAL, "ridge"]]
+    assert {row["victims"] for row in rows(tmp_path / "out")} == {7}
+    own = next(row for row in rows(tmp_path / "out") if row["attacker"] == "own mean colour")
+    pixels = victims / 255
+    assert own["mse"] == pytest.approx(np.mean((pixels - pixels.mean((1, 2), keepdims=True)) ** 2), rel=1e-5)
+    assert attack.main(["attack", *argv, *quick, "--clients=three"]) == 0
+    assert {row["client"] for row in rows(tmp_path / "out")} == {"three"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "found none, allowed: one of --workdir, --encoder and --official_clients"),
+        (["--workdir={run}", "--encoder=x"], "found --workdir and --encoder, allowed: one of"),
+        (["--encoder=x"], "--out is missing"),
+        (["--workdir={run}", "--attackers=magic"], "--attackers: found 'magic', allowed: trivial"),
+        (["--workdir={run}", "--protocol=x"], "--protocol: found 'x', allowed: clean, official"),
+        (["--workdir={run}", "--decoder=x"], "decoder: found 'x', allowed: res_normNxCy"),
+        (["--workdir={run}", "--epochs=0"], "epochs"),
+        (["--workdir={run}", "--images=5"], "attacker's images: found 5 of 48 training images"),
+        (["--workdir={run}", "--protocol=official"], "attacker's images: found 0 of 48 training images"),
+        (["--workdir={tmp}"], "holds no config.json"),
+        (["--encoder={tmp}/none", "--out={tmp}"], "none: no such file"),
+        (["--official_clients={tmp}/none", "--out={tmp}"], "none: no such file"),
+        (["--official_clients={tmp}/text", "--out={tmp}"], "text: not an npz file"),
+        (["--official_clients={tmp}/c.npz", "--out={tmp}", "--clients=two"], "found ['two'], allowed"),
+        (["--official_clients={tmp}/c.npz", "--out={tmp}", "--bottleneck=C8S2"], "one: client side: 1."),
+    ],
+)
+def test_a_mistake_is_one_line(
+    run: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "text").write_text("text")
+    if any("c.npz" in argument for argument in arguments):
+        write_clients(tmp_path / "c.npz")
+    argv = [argument.format(run=run, tmp=tmp_path) for argument in arguments]
+    assert attack.main(["attack", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert error.count("\n") == 1
+    assert not (run / "privacy.json").exists() and not (tmp_path / "privacy.json").exists()
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("model.cut_layer", 0, "config.model.cut_layer: found 0, allowed: 1 or more"),
+        ("algorithm", "flmoco", "config.algorithm: found flmoco, allowed: mocosfl"),
+    ],
+)
+def test_clients_that_send_no_smashed_data_are_refused(
+    run: pathlib.Path, capsys: pytest.CaptureFixture, field: str, value: object, message: str
+) -> None:
+    path = run / "config.json"
+    record = json.loads(path.read_text())
+    *parents, name = field.split(".")
+    node = record
+    for parent in parents:
+        node = node[parent]
+    node[name] = value
+    path.write_text(json.dumps(record))
+    assert workdir.read_config(run)
+    assert attack.main(["attack", f"--workdir={run}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+# MSE and SSIM on record of the official attack on clients that the authors released.
+RECORDED = {
+    "cut2_ssim0.6_target0.01_cifar100": (0.0386, 0.454),
+    "cut2_ssim0.5_target0.01_cifar100": (0.0080, 0.847),
+}
+
+
+@pytest.mark.privacy
+@pytest.mark.parametrize("client", RECORDED)
+def test_the_official_protocol_lands_at_the_record(
+    client: str, pytestconfig: pytest.Config, released: dict[str, np.ndarray], tmp_path: pathlib.Path
+) -> None:
+    """Minutes. CIFAR-10 has to be in the folder too, as for config.data.dir."""
+    assert f"{client}/0.conv1.weight" in released
+    folder = pathlib.Path(pytestconfig.getoption("--privacy-dir"))
+    argv = [f"--official_clients={folder / 'official_defended_clients.npz'}", f"--clients={client}"]
+    argv += [f"--data_dir={folder}", f"--out={tmp_path}", "--protocol=official", "--attackers=official"]
+    assert attack.main(["attack", *argv]) == 0
+    (row,) = rows(tmp_path)
+    mse, ssim = RECORDED[client]
+    assert row["images"] == 500
+    assert row["mse"] == pytest.approx(mse, abs=0.005)
+    assert row["ssim"] == pytest.approx(ssim, abs=0.04)
+
+
+def test_help(capsys: pytest.CaptureFixture) -> None:
+    assert attack.main(["attack", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name in ("--workdir", "--encoder", "--official_clients", *attacks.ATTACKERS, *attacks.PROTOCOLS):
+        assert name in text
