@@ -13,7 +13,6 @@ from PIL import Image
 from mocosfl_jax import attack, export, split_model
 from mocosfl_jax.privacy import attacks
 from mocosfl_jax.training import workdir
-from mocosfl_jax.weights import official
 
 QUICK = ["--attackers=trivial,ridge,strong", "--decoder=custom", "--epochs=2", "--victims=6"]
 TRIVIAL = ["constant colour", "own mean colour", "means of 8x8 blocks", "means of 4x4 blocks"]
@@ -63,19 +62,18 @@ def test_the_client_of_an_export_is_that_of_the_run(
         assert one["mse"] == pytest.approx(other["mse"], rel=1e-3)
 
 
-def write_clients(path: pathlib.Path, **more: np.ndarray) -> None:
+def write_clients(file: pathlib.Path, **more: np.ndarray) -> None:
     """A client cut after the stem, one cut after two blocks, both C4S2 and of width 8."""
     arrays: dict[str, Any] = dict(more)
     for name, cut_layer in (("one", 1), ("three", 3)):
         model = split_model("resnet18", cut_layer=cut_layer, width=8, bottleneck="C4S2", image_size=16)
         params, _ = model.init(jax.random.key(cut_layer))
-        modules = {(f"layer{i}",): str(i) for i in range(cut_layer)} | {
-            ("bottleneck", "conv0"): str(cut_layer)
-        }
-        for key_path, leaf in jax.tree.leaves_with_path(params):
-            key = official.official_key(tuple(entry.key for entry in key_path), modules)
+        for path_in_tree, leaf in jax.tree.leaves_with_path(params):
+            key = ".".join(entry.key for entry in path_in_tree).replace("bottleneck.conv0", str(cut_layer))
+            for ours, theirs in (("layer", ""), ("norm", "bn"), ("kernel", "weight"), ("scale", "weight")):
+                key = key.replace(ours, theirs)
             arrays[f"{name}/{key}"] = np.asarray(leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf)
-    np.savez(path, **arrays)
+    np.savez(file, **arrays)
 
 
 def test_official_clients_of_several_cuts(tmp_path: pathlib.Path, images: str) -> None:

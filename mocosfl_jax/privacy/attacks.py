@@ -20,7 +20,8 @@ ATTACKERS = ("trivial", "ridge", "official", "strong", "optimisation")
 PROTOCOLS = ("clean", "official")
 OFFICIAL_DECODER = "res_normN4C64"
 OFFICIAL_IMAGES = 500  # of which 50 are held out
-RIDGE_IMAGES = 2000
+# Of the larger ridge attack. It takes seconds as long as images or numbers of smashed data are this few.
+RIDGE_IMAGES, RIDGE_DIMENSIONS = 10_000, 2000
 BLOCKS = (16, 8, 4)  # pixels, of the block means; those that divide the image size
 SHOWN = 10  # victims whose reconstructions are kept for the picture
 SMASHED_BYTES = 4 * 2**30  # of the strong attacker's smashed data; it has fewer images if they take more
@@ -189,7 +190,7 @@ def attack(
     few = _official_images(settings, len(images))
     runs: list[tuple[str, str, int, Callable[..., np.ndarray]]] = [
         ("ridge", "ridge", few, _ridge),
-        ("ridge", "ridge", min(RIDGE_IMAGES, len(images)), _ridge),
+        ("ridge", "ridge", _ridge_images(settings, len(images), shape), _ridge),
         ("official", "official decoder", few, _official),
         ("strong", "strong decoder", _strong_images(settings, len(images), shape), _strong),
     ]
@@ -296,6 +297,11 @@ def _official_images(settings: Settings, images: int) -> int:
     if settings.protocol == "official":
         return round(protocol.OFFICIAL_SHARE * images)
     return min(OFFICIAL_IMAGES, images)
+
+
+def _ridge_images(settings: Settings, images: int, shape: tuple[int, ...]) -> int:
+    most = RIDGE_IMAGES if np.prod(shape) <= RIDGE_DIMENSIONS else RIDGE_DIMENSIONS
+    return min(_strong_images(settings, images, shape), most)
 
 
 def _strong_images(settings: Settings, images: int, shape: tuple[int, ...]) -> int:
