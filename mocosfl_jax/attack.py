@@ -181,9 +181,7 @@ def _of_run(values: flags.FlagValues) -> Material:
     run = experiment.prepare(config, one_device(device))
     if not values.accept_other_data:
         workdir.require_same_data(folder, run.fingerprint)
-    state, progress = checkpoint.restore(
-        folder / "checkpoints", values.checkpoint, run.algorithm.init, device
-    )
+    state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, run.algorithm, device)
     say(f"{folder}: checkpoint {progress.step:,}")
     views = {"query": online_model(state), "key": _momentum_model(state)}
     return Material(
