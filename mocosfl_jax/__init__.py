@@ -1,7 +1,5 @@
 """MocoSFL: self-supervised learning across many small clients, in JAX (Li et al., ICLR 2023)."""
 
-from typing import TYPE_CHECKING, Any
-
 from mocosfl_jax.runtime import import_path
 
 if import_path.is_command():  # before anything else is imported
@@ -10,6 +8,8 @@ if import_path.is_command():  # before anything else is imported
     from mocosfl_jax.runtime import streams
 
     streams.make_safe()
+
+from typing import TYPE_CHECKING, Any
 
 from mocosfl_jax.algorithm.clients import ClientState, Pool, Sync
 from mocosfl_jax.algorithm.flmoco import flmoco

@@ -80,7 +80,7 @@ def parse(
     except flags.Error as error:
         raise UserError(explain(error, values, usage)) from error
     if rest:
-        raise UserError(unexpected(repr(rest[0]), rest[0], list(values), usage))
+        raise UserError(unexpected(repr(rest[0]), rest[0], _names(values), usage))
     for path in unset:
         *parents, field = path.split(".")
         setattr(functools.reduce(getattr, parents, values.config), field, None)
@@ -118,7 +118,7 @@ def parse_flags(
     if rest is not None:
         rest += found
     elif found:
-        raise UserError(unexpected(repr(found[0]), found[0], list(values), usage))
+        raise UserError(unexpected(repr(found[0]), found[0], _names(values), usage))
     for name in required:
         if not values[name].value:
             raise UserError(f"--{name} is missing; allowed: {usage}")
@@ -360,7 +360,7 @@ def explain(error: BaseException, values: flags.FlagValues, usage: str) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         if error.flagname in ("resume", "restore") and {"config", "workdir"} <= set(values):
             return f"found --{error.flagname}; the command that started a run resumes it, without a flag"
-        return unexpected(f"--{error.flagname}", error.flagvalue, list(values), usage)
+        return unexpected(f"--{error.flagname}", error.flagvalue, _names(values), usage)
     wrong_type = re.match(r"flag --(config\.[\w.]+)=(.*?): ", str(error), re.DOTALL)
     if wrong_type is None:
         return f"{' '.join(str(error).split()).rstrip(' .?')}; allowed: {usage}"
@@ -370,6 +370,11 @@ def explain(error: BaseException, values: flags.FlagValues, usage: str) -> str:
         node = getattr(node, part)
     (allowed,) = (field.type for field in dataclasses.fields(node) if field.name == name)
     return f"{wrong_type[1]}: found {wrong_type[2]!r}, allowed: {type_name(allowed)}"
+
+
+def _names(values: flags.FlagValues) -> list[str]:
+    """Return the names of the flags, without `config` where no field can be set, only a file given."""
+    return [name for name in values if name != "config" or type(values[name]) is not flags.Flag]
 
 
 def unexpected(shown: str, argument: str, flag_names: Sequence[str], usage: str) -> str:

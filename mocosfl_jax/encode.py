@@ -1,8 +1,9 @@
 """Encode a folder of images, or a data set, with the encoder of a run.
 
-    python -m mocosfl_jax.encode --workdir=FOLDER --images=FOLDER --out=FILE.npz [--checkpoint=STEP] [-v]
+    python -m mocosfl_jax.encode --workdir=FOLDER --images=FOLDER --out=FILE.npz [--checkpoint=STEP]
+                                 [--config=FILE] [-v]
     python -m mocosfl_jax.encode --workdir=FOLDER --data.name=NAME [--data.dir=FOLDER] --out=FILE.npz
-                                 [--data.max_broken=SHARE] [--checkpoint=STEP] [-v]
+                                 [--data.max_broken=SHARE] [--checkpoint=STEP] [--config=FILE] [-v]
 
   --workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not; its data set is not needed
   --images=FOLDER      a folder of pictures, also in folders below it and behind links
@@ -11,6 +12,7 @@
   --data.max_broken=SHARE  of the images of a split, which may fail to decode; such images are black
   --out=FILE.npz       the output, see below
   --checkpoint=STEP    a number in the run's checkpoints; default: the newest
+  --config=FILE        the config file of a run with functions of its own, which no workdir holds
   -v, --verbose        name the files that are not used, such as those with a suffix of no picture
 
 Of --images the output holds backbone [n, D] and projection [n, key_dim], both float32, and files [n], the
@@ -35,7 +37,7 @@ from tqdm import tqdm
 from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
 from mocosfl_jax.data import Dataset, decode, find
-from mocosfl_jax.errors import UserError, printable
+from mocosfl_jax.errors import UserError, printable, renamed
 from mocosfl_jax.evaluation.features import encode_of, extract, extract_batches
 from mocosfl_jax.paths import user_path, utf8_path
 from mocosfl_jax.runtime import compiler
@@ -84,19 +86,24 @@ def encode(argv: Sequence[str]) -> None:
     image_size = workdir.read_preprocessing(folder).image_size
     out = commandline.output_file(values.out)
 
+    # Imported lazily, so that argument errors precede slow imports.
+    from mocosfl_jax.training.build import FIELDS
+
     if values.images:
         images = user_path("--images", values.images)
         files = pictures_below(images, verbose=values.verbose)
         compiler.set_up()
         encoder, step = read_encoder(folder, values.checkpoint, own=own)
-        arrays = encode_files(encoder, images, files, image_size)
+        with renamed(FIELDS):
+            arrays = encode_files(encoder, images, files, image_size)
         what = f"{len(arrays['files']):,} images"
     else:
         dataset = commandline.load_data(given, image_size)
         report_unused(dataset.unused, verbose=values.verbose)
         compiler.set_up()
         encoder, step = read_encoder(folder, values.checkpoint, own=own)
-        arrays = encode_dataset(encoder, dataset)
+        with renamed(FIELDS):
+            arrays = encode_dataset(encoder, dataset)
         counts = f"{len(dataset.x_train):,} training and {len(dataset.x_test):,} test images"
         what = f"{counts} of {len(dataset.class_names)} classes ({dataset.source})"
     temporary = out.with_name(f"{out.name}.tmp")

@@ -2,7 +2,7 @@
 
     python -m mocosfl_jax.evaluate --workdir=FOLDER [--checkpoint=STEP] [--probe_epochs=N] [--semi_supervised]
                                    [--data.name=NAME] [--data.dir=FOLDER] [--data.max_broken=SHARE]
-                                   [--accept_other_data]
+                                   [--accept_other_data] [--config=FILE]
 
   --workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not
   --checkpoint=STEP    a number in FOLDER/checkpoints; default: the newest
@@ -13,6 +13,7 @@
   --accept_other_data  evaluate on the data set even if it is not the one that the run was trained on
   --data.name=NAME     evaluate on this data set instead, with its classes: transfer. It is in --data.dir, by
                        default `data`. Its images are prepared as the run's: size, mean and standard deviation
+  --config=FILE        the config file of a run with functions of its own, which no workdir holds
   --data.max_broken=SHARE  of the images of a split, which may fail to decode; such images are black
 
 Prints the accuracies and writes them to FOLDER/evaluation.json, those on another data set to

@@ -1,11 +1,12 @@
 """Write the encoder of a run to one safetensors file.
 
-  python -m mocosfl_jax.export --workdir=FOLDER --out=FILE.safetensors [--checkpoint=STEP]
+  python -m mocosfl_jax.export --workdir=FOLDER --out=FILE.safetensors [--checkpoint=STEP] [--config=FILE]
 
 --workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not; its data set is not needed
 --out=FILE           the output: the parameters of client 0 and of the server, with the network and the
                      preprocessing in the header; `mocosfl_jax.load_encoder` reads it
 --checkpoint=STEP    a number in the run's checkpoints; default: the newest
+--config=FILE        the config file of a run with an algorithm of its own
 """
 
 import sys
@@ -20,7 +21,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.paths import utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
-from mocosfl_jax.training.encoder import encoder_of_run
+from mocosfl_jax.training.encoder import read_encoder
 from mocosfl_jax.weights import encoder_file
 
 USAGE = "--workdir=FOLDER, --config=FILE, --out=FILE.safetensors, --checkpoint=STEP, --help"
@@ -53,7 +54,7 @@ def export(argv: Sequence[str]) -> None:
             "of split_model"
         )
     compiler.set_up()
-    _, (client, server), metadata = encoder_of_run(folder, values.checkpoint, own=own)
+    (_, (client, server), metadata), _ = read_encoder(folder, values.checkpoint, own=own)
     encoder_file.export_encoder(out, client, server, metadata)
     say(f"{out}: {encoder_file.describe(client, server, metadata)}")
 

@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocosfl_jax import encode, encode_images, encoder_of_run, evaluate, export, knn_accuracy, load_encoder
+from mocosfl_jax import (
+    MomentumContrast,
+    encode,
+    encode_images,
+    encoder_of_run,
+    evaluate,
+    export,
+    knn_accuracy,
+    load_encoder,
+    mocosfl,
+)
+from mocosfl_jax.algorithm.interface import EVERYWHERE
 from mocosfl_jax.data import images as fitting
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.evaluation import classifiers, monitor
@@ -22,6 +33,7 @@ from mocosfl_jax.evaluation.features import make_encode
 from mocosfl_jax.train import main as train
 from mocosfl_jax.training import checkpoint, experiment, workdir
 from tests.support.small_run import CLASSES, PER_CLASS, arguments, metrics
+from tests.support.toy import make_toy_model
 from tests.support.training import single
 
 PREPROCESSING = '{{"image_size": {}, "mean": {}, "std": {}}}'
@@ -125,7 +137,7 @@ def test_a_damaged_checkpoint_is_not_moved(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "--workdir is missing; allowed: --workdir=FOLDER, --checkpoint=STEP"),
+        ([], "--workdir is missing; allowed: --workdir=FOLDER, --config=FILE, --checkpoint=STEP"),
         (["--workdir=/nowhere"], "--workdir: found no folder /nowhere"),
         (["--workdir={tmp}"], "holds no config.json"),
         (["--workdir={run}", "--checkpoint=7"], "--checkpoint: found 7, allowed: 18, 12, 6"),
@@ -501,12 +513,15 @@ def test_a_checkpoint_in_another_precision_is_refused(
 
 def test_a_checkpoint_of_an_earlier_layout_is_refused(tmp_path: pathlib.Path) -> None:
     """Before the cohort left the pool, a checkpoint had every client's online model under `clients`."""
-    earlier = {"step": jnp.zeros((), jnp.int32), "clients": {"scales": jnp.zeros(3)}}
+    earlier: Any = {"step": jnp.zeros((), jnp.int32), "clients": {"scales": jnp.zeros(3)}}
+    algorithm = mocosfl(make_toy_model(), num_clients=1, moco=MomentumContrast(queue_size=4))._replace(
+        init=lambda rng, models=None: earlier, homes=lambda state: EVERYWHERE
+    )
     folder, place = tmp_path / "checkpoints", jax.devices()[0]
     with checkpoint.open_manager(folder, 1) as manager:
-        checkpoint.save(manager, earlier, checkpoint.Progress(4))  # type: ignore[arg-type]
+        checkpoint.save(manager, earlier, checkpoint.Progress(4))
     with pytest.raises(UserError, match=r"checkpoints/4: found the layout of an earlier version"):
-        checkpoint.restore(folder, None, lambda rng: earlier, place)  # type: ignore[arg-type,return-value]
+        checkpoint.restore(folder, None, algorithm, place)
 
 
 @pytest.mark.parametrize(

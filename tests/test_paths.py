@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from mocosfl_jax import commandline, encode, evaluate, export, import_official, train
+from mocosfl_jax import attack, commandline, encode, evaluate, export, import_official, train
 from mocosfl_jax.costs import __main__ as costs
 from mocosfl_jax.data import load
 from mocosfl_jax.errors import UserError
@@ -37,7 +37,12 @@ def test_the_home_folder_is_expanded_everywhere(
         (train, ["--workdir={tmp}/run", "--config.data.name=npz", "--config.data.dir={}"]),
         (costs, ["--config={}"]),
         (evaluate, ["--workdir={}"]),
-        (evaluate, ["--workdir={run}", "--data_dir={}"]),
+        (evaluate, ["--workdir={run}", "--data.dir={}"]),
+        (attack, ["--workdir={}"]),
+        (attack, ["--workdir={run}", "--data_dir={}"]),
+        (attack, ["--workdir={run}", "--out={}"]),
+        (attack, ["--encoder={}", "--out={tmp}"]),
+        (attack, ["--official_clients={}", "--out={tmp}"]),
         (encode, ["--workdir={}", "--images={tmp}", "--out={tmp}/x"]),
         (encode, ["--workdir={run}", "--images={}", "--out={tmp}/x"]),
         (encode, ["--workdir={run}", "--images={tmp}", "--out={}"]),

@@ -5,6 +5,7 @@ import json
 import logging
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -106,6 +107,8 @@ def test_other_versions_are_reported_and_other_ways_to_run_are_not(
         f"device unknown at the start, {now['device']} now; "
         "devices data 1 x model 1 at the start, data 2 x model 1 now; x64 True at the start, False now"
     )
+    config["data"]["resident"], config["mesh"]["data"] = False, 2
+    config["checkpoint"] |= {"on_full_disk": "continue", "keep": 2}
     assert json.loads((workdir / "config.json").read_text()) == config
 
 
@@ -192,9 +195,8 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert "Traceback" not in output
     assert re.search(r"saved at step \d+ of 240", output)
     last = output.strip().splitlines()[-1]
-    assert last.startswith(
-        f"stopped by {number.name}; to resume: python -m mocosfl_jax.train --config.epochs=3"
-    )
+    command = shlex.join(with_toy(argv)[1:])
+    assert last == f"stopped by {number.name}; to resume: python -m mocosfl_jax.train {command}"
     process = start(argv)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output

@@ -69,7 +69,7 @@ def draw_reconstructions(path: Path, victims: np.ndarray, results: Mapping[str, 
         axes.set_yticks([size * (i + 0.5) for i in range(len(labels))], labels, parse_math=False)
         axes.set_title(client, parse_math=False)
     temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=100)
+    figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
     temporary.replace(path)
 
 

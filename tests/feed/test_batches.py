@@ -168,7 +168,7 @@ def test_a_streamed_run_equals_the_resident_run_bit_for_bit(
         patch.setattr(programs, "make_feed", make_stopping_feed)
         workdir.claim(tmp_path / "streamed", streamed.config, {})
         output = Output(tmp_path / "streamed", messages.append, lambda metrics: None)
-        assert not loop.train(streamed, stop.is_set, output)
+        assert not loop.train(streamed, stop.is_set, output).finished
     stopped = streamed.steps_per_epoch + 2 * streamed.steps_per_round
     assert messages[-1] == f"saved at step {stopped} of {streamed.total_steps}"
     assert "streamed from the host: 2.812 KiB; config.data.resident is False" in messages[0]

@@ -160,7 +160,7 @@ def train(name: str, data: int, model: int) -> Trained:
     algorithm = build(case, mesh)
     state = diverse(jax.tree.map(jnp.array, initial(name)))
     if mesh.size > 1:
-        state = jax.jit(partial(rest, mesh))(state)
+        state = jax.jit(partial(rest, mesh, algorithm.homes))(state)
     cohorts: list[Any] = [None, None]
     if case.cohort is not None:
         draws = (

@@ -80,7 +80,7 @@ def test_the_same_data_may_be_elsewhere(
     for place in (moved, pathlib.Path("elsewhere.npz")):
         assert train(place, run) == 0
     assert metrics(run) == before
-    assert evaluate.main(with_toy(["evaluate", f"--workdir={run}", f"--data_dir={moved}"])) == 0
+    assert evaluate.main(with_toy(["evaluate", f"--workdir={run}", f"--data.dir={moved}"])) == 0
     found = json.loads((run / "evaluation.json").read_text())
     assert found["knn_backbone"] == before[-2]["knn_backbone"]
 
