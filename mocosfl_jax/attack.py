@@ -67,6 +67,7 @@ class Material(NamedTuple):
     std: Sequence[float]
     victims_std: Sequence[float] | None  # the official protocol's, where it is another
     source: str
+    data_name: str
 
 
 def main(argv: Sequence[str]) -> int:
@@ -155,7 +156,7 @@ def attack(argv: Sequence[str]) -> None:
         )
         say(f"{name}\n{report.table(results[name])}")
     out.mkdir(parents=True, exist_ok=True)
-    about = {"source": material.source, "data": values.data_name, **settings._asdict()}
+    about = {"source": material.source, "data": material.data_name, **settings._asdict()}
     _write(out / "privacy.json", json.dumps(report.record(results, about), indent=2) + "\n")
     report.draw_reconstructions(out / "reconstructions.png", material.victims, results)
     say(f"{out}: privacy.json, reconstructions.png")
@@ -192,6 +193,7 @@ def _of_run(values: flags.FlagValues) -> Material:
         run.dataset.std,
         _victims_std(config.data.name),
         f"checkpoint {progress.step:,} of {folder}",
+        config.data.name,
     )
 
 
@@ -219,6 +221,7 @@ def _of_encoder(values: flags.FlagValues) -> Material:
         encoder.metadata.std,
         _victims_std(values.data_name),
         str(path),
+        values.data_name,
     )
 
 
@@ -264,7 +267,14 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
     shown = dataset.x_test if victims is None else victims
     std = _victims_std(values.data_name)
     return Material(
-        clients, dataset.x_train, shown[: values.victims], dataset.mean, dataset.std, std, str(path)
+        clients,
+        dataset.x_train,
+        shown[: values.victims],
+        dataset.mean,
+        dataset.std,
+        std,
+        str(path),
+        values.data_name,
     )
 
 

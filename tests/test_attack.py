@@ -39,6 +39,7 @@ def test_a_run_is_attacked_at_queries_and_keys(run: pathlib.Path, capsys: pytest
     by_view = {row["smashed"]: row["mse"] for row in rows(run) if row["attacker"] == "ridge"}
     assert by_view["query"] != by_view["key"]  # the momentum model is another one
     assert all(row["client"] == "client 0" for row in rows(run))
+    assert json.loads((run / "privacy.json").read_text())["data"] == "npz"
     with Image.open(run / "reconstructions.png") as picture:
         picture.verify()
     captured = capsys.readouterr()
