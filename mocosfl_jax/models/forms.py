@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax import Array
 
 from mocosfl_jax.models.convolution import (
     Lowering,
     cpu_conv,
     direct_conv,
+    images_in_lanes,
     matmul_conv,
     patches_conv,
     stacked_conv,
@@ -37,6 +39,11 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *stacked: jax.lax.map(lambda client: again(*client), stacked)
 
 
+def as_it_is(x: Array) -> Array:
+    """`x`, in an order in memory that XLA chooses."""
+    return x
+
+
 class Forms(NamedTuple):
     """How a training program is written for a platform."""
 
@@ -48,9 +55,11 @@ class Forms(NamedTuple):
     # of each step. On a CPU a convolution is about twenty times slower inside a loop of the program than
     # outside.
     scan_rounds: bool
+    arrange: Callable[[Array], Array] = as_it_is  # the order in memory of what enters the server's layers
 
 
 ACCELERATOR = Forms(Lowering(direct_conv, stacked_conv), fused_group_norm, at_once, scan_rounds=True)
+TPU = ACCELERATOR._replace(arrange=images_in_lanes)
 # What the others are tested against, and what is counted as the cost of a network.
 PLAIN = Forms(Lowering(direct_conv, patches_conv), group_norm, at_once, scan_rounds=False)
 CPU = Forms(Lowering(cpu_conv, matmul_conv), group_norm, one_by_one, scan_rounds=False)
@@ -66,4 +75,4 @@ def forms(platform: str) -> Forms:
     Args:
       platform: As in `jax.Device.platform`: "cpu", "gpu" or "tpu".
     """
-    return CPU if platform == "cpu" else ACCELERATOR
+    return {"cpu": CPU, "tpu": TPU}.get(platform, ACCELERATOR)

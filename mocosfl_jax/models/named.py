@@ -53,13 +53,14 @@ class _Server(nn.Module):
     layers: Sequence[Module]
     options: Options
     head: ProjectionHead
+    arrange: Callable[[Array], Array]
 
     def __call__(self, smashed: Array) -> Array:
         return self.head(self.backbone(smashed))
 
     @nn.compact
     def backbone(self, smashed: Array) -> Array:
-        x = smashed
+        x = self.arrange(smashed)
         for layer in self.layers:
             x = layer(options=self.options)(x)
         # Pooled features and projections are not rounded, since loss and evaluation are computed from them.
@@ -240,6 +241,7 @@ def split_model(
         tuple(server_layers),
         dataclasses.replace(options, conv=stacked if stacked_server else single),
         ProjectionHead(key_dim, hidden_dim, batch_norm=head == "mlp_bn", name="head"),
+        forms.arrange,
     )
 
     def init_params(rng: Array) -> tuple[Params, Params]:

@@ -18,6 +18,7 @@ from mocosfl_jax.models.convolution import (
     cpu_conv,
     depthwise_conv,
     direct_conv,
+    images_in_lanes,
     matmul_conv,
     patches_conv,
     stacked_conv,
@@ -165,3 +166,36 @@ def test_transposed_convolution_equals_loops(x64: None, conv: Convolution, size:
     expected = canvas[:, 1:-1, 1:-1]  # padding 1 removes a row at each end, output padding 1 adds the last
     got = transposed_conv(jnp.asarray(x), jnp.asarray(kernel), conv)
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "images, channels, innermost",
+    [
+        (200, 64, True),  # 200 of 256 lanes against 64 of 128
+        (128, 96, True),
+        (26, 64, False),  # the rows of a device among eight
+        (128, 128, False),
+        (200, 128, False),
+        (250, 512, False),
+    ],
+)
+def test_images_lie_innermost_where_they_fill_the_lanes(images: int, channels: int, innermost: bool) -> None:
+    x = jax.ShapeDtypeStruct((images, 2, 2, channels), jnp.float32)
+
+    def layouts(jaxpr: Any) -> list[tuple[int, ...]]:
+        return [
+            equation.params["layout"].major_to_minor
+            for equation in jaxpr.eqns
+            if equation.primitive.name == "layout_constraint"
+        ]
+
+    wanted = [(0, 1, 2, 3), (1, 2, 3, 0)] if innermost else []
+    assert layouts(jax.make_jaxpr(images_in_lanes)(x).jaxpr) == wanted
+    _, pull = jax.vjp(images_in_lanes, jnp.zeros(x.shape))
+    assert layouts(jax.make_jaxpr(pull)(x).jaxpr) == wanted[::-1]  # of the gradient too
+
+
+def test_an_order_in_memory_changes_no_value() -> None:
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(2, 130, 2, 3, 4)))
+    np.testing.assert_array_equal(images_in_lanes(x[0]), x[0])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(images_in_lanes))(x), x)
