@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from mocosfl_jax import attack, commandline, encode, evaluate, export, import_official, train
+from mocosfl_jax import attack, commandline, encode, evaluate, export, import_official, table, train
 from mocosfl_jax.costs import __main__ as costs
 from mocosfl_jax.data import load
 from mocosfl_jax.errors import UserError
@@ -38,6 +38,7 @@ def test_the_home_folder_is_expanded_everywhere(
         (costs, ["--config={}"]),
         (evaluate, ["--workdir={}"]),
         (evaluate, ["--workdir={run}", "--data.dir={}"]),
+        (evaluate, ["--workdir={run}", "--data.name=npz", "--data.dir={}"]),
         (attack, ["--workdir={}"]),
         (attack, ["--workdir={run}", "--data_dir={}"]),
         (attack, ["--workdir={run}", "--out={}"]),
@@ -46,6 +47,9 @@ def test_the_home_folder_is_expanded_everywhere(
         (encode, ["--workdir={}", "--images={tmp}", "--out={tmp}/x"]),
         (encode, ["--workdir={run}", "--images={}", "--out={tmp}/x"]),
         (encode, ["--workdir={run}", "--images={tmp}", "--out={}"]),
+        (encode, ["--workdir={run}", "--data.name=npz", "--data.dir={}", "--out={tmp}/x"]),
+        (table, ["{}"]),
+        (table, ["{run}", "--out={}"]),
         (export, ["--workdir={}", "--out={tmp}/x"]),
         (export, ["--workdir={run}", "--out={}"]),
         (import_official, ["--client={}", "--server={tmp}/x", "--config={config}", "--out={tmp}/x"]),

@@ -106,11 +106,12 @@ def test_runs_that_differ_in_nothing_that_counts_are_one_row(tmp_path: pathlib.P
         {"mesh__data": 4, "mesh__model": 2},
         {"checkpoint__every": 7, "checkpoint__keep": 1},
         {"eval__every": 5},
+        {"clients__seed": 3},
     ]
     for number, change in enumerate(changes):
         write_run(tmp_path / "runs" / f"b{number}", seed=2 + number, **change)
     (row,) = make(tmp_path, str(tmp_path / "runs"))
-    assert row["seeds"] == "7" and next(iter(row)) == "seeds"
+    assert row["seeds"] == "8" and next(iter(row)) == "seeds"
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,9 @@ def test_the_same_run_counts_once(tmp_path: pathlib.Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert f"counted once: {tmp_path / 'b'} has the configuration and the seed of {tmp_path / 'a'}" in out
     assert out.count("counted once") == 1
+    write_run(tmp_path / "c", seed=1, clients__seed=2)  # another partition, so another run
+    (row,) = make(tmp_path, str(tmp_path / "a"), str(tmp_path / "c"))
+    assert row["seeds"] == "2"
 
 
 def test_a_run_of_the_train_command(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
