@@ -5,12 +5,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
 
+from mocosfl_jax import SplitModel, split_model
 from mocosfl_jax.costs.flops import forward_flops
 from mocosfl_jax.models import convolution
 from mocosfl_jax.models.convolution import (
@@ -25,6 +27,7 @@ from mocosfl_jax.models.convolution import (
     transposed_conv,
     winograd_conv,
 )
+from mocosfl_jax.models.forms import forms
 
 FORMS = [direct_conv, patches_conv, stacked_conv, cpu_conv, matmul_conv]
 
@@ -199,3 +202,24 @@ def test_an_order_in_memory_changes_no_value() -> None:
     x = jnp.asarray(np.random.default_rng(6).normal(size=(2, 130, 2, 3, 4)))
     np.testing.assert_array_equal(images_in_lanes(x[0]), x[0])
     np.testing.assert_array_equal(jax.jit(jax.vmap(images_in_lanes))(x), x)
+
+
+def test_the_server_of_a_tpu_arranges_its_input_once_in_each_direction() -> None:
+    settings: Any = {"name": "resnet18", "cut_layer": 1, "width": 4, "image_size": 8, "key_dim": 8}
+    tpu, other = (split_model(**settings, forms=forms(platform)) for platform in ("tpu", "gpu"))
+    _, params = tpu.init(jax.random.key(0))
+    smashed = jax.random.normal(jax.random.key(1), (130, 8, 8, 4))
+
+    def gradient(model: SplitModel) -> Callable[..., Any]:
+        return jax.grad(lambda params, x: jnp.sum(jnp.sin(model.server(params, x).projection)), (0, 1))
+
+    constraints = [
+        str(jax.make_jaxpr(gradient(m))(params, smashed)).count("layout_constraint") for m in (tpu, other)
+    ]
+    assert constraints == [4, 0]
+    chex.assert_trees_all_close(
+        jax.jit(gradient(tpu))(params, smashed),
+        jax.jit(gradient(other))(params, smashed),
+        rtol=1e-5,
+        atol=1e-6,
+    )
