@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import Config, encode, evaluate, export, run, train
+from mocosfl_jax import Config, encode, encode_images, evaluate, export, normalise, run, train
 from mocosfl_jax.config import Clients, Data, Eval, Moco, Own, resolve
 from mocosfl_jax.config import Mesh as MeshSizes
 from tests.support import own_config
@@ -170,6 +170,24 @@ def test_models_of_another_network_are_refused(images: str, tmp_path: pathlib.Pa
     config.init_from = str(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"config\.init_from: found no .*nothing"):
         run(config, tmp_path / "third", model=make_toy_model(), say=quiet)
+
+
+def test_a_head_of_an_own_network_may_mix_images(images: str, tmp_path: pathlib.Path) -> None:
+    """Batch norm in the head is over all images, not over a batch of them with its padding."""
+    toy = make_toy_model()
+
+    def head(params: Any, backbone: Any) -> Any:
+        rows = backbone @ params["head"]
+        return (rows - rows.mean(0, keepdims=True)) / (rows.std(0, keepdims=True) + 1e-3)
+
+    trained = run(small(images), tmp_path, model=toy._replace(head=head), say=quiet)
+    pictures = np.load(images)["x_train"][:7]
+    model, (client, server), metadata = trained.encoder
+    x = normalise(pictures, metadata.mean, metadata.std)
+    expected = head(server, model.backbone(server, model.client(client, x)))
+    for batch_size in (4, 7, 250):
+        found = encode_images(trained.encoder, pictures, batch_size).projection
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_what_does_not_change_training_may_change_on_resume(images: str, tmp_path: pathlib.Path) -> None:

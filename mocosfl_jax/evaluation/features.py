@@ -98,7 +98,8 @@ def encode_of(encoder: Encoder) -> Encode:
     def batch(params: State, images: np.ndarray) -> Features:
         return _features(model, params, augment.normalise(images, metadata.mean, metadata.std))
 
-    mixes_rows = metadata.network.get("head") == "mlp_bn"
+    # Of the heads of `split_model`, only mlp_bn mixes rows. That of a network of your own may.
+    mixes_rows = metadata.network.get("head") == "mlp_bn" or "function" in metadata.network
     return Encode(batch, partial(_head, model) if mixes_rows else None)
 
 

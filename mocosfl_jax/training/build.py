@@ -182,6 +182,12 @@ def build_model(config: Resolved, image_size: int, forms: Forms = ACCELERATOR) -
     return model
 
 
+def online_models(algorithm: Algorithm, state: TrainState) -> tuple[Any, Any]:
+    """Return the online models of both sides, without computing a mean of the pool's momentum models."""
+    online: tuple[Any, Any] = jax.jit(lambda state: algorithm.models(state).online)(state)
+    return online
+
+
 def whole_head(config: Resolved, model: SplitModel, algorithm: Algorithm, mesh: Mesh) -> Head | None:
     """Return the compiled head of a run's encoder, on as many rows as it is given.
 

@@ -55,7 +55,7 @@ def read_encoder(
     from mocosfl_jax.models.forms import forms
     from mocosfl_jax.parallel.mesh import one_device
     from mocosfl_jax.training import checkpoint as checkpoints
-    from mocosfl_jax.training.build import build, network_record
+    from mocosfl_jax.training.build import build, network_record, online_models
 
     model, algorithm = build(
         config, one_device(device), forms(device.platform), image_size=preprocessing.image_size
@@ -67,4 +67,4 @@ def read_encoder(
         preprocessing.std,
         source=f"checkpoint {progress.step:,} of {folder}",
     )
-    return Encoder(model, jax.jit(algorithm.models)(state).online, metadata), progress.step
+    return Encoder(model, online_models(algorithm, state), metadata), progress.step

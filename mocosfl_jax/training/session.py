@@ -16,7 +16,7 @@ from mocosfl_jax.runtime import hosts
 from mocosfl_jax.runtime.environment import environment
 from mocosfl_jax.training import experiment, loop
 from mocosfl_jax.training import workdir as workdirs
-from mocosfl_jax.training.build import MakeAlgorithm, network_record
+from mocosfl_jax.training.build import MakeAlgorithm, network_record, online_models
 from mocosfl_jax.training.experiment import Run
 from mocosfl_jax.training.journal import Output
 from mocosfl_jax.weights.encoder_file import Encoder, Metadata
@@ -91,7 +91,7 @@ def encoder_of(run: Run, state: TrainState) -> Encoder:
     """Return the online models of a state, as `load_encoder` returns them."""
     record = network_record(run.config, run.dataset.x_train.shape[1])
     metadata = Metadata(record, run.dataset.mean, run.dataset.std, f"step {int(state.step):,} of a run")
-    return Encoder(run.model, jax.jit(run.algorithm.models)(state).online, metadata)
+    return Encoder(run.model, online_models(run.algorithm, state), metadata)
 
 
 @contextlib.contextmanager
