@@ -1,11 +1,12 @@
 """Attack the smashed data of clients by model inversion: how much of an image do they give away?
 
-    python -m mocosfl_jax.attack --workdir=FOLDER [--checkpoint=STEP]
+    python -m mocosfl_jax.attack --workdir=FOLDER [--checkpoint=STEP] [--config=FILE]
     python -m mocosfl_jax.attack --encoder=FILE.safetensors --out=FOLDER
     python -m mocosfl_jax.attack --official_clients=FILE.npz --out=FOLDER
 
   --workdir=FOLDER     attack client 0 of a run of mocosfl_jax.train, on the run's data set
   --checkpoint=STEP    a number in the run's checkpoints; default: the newest
+  --config=FILE        the config file of a run with functions of its own, which no workdir holds
   --encoder=FILE       attack the client side of an exported encoder
   --official_clients=FILE.npz
                        attack ResNet-18 clients of the official code: arrays NAME/PARAMETER, with the official
@@ -83,7 +84,7 @@ def attack(argv: Sequence[str]) -> None:
     """
 
     def define(values: flags.FlagValues) -> None:
-        for name in ("workdir", "encoder", "official_clients", "data_dir", "out"):
+        for name in ("workdir", "config", "encoder", "official_clients", "data_dir", "out"):
             flags.DEFINE_string(name, None, "Path.", flag_values=values)
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
         flags.DEFINE_list("clients", None, "Names of official clients.", flag_values=values)
@@ -165,7 +166,7 @@ def attack(argv: Sequence[str]) -> None:
 def _of_run(values: flags.FlagValues) -> Material:
     """Client 0 of a run: its online model and its momentum model."""
     folder = utf8_path("--workdir", values.workdir)
-    config = workdir.read_config(folder)
+    config = workdir.read_config(folder, commandline.own_functions(values.config))
     if values.data_dir is not None:
         config.data.dir = values.data_dir
     if config.algorithm != "mocosfl":

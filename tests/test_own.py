@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import Config, encode, encode_images, evaluate, export, normalise, run, train
+from mocosfl_jax import Config, attack, encode, encode_images, evaluate, export, normalise, run, train
 from mocosfl_jax.config import Clients, Data, Eval, Moco, Own, resolve
 from mocosfl_jax.config import Mesh as MeshSizes
 from tests.support import own_config
@@ -84,7 +84,8 @@ def test_a_run_needs_its_functions_again(
     config.own = Own(network=own_config.network)
     with pytest.raises(ValueError, match=r"config\.own\.algorithm: 'own_config\.algorithm' there, None now"):
         run(config, tmp_path, say=quiet)
-    for command, name in ((evaluate, "evaluate"), (encode, "encode"), (export, "export")):
+    commands = ((evaluate, "evaluate"), (encode, "encode"), (export, "export"), (attack, "attack"))
+    for command, name in commands:
         more = {
             "encode": [f"--images={tmp_path}", f"--out={tmp_path}/x.npz"],
             "export": [f"--out={tmp_path}/x"],
