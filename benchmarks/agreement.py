@@ -32,7 +32,9 @@ def _check(tolerance: float) -> None:
     from benchmarks import torch_loop
 
     _, algorithm = settings.build(SMALL)
-    state = jax.tree.map(_double, jax.jit(lambda rng: algorithm.enter(algorithm.init(rng)))(jax.random.key(1)))
+    state = jax.tree.map(
+        _double, jax.jit(lambda rng: algorithm.enter(algorithm.init(rng)))(jax.random.key(1))
+    )
     assert state.server is not None and state.server.queue is not None
     client, server = torch_loop.split_resnet18(SMALL)
     client.double()

@@ -101,5 +101,9 @@ def is_disk_full(error: BaseException | None) -> bool:
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class CollapsedError(ArithmeticError):
+    """The features of all images have become almost equal, and the run was told to end then."""
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or a parameter is not finite after the step that the message names."""

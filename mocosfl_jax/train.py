@@ -32,7 +32,7 @@ from absl import flags
 from mocosfl_jax import commandline
 from mocosfl_jax.commandline import fail, say
 from mocosfl_jax.config import Config, resolve
-from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
+from mocosfl_jax.errors import CollapsedError, DiskFullError, NonFiniteError, UserError
 from mocosfl_jax.paths import utf8_path
 from mocosfl_jax.runtime import compiler, hosts
 from mocosfl_jax.training import workdir
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
         return fail(2, error) if on_all else fail_alone(2, error)
     except hosts.ElsewhereError:
         return 2
-    except (NonFiniteError, DiskFullError) as error:
+    except (CollapsedError, NonFiniteError, DiskFullError) as error:
         return fail_alike(1, f"{error}; {last_checkpoint(folder)}")
     except KeyboardInterrupt:
         return fail_alone(130, "interrupted")

@@ -201,6 +201,9 @@ class Eval:
     knn_temperature: float = 0.1
     # Epochs of the linear probe. 0: no probe.
     probe_epochs: int = 100
+    # Save and end the run once the features of all images are almost equal (see evaluation/collapse.py).
+    # False: only report it.
+    stop_on_collapse: bool = False
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

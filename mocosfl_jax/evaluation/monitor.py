@@ -3,12 +3,13 @@
 import math
 
 import jax
+import numpy as np
 from jax import Array
 
 from mocosfl_jax.config import Eval
 from mocosfl_jax.data import Dataset
-from mocosfl_jax.evaluation import classifiers
-from mocosfl_jax.evaluation.features import Encode, Extracted, Rows, State, extract
+from mocosfl_jax.evaluation import classifiers, collapse
+from mocosfl_jax.evaluation.features import BATCH, Encode, Extracted, Rows, State, extract
 from mocosfl_jax.evaluation.knn import knn_accuracy
 from mocosfl_jax.feed import augment
 
@@ -19,6 +20,21 @@ RAW_PIXELS_LIMIT = 2**30  # bytes of float images; above it, raw pixels are not 
 def features(dataset: Dataset, state: State, encode: Encode) -> Evaluated:
     """Compute the features of the training and of the test images."""
     return extract(encode, state, dataset.x_train), extract(encode, state, dataset.x_test)
+
+
+def collapsed(images: np.ndarray, state: State, encode: Encode) -> dict[str, float]:
+    """Return the spread of the projections of `images`, and 1 or 0 for whether they have collapsed.
+
+    Both are fields of metrics.jsonl.
+    """
+    spread = collapse.spread(extract(encode, state, images).projection)
+    return {"spread": spread, "collapsed": int(spread < collapse.COLLAPSED)}
+
+
+def few(dataset: Dataset) -> np.ndarray:
+    """Return one batch of test images, evenly spaced, for `collapsed`: [at most BATCH, H, W, 3] uint8."""
+    count = len(dataset.x_test)
+    return dataset.x_test[np.linspace(0, count - 1, min(BATCH, count)).astype(int)]
 
 
 def knn(dataset: Dataset, settings: Eval, evaluated: Evaluated) -> dict[str, float]:

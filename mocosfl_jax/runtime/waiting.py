@@ -8,10 +8,12 @@ from tqdm import tqdm
 
 
 @contextlib.contextmanager
-def waiting(text: str) -> Iterator[None]:
+def waiting(text: str, *, shown: bool = True) -> Iterator[None]:
     """While the block runs, show `text` and the time gone by on stderr, if that is a terminal."""
     done = threading.Event()
-    with tqdm(bar_format="{desc}: {elapsed}", desc=text, leave=False, disable=None) as line:
+    with tqdm(
+        bar_format="{desc}: {elapsed}", desc=text, leave=False, disable=None if shown else True
+    ) as line:
 
         def tick() -> None:
             while not done.wait(1):

@@ -13,11 +13,12 @@ from jax import Array
 from tqdm import tqdm
 
 from mocosfl_jax.algorithm.interface import CohortState, TrainState
-from mocosfl_jax.errors import DiskFullError, NonFiniteError, UserError
+from mocosfl_jax.errors import CollapsedError, DiskFullError, NonFiniteError, UserError
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import Encode, make_encode
 from mocosfl_jax.feed.batches import Feed
 from mocosfl_jax.runtime import hosts
+from mocosfl_jax.runtime.waiting import waiting
 from mocosfl_jax.training import build, checkpoint, journal, plots, report, rounds, saving, workdir
 from mocosfl_jax.training.checkpoint import Progress
 from mocosfl_jax.training.experiment import Run
@@ -57,6 +58,8 @@ def train(run: Run, stop: Stop, output: Output, on_epoch: OnEpoch | None = None)
 
     Raises:
       NonFiniteError: if the loss or a parameter is not finite. The newest checkpoint is from an earlier step.
+      CollapsedError: if the features have collapsed and `config.eval.stop_on_collapse` is set. The newest
+        checkpoint is of the epoch after which that was noticed.
       DiskFullError: if the disk is full and the configuration says to stop then.
       UserError: if there are checkpoints but none can be read.
     """
@@ -65,18 +68,20 @@ def train(run: Run, stop: Stop, output: Output, on_epoch: OnEpoch | None = None)
 
 
 def _train(run: Run, stop_asked: Stop, output: Output, on_epoch: OnEpoch) -> Outcome:
-    ended_early = False
+    ended_early = collapsed = False
 
     def stop() -> bool:
-        return ended_early or stop_asked()
+        return ended_early or collapsed or stop_asked()
 
     def after_epoch(metrics: workdir.Metrics, state: TrainState) -> None:
-        nonlocal ended_early
+        nonlocal ended_early, collapsed
         ended_early = bool(on_epoch(metrics, state))
+        collapsed = run.config.eval.stop_on_collapse and bool(metrics.get("collapsed"))
 
     rng_init, rng_views, rng_probe = jax.random.split(jax.random.key(run.config.seed), 3)
     output.say(report.header(run))
-    init: Any = jax.jit(run.algorithm.init).lower(rng_init).compile()
+    with waiting("compiling the initialization", shown=output.writes):
+        init: Any = jax.jit(run.algorithm.init).lower(rng_init).compile()
     dataset, folder = run.dataset, output.folder
     head = build.whole_head(run.config, run.model, run.algorithm, run.mesh)
     encode = make_encode(run.algorithm, dataset.mean, dataset.std, head)
@@ -112,7 +117,8 @@ def _train(run: Run, stop_asked: Stop, output: Output, on_epoch: OnEpoch) -> Out
         features = None
         if not ended and not stop():
             clock = time.perf_counter()
-            programs = compile_programs(run, state, rng_views, encode)
+            with waiting("compiling the training step", shown=output.writes):
+                programs = compile_programs(run, state, rng_views, encode)
             output.say(f"compiled the step in {time.perf_counter() - clock:.1f} s")
             state, progress, features = run_epochs(
                 run, programs, state, progress, store, manager, stop, output, after_epoch
@@ -121,6 +127,8 @@ def _train(run: Run, stop_asked: Stop, output: Output, on_epoch: OnEpoch) -> Out
         plots.plot_curves(folder / "curves.png", workdir.read_metrics(folder))
     if progress.step < run.total_steps or (features and stop()):
         output.say(f"saved at step {progress.step:,} of {run.total_steps:,}")
+        if collapsed:
+            raise CollapsedError("the features have collapsed, and config.eval.stop_on_collapse is True")
         return Outcome(False, state)
     finish(run, progress, features or monitor.features(run.dataset, state, encode), rng_probe, output)
     return Outcome(True, state)
@@ -137,12 +145,13 @@ def start(
     names = run.dataset.class_names
     if output.writes:
         plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
-    metrics = {
-        "step": 0,
-        "epoch": 0,
-        **monitor.knn(run.dataset, run.config.eval, monitor.features(run.dataset, state, encode)),
-    }
-    metrics |= monitor.knn_raw_pixels(run.dataset, run.config.eval)
+    with waiting("evaluating the untrained network", shown=output.writes):
+        metrics = {
+            "step": 0,
+            "epoch": 0,
+            **monitor.knn(run.dataset, run.config.eval, monitor.features(run.dataset, state, encode)),
+            **monitor.knn_raw_pixels(run.dataset, run.config.eval),
+        }
     progress = journal.record(run, Progress(), metrics, output)
     after_epoch(metrics, state)
     return progress
@@ -166,6 +175,8 @@ def run_epochs(
     """
     config = run.config
     features = None
+    few = monitor.few(run.dataset)
+    reported = False
     with tqdm(
         total=run.total_steps,
         initial=progress.step,
@@ -181,6 +192,7 @@ def run_epochs(
             ended = epoch == config.total_epochs
             if rest == 0:
                 metrics = journal.epoch_metrics(run, progress, epoch, divergence)
+                metrics |= monitor.collapsed(few, state, programs.encode)
                 if ended or (config.eval.every and epoch % config.eval.every == 0):
                     features = monitor.features(run.dataset, state, programs.encode)
                     metrics |= monitor.knn(run.dataset, run.config.eval, features)
@@ -193,6 +205,9 @@ def run_epochs(
                     epoch_seconds=0.0,
                 )
                 after_epoch(metrics, state)
+                if metrics["collapsed"] and not reported:
+                    output.say(report.collapse_line(run.config, metrics))
+                    reported = True
             # The next epoch overwrites the smashed data that an older checkpoint would replay.
             replaces = rest == 0 and progress.traffic == Traffic.UP_ONLY
             if replaces:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mocosfl_jax.config import Resolved
 from mocosfl_jax.data import find
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
@@ -124,6 +125,32 @@ def metrics_line(metrics: Mapping[str, float]) -> str:
     if "images_per_s" in metrics:
         parts.append(f"{metrics['images_per_s']:,.0f} images/s")
     return "  ".join(parts)
+
+
+def collapse_line(config: Resolved, metrics: Mapping[str, float]) -> str:
+    """Say that the features have collapsed, and what usually helps.
+
+    Args:
+      config: of the run.
+      metrics: the line of metrics.jsonl with `collapsed`.
+    """
+    loss = f"loss {metrics['loss']:.4g}"
+    if config.own.algorithm is None:
+        loss += f", and {constant_loss(config):.4g} if all keys were equal"
+    return (
+        f"the features have collapsed: those of all images are almost equal (spread {metrics['spread']:.1e}, "
+        f"{loss}). What usually helps is a smaller config.optim.server_lr or client_lr; at a deep cut, "
+        "config.sync.momentum_models=True"
+    )
+
+
+def constant_loss(config: Resolved) -> float:
+    """Return InfoNCE if all queries and keys are equal: ln(K + 1), twice with the symmetric loss."""
+    moco = config.moco
+    own_queues = not moco.feature_sharing and config.algorithm == "mocosfl"
+    keys = moco.queue_size // config.clients.num if own_queues else moco.queue_size
+    directions = 2 if moco.symmetric and not moco.full_symmetric else 1
+    return directions * math.log(keys + 1)
 
 
 def summary(metrics: Sequence[Mapping[str, float]], workdir: Path) -> str:

@@ -68,6 +68,7 @@ def run(
     Raises:
       UserError: if the configuration or the data is impossible, or the workdir holds another run.
       NonFiniteError: if the loss or a parameter is not finite.
+      CollapsedError: if the features have collapsed and `config.eval.stop_on_collapse` is set.
       DiskFullError: if the disk is full and the configuration says to stop then.
     """
     folder = utf8_path("workdir", str(workdir))

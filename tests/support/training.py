@@ -30,8 +30,13 @@ def prepare(
     return experiment.prepare(resolve(config), mesh or single(), forms, model=model)
 
 
-def train(run: Run, folder: pathlib.Path, stop_at: Callable[[Metrics], bool] = lambda metrics: False) -> bool:
-    """Train, and stop after the first line of metrics for which `stop_at` holds."""
+def train(
+    run: Run,
+    folder: pathlib.Path,
+    stop_at: Callable[[Metrics], bool] = lambda metrics: False,
+    say: Callable[[str], None] = lambda line: None,
+) -> bool:
+    """Train, and stop after the first line of metrics for which `stop_at` holds. `say` prints."""
     workdir.claim(folder, run.config, {})
     stop = threading.Event()
 
@@ -39,7 +44,7 @@ def train(run: Run, folder: pathlib.Path, stop_at: Callable[[Metrics], bool] = l
         if stop_at(metrics):
             stop.set()
 
-    return loop.train(run, stop.is_set, Output(folder, lambda line: None, watch)).finished
+    return loop.train(run, stop.is_set, Output(folder, say, watch)).finished
 
 
 def comparable(folder: pathlib.Path) -> list[dict[str, float]]:
