@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mocosfl_jax import data
 from mocosfl_jax.config import CHOICES, Config, Data, Own, comments, quickstart
-from mocosfl_jax.errors import UserError, one_line
+from mocosfl_jax.errors import UserError, one_line, renamed
 from mocosfl_jax.paths import user_path
 
 HELP = {"--help", "-h", "-help", "--helpfull"}
@@ -151,10 +151,8 @@ def load_data(given: dict[str, Any], image_size: int) -> data.Dataset:
       UserError: as for `data.load`.
     """
     wanted = Data(**given)
-    try:
+    with renamed({"name": "--data.name", "directory": "--data.dir", "max_broken": "--data.max_broken"}):
         return data.load(wanted.name, wanted.dir, image_size, max_broken=wanted.max_broken)
-    except UserError as error:
-        raise UserError(str(error).replace("config.data.", "--data.")) from error
 
 
 def output_file(text: str) -> Path:

@@ -110,16 +110,16 @@ def load(name: str, directory: str, image_size: int | None, max_broken: float = 
       UserError: If the name, a folder, a file or a size cannot be used.
     """
     if not isinstance(name, str) or not name:
-        raise UserError(f"config.data.name: found {name!r}, allowed: a name, such as {', '.join(NAMES)}")
+        raise UserError(f"name: found {name!r}, allowed: a name, such as {', '.join(NAMES)}")
     if not isinstance(directory, str) or not directory or "\0" in directory:
-        raise UserError(f"config.data.dir: found {directory!r}, allowed: a path")
+        raise UserError(f"directory: found {directory!r}, allowed: a path")
     if image_size is not None and (
         isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= MAX_SIZE
     ):
-        raise UserError(f"config.data.image_size: found {image_size!r}, allowed: None or 1 to {MAX_SIZE}")
+        raise UserError(f"image_size: found {image_size!r}, allowed: None or 1 to {MAX_SIZE}")
     if image_size is None and name == "imagenet12":
         image_size = SIZES[name][1]
-    path = user_path("config.data.dir", directory)
+    path = user_path("directory", directory)
     try:
         loader = _LOADERS.get(name)
         if loader:
@@ -129,7 +129,7 @@ def load(name: str, directory: str, image_size: int | None, max_broken: float = 
         return _dataset(loaded, re.split("[/:]", name)[0], image_size)
     except OSError as error:
         where = error.filename or directory
-        raise UserError(f"config.data.dir: {where}: {error.strerror or error}") from error
+        raise UserError(f"directory: {where}: {error.strerror or error}") from error
 
 
 def in_memory(dataset: Dataset) -> Dataset:
@@ -166,7 +166,7 @@ def _dataset(loaded: images.Loaded, name: str, image_size: int | None) -> Datase
             f"{source}: train: no image has label {missing[0]}, all of 0 to {classes - 1} must occur"
         )
 
-    what = f"{source}: config.data.image_size {image_size}"
+    what = f"{source}: image_size {image_size}"
     x_train = images.resize(loaded.x_train, image_size, what)
     if image_size is not None and x_train is not loaded.x_train:
         loaded = loaded._replace(whole=canvas.canvases(loaded.x_train, image_size, what))

@@ -40,7 +40,7 @@ def load_sample(name: str, directory: Path, image_size: int | None, max_broken: 
             loaded = _read_npz(file, None, _SAMPLE)
     except FileNotFoundError as error:
         raise UserError(
-            f"config.data.name: {name} needs {_SAMPLE}, which this installation lacks; install it again"
+            f"name: {name} needs {_SAMPLE}, which this installation lacks; install it again"
         ) from error
     border = ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING), (0, 0))
     return loaded._replace(
@@ -64,10 +64,10 @@ def load_npz(name: str, directory: Path, image_size: int | None, max_broken: flo
     if path.is_dir():
         found = sorted(path.glob("*.npz"))
         if len(found) != 1:
-            raise UserError(f"config.data.dir: {path} holds {len(found)} npz files, exactly one is needed")
+            raise UserError(f"directory: {path} holds {len(found)} npz files, exactly one is needed")
         path = found[0]
     if not path.is_file():
-        raise UserError(f"config.data.dir: {path} does not exist, an npz file or its folder is needed")
+        raise UserError(f"directory: {path} does not exist, an npz file or its folder is needed")
     with path.open("rb") as file:
         return _read_npz(file, path, str(path))
 
@@ -81,7 +81,7 @@ def load_npy(name: str, directory: Path, image_size: int | None, max_broken: flo
       UserError: If a file is missing or cannot be used.
     """
     if not directory.is_dir():
-        raise UserError(f"config.data.dir: {directory} is not a folder, a folder of npy files is needed")
+        raise UserError(f"directory: {directory} is not a folder, a folder of npy files is needed")
 
     def array(key: str) -> _Array | None:
         path = directory / f"{key}.npy"

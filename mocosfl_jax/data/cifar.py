@@ -31,7 +31,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
       UserError: If a file is missing, does not parse, or does not hold the official number of images.
     """
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"config.data.dir: {directory} is a file, the folder that holds it is needed")
+        raise UserError(f"directory: {directory} is a file, the folder that holds it is needed")
     layout, path = _find(LAYOUTS[name], directory)
     packed = path.name == layout.archive and path.is_file()
     source = source_line(path, layout.size, layout.sha256) if packed else str(path)

@@ -98,8 +98,7 @@ def on_disk(
         if image.size != (width, height):
             found = f"{image.size[0]}x{image.size[1]}"
             raise UserError(
-                f"{pictures[index].where}: {found} pixels, but others have {width}x{height}: "
-                "set config.data.image_size"
+                f"{pictures[index].where}: {found} pixels, but others have {width}x{height}: set image_size"
             )
         return np.asarray(image)
 
@@ -167,7 +166,7 @@ def tolerant(
         named += ", ..." if len(broken) > _NAMED else ""
         found = f"{split}: {len(broken):,} of {count:,} images are not readable"
         if len(broken) > max_broken * count:
-            raise UserError(f"{found}, more than config.data.max_broken {max_broken:g} allows: {named}")
+            raise UserError(f"{found}, more than max_broken {max_broken:g} allows: {named}")
         logging.warning("%s and become black: %s", found, named)
 
     def load() -> np.ndarray:

@@ -66,7 +66,7 @@ def download(url: str, target: Path, size: int, expected: str) -> None:
     """
     if _forbidden.get():
         raise UserError(
-            f"config.data.dir: {target} is missing, and only training downloads; get {url} and put it there"
+            f"directory: {target} is missing, and only training downloads; get {url} and put it there"
         )
     by_hand = f"get {url} by other means and put it there"
     try:
@@ -75,7 +75,7 @@ def download(url: str, target: Path, size: int, expected: str) -> None:
             if not target.is_file():
                 _fetch(url, target, size, expected, by_hand)
     except OSError as error:
-        raise UserError(f"config.data.dir: {target} cannot be written ({error}); {by_hand}") from error
+        raise UserError(f"directory: {target} cannot be written ({error}); {by_hand}") from error
 
 
 @contextlib.contextmanager
@@ -120,14 +120,14 @@ def _fetch(url: str, target: Path, size: int, expected: str, by_hand: str) -> No
         if received != size or digest.hexdigest() != expected:
             found = f"more than {size:,}" if received > size else f"{received:,}"
             raise UserError(
-                f"config.data.dir: {target} is missing, and {url} sent {found} bytes with SHA-256 "
+                f"directory: {target} is missing, and {url} sent {found} bytes with SHA-256 "
                 f"{digest.hexdigest()} instead of {size:,} bytes with SHA-256 {expected}; {by_hand}"
             )
         partial.chmod(0o644)  # only the owner can read a temporary file
         partial.replace(target)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
-            f"config.data.dir: {target} is missing and could not be downloaded ({error}); {by_hand}"
+            f"directory: {target} is missing and could not be downloaded ({error}); {by_hand}"
         ) from error
     finally:
         with contextlib.suppress(OSError):

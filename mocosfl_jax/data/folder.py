@@ -24,9 +24,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
     train = directory / "train"
     test = next((directory / split for split in ("test", "val") if (directory / split).is_dir()), None)
     if not train.is_dir() or test is None:
-        raise UserError(
-            f"config.data.dir: {directory} needs a folder train and a folder test (or val) of classes"
-        )
+        raise UserError(f"directory: {directory} needs a folder train and a folder test (or val) of classes")
     root = find.listing(directory)
     beside = [path for path in (*root.folders, *root.pictures) if path not in (train, test)]
     unused = [*root.unused, *(find.unused(path, f"beside train and {test.name}") for path in beside)]
@@ -34,7 +32,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
     classes, unused_train = _classes(train)
     unknown = [folder for folder in find.listing(test).folders if folder.name not in classes]
     if unknown:
-        raise UserError(f"config.data.dir: {unknown[0]} is a class that {train} lacks")
+        raise UserError(f"directory: {unknown[0]} is a class that {train} lacks")
     test_classes, unused_test = _classes(test)
     label = {class_name: number for number, class_name in enumerate(classes)}
 
@@ -59,7 +57,7 @@ def _classes(split: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
     """The pictures of each class of a split, both sorted, and what is not used."""
     there = find.listing(split)
     if not there.folders:
-        raise UserError(f"config.data.dir: {split} holds no folders, one for each class is needed")
+        raise UserError(f"directory: {split} holds no folders, one for each class is needed")
     unused = [*there.unused, *(find.unused(path, "beside the class folders") for path in there.pictures)]
     classes = {}
     for folder in there.folders:
@@ -67,7 +65,7 @@ def _classes(split: Path) -> tuple[dict[str, list[Path]], list[Unused]]:
         if not found.pictures:
             others = f" (not used: {find.counted(found.unused)})" if found.unused else ""
             raise UserError(
-                f"config.data.dir: {folder} holds no picture{others}, allowed: {', '.join(find.SUFFIXES)}"
+                f"directory: {folder} holds no picture{others}, allowed: {', '.join(find.SUFFIXES)}"
             )
         classes[folder.name] = found.pictures
         unused += found.unused

@@ -186,7 +186,7 @@ def channel_stats(images: Images) -> tuple[tuple[float, float, float], tuple[flo
         for channel in range(3):
             counts[channel] += np.bincount(chunk[..., channel].reshape(-1), minlength=256)
     if not counts.any():
-        raise UserError("config.data.dir: none of the training images can be read, at least one is needed")
+        raise UserError("directory: none of the training images can be read, at least one is needed")
     levels = np.arange(256) / 255
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ levels

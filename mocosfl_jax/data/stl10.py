@@ -35,7 +35,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
       UserError: If a file is missing or does not have the official size.
     """
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"config.data.dir: {directory} is a file, the folder that holds it is needed")
+        raise UserError(f"directory: {directory} is a file, the folder that holds it is needed")
     path = _find(directory)
     packed = path.name == _ARCHIVE and path.is_file()
 

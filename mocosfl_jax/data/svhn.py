@@ -29,7 +29,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
       UserError: If a file cannot be downloaded, does not parse or holds other arrays.
     """
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"config.data.dir: {directory} is a file, the folder that holds it is needed")
+        raise UserError(f"directory: {directory} is a file, the folder that holds it is needed")
     arrays: list[np.ndarray] = []
     sources = []
     for file, (size, sha256) in _FILES.items():

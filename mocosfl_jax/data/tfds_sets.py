@@ -41,7 +41,7 @@ def load(
     Raises:
       UserError: If there is no such data set, or it is not prepared or cannot be used.
     """
-    unknown = f"config.data.name: {name!r} is none of {', '.join(own_names)}"
+    unknown = f"name: {name!r} is none of {', '.join(own_names)}"
     tfds = _import(unknown)
     folder = _prepared(tfds, name, directory, own_names, unknown)
     _check_features(tfds, name, folder / "features.json")
@@ -49,19 +49,18 @@ def load(
         # Not `tfds.builder`, which imports the set's code, asks a server, and runs code of the community.
         builder = tfds.builder_from_directory(str(folder))
     except Exception as error:  # damaged files raise nearly any exception
-        raise UserError(f"config.data.dir: {folder} is not readable ({_reason(error)})") from error
+        raise UserError(f"directory: {folder} is not readable ({_reason(error)})") from error
     formats = {kind.value for kind in builder.info.available_file_formats()}
     if not formats.intersection(_FORMATS):
         raise UserError(
-            f"config.data.dir: {directory} holds {name} as {', '.join(sorted(formats))}, allowed: "
+            f"directory: {directory} holds {name} as {', '.join(sorted(formats))}, allowed: "
             f"{', '.join(_FORMATS)}; {_how_to(name, directory)} --overwrite"
         )
     splits = builder.info.splits
     test = "test" if "test" in splits else "validation"
     if "train" not in splits or test not in splits:
         raise UserError(
-            f"config.data.name: {name} has the splits {', '.join(splits)}, "
-            "needed: train, and test or validation"
+            f"name: {name} has the splits {', '.join(splits)}, needed: train, and test or validation"
         )
     class_names, shape = _features(tfds, name, builder.info.features, image_size)
     x_train, y_train, whole = _read(tfds, builder, "train", shape, image_size, max_broken)
@@ -108,7 +107,7 @@ def _prepared(tfds: Any, name: str, directory: Path, own_names: tuple[str, ...],
     if len({folder.parent for folder in fitting}) > 1:
         configs = sorted(folder.parent.relative_to(home).as_posix() for folder in fitting)
         raise UserError(
-            f"config.data.name: found {name}, allowed: one configuration of those prepared in {directory}: "
+            f"name: found {name}, allowed: one configuration of those prepared in {directory}: "
             f"{', '.join(base if each == '.' else f'{base}/{each}' for each in dict.fromkeys(configs))}"
         )
     if fitting:
@@ -117,7 +116,7 @@ def _prepared(tfds: Any, name: str, directory: Path, own_names: tuple[str, ...],
     if found or base in known:
         others = ", ".join(sorted(folder.relative_to(directory).as_posix() for folder in found))
         raise UserError(
-            f"config.data.dir: {directory} does not hold {name} prepared"
+            f"directory: {directory} does not hold {name} prepared"
             f"{f' (but {others})' if others else ''}; {_how_to(name, directory)}"
         )
     close = difflib.get_close_matches(base, [*own_names, *known], n=3)
@@ -140,10 +139,10 @@ def _check_features(tfds: Any, name: str, path: Path) -> None:
     try:
         named = list(_classes(json.loads(path.read_text())))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"config.data.dir: {path} is not readable ({_reason(error)})") from error
+        raise UserError(f"directory: {path} is not readable ({_reason(error)})") from error
     if foreign := [each for each in named if each not in allowed]:
         raise UserError(
-            f"config.data.name: {name} has the feature {str(foreign[0])[:200]!r} ({path}), "
+            f"name: {name} has the feature {str(foreign[0])[:200]!r} ({path}), "
             "allowed: features of tensorflow_datasets itself, since others would run code"
         )
 
@@ -179,17 +178,17 @@ def _features(
     found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     image, label = found.get("image"), found.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        raise UserError(f"config.data.name: {name} has no features image and label, which are needed")
+        raise UserError(f"name: {name} has no features image and label, which are needed")
     height, width, channels = image.shape
     if np.dtype(image.np_dtype) != np.uint8 or channels not in (1, 3):
         raise UserError(
-            f"config.data.name: {name} has images of {channels} channels of {np.dtype(image.np_dtype)}, "
+            f"name: {name} has images of {channels} channels of {np.dtype(image.np_dtype)}, "
             "allowed: 1 or 3 of uint8"
         )
     if image_size is not None:
         return tuple(label.names), (image_size, image_size, 3)
     if height is None or width is None:
-        raise UserError(f"config.data.image_size: found None, but images of {name} differ in size: set it")
+        raise UserError(f"image_size: found None, but images of {name} differ in size: set it")
     return tuple(label.names), (height, width, 3)
 
 

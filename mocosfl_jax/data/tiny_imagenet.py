@@ -40,7 +40,7 @@ def load(name: str, directory: Path, image_size: int | None, max_broken: float) 
         `decode.tolerant`).
     """
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"config.data.dir: {directory} is a file, the folder that holds it is needed")
+        raise UserError(f"directory: {directory} is a file, the folder that holds it is needed")
     path = _find(directory)
     if path.is_dir():
         unpacked: _Files = {

@@ -57,7 +57,7 @@ def residence(resident: bool | None, size: int, memory: int | None) -> Residence
     if hosts.several():
         if resident:
             raise UserError(
-                "config.data.resident: found True, allowed: False or None with several processes, since each "
+                "resident: found True, allowed: False or None with several processes, since each "
                 "loads only the images of its own clients"
             )
         return Residence(False, "each process loads those of its own clients")

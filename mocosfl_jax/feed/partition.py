@@ -85,14 +85,14 @@ def partition(
         raise UserError(
             f"labels: found {labels.dtype} of shape {labels.shape}, allowed: one integer per image"
         )
-    _check_count("config.clients.num", num_clients)
-    _check_count("config.clients.batch_size", batch_size)
+    _check_count("num_clients", num_clients)
+    _check_count("batch_size", batch_size)
     _check_seed(seed)
     if rich is not None:
         _check_rich(rich, num_clients)
     if num_clients * batch_size > len(labels):
         raise UserError(
-            f"config.clients.num and config.clients.batch_size: found {num_clients} batches of {batch_size}, "
+            f"num_clients and batch_size: found {num_clients} batches of {batch_size}, "
             f"{num_clients * batch_size} images, allowed: at most {len(labels)}, the images there are"
         )
     rng = _generator(seed, _PARTITION)
@@ -108,7 +108,7 @@ def partition(
     for images, count, size, name in zip(groups, counts, sizes, ("rich", "poor"), strict=True):
         if count * size > len(images):
             raise UserError(
-                f"config.clients.batch_size: found {batch_size}, with rich_batch {rich.batch_factor} and "
+                f"batch_size: found {batch_size}, with rich_batch {rich.batch_factor} and "
                 f"rich_data {rich.data_fraction}, and a batch for each of the {count} {name} clients takes "
                 f"{count * size} images: they hold {len(images)}"
             )
@@ -164,13 +164,11 @@ def sample_cohort(
     Raises:
       UserError: If the cohort is not in 1..num_clients, or the seed is negative.
     """
-    _check_count("config.clients.num", num_clients)
-    _check_count("config.clients.cohort", cohort)
+    _check_count("num_clients", num_clients)
+    _check_count("cohort", cohort)
     _check_seed(seed)
     if cohort > num_clients:
-        raise UserError(
-            f"config.clients.cohort: found {cohort}, allowed: 1 to {num_clients}, the clients of the pool"
-        )
+        raise UserError(f"cohort: found {cohort}, allowed: 1 to {num_clients}, the clients of the pool")
     num_rich = rich.clients if rich else 0
     drawn_rich = rich_in_cohort(num_clients, cohort, rich)
     if cohort == num_clients:
@@ -257,7 +255,7 @@ def _deal(
     if dirichlet_alpha is not None:
         return _dirichlet(rng, labels, num_clients, batch_size, dirichlet_alpha)
     if not 0 < noniid_ratio <= 1:
-        raise UserError(f"config.clients.noniid_ratio: found {noniid_ratio}, allowed: more than 0, at most 1")
+        raise UserError(f"noniid_ratio: found {noniid_ratio}, allowed: more than 0, at most 1")
     if noniid_ratio == 1:
         return np.array_split(rng.permutation(len(labels)), num_clients)
     return _shards(rng, labels, num_clients, noniid_ratio)
@@ -269,7 +267,7 @@ def _shards(rng: np.random.Generator, labels: np.ndarray, num_clients: int, rati
     shards_per_client = int(ratio * len(classes) + 1e-9)
     if shards_per_client < 1:
         raise UserError(
-            f"config.clients.noniid_ratio: found {ratio}, allowed: {1 / len(classes):.4g} or more (one of "
+            f"noniid_ratio: found {ratio}, allowed: {1 / len(classes):.4g} or more (one of "
             f"{len(classes)} classes per client)"
         )
     num_shards = num_clients * shards_per_client
@@ -298,7 +296,7 @@ def _dirichlet(
 ) -> list[np.ndarray]:
     # Below these bounds proportions underflow to 0 / 0. Above them they are equal to within one image anyway.
     if not 1e-6 <= alpha <= 1e9:
-        raise UserError(f"config.clients.dirichlet_alpha: found {alpha}, allowed: 1e-6 to 1e9")
+        raise UserError(f"dirichlet_alpha: found {alpha}, allowed: 1e-6 to 1e9")
     pieces: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels):
         images = rng.permutation(np.flatnonzero(labels == label))
@@ -333,16 +331,14 @@ def _check_count(name: str, value: int) -> None:
 
 def _check_seed(seed: int) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise UserError(f"config.seed: found {seed}, allowed: an integer of 0 or more")
+        raise UserError(f"seed: found {seed}, allowed: an integer of 0 or more")
 
 
 def _check_rich(rich: Rich, num_clients: int) -> None:
     _check_count("rich.clients", rich.clients)
     _check_count("rich.batch_factor", rich.batch_factor)
     if rich.clients >= num_clients:
-        raise UserError(
-            f"rich.clients: found {rich.clients}, allowed: less than {num_clients}, config.clients.num"
-        )
+        raise UserError(f"rich.clients: found {rich.clients}, allowed: less than {num_clients}, num_clients")
     if not 0 < rich.data_fraction < 1:
         raise UserError(f"rich.data_fraction: found {rich.data_fraction}, allowed: more than 0, less than 1")
 
@@ -351,6 +347,6 @@ def _check_batch(parts: Sequence[np.ndarray], batch_size: int) -> None:
     smallest = min(map(len, parts))
     if smallest < batch_size:
         raise UserError(
-            f"config.clients.batch_size: found {batch_size}, allowed: 1 to {smallest} (the smallest of "
-            f"{len(parts)} clients holds no more images; a smaller config.clients.num gives them more)"
+            f"batch_size: found {batch_size}, allowed: 1 to {smallest} (the smallest of "
+            f"{len(parts)} clients holds no more images; a smaller number of clients gives them more)"
         )

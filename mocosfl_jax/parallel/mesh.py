@@ -93,7 +93,7 @@ def check_queue(mesh: Mesh, queue_size: int) -> None:
     model = mesh.shape[MODEL]
     if queue_size % model:
         raise UserError(
-            f"config.moco.queue_size: found {queue_size}, allowed: multiples of {model} (config.mesh.model)"
+            f"queue_size: found {queue_size}, allowed: multiples of {model}, the devices along model"
         )
 
 

@@ -25,6 +25,25 @@ from mocosfl_jax.training import saving
 from mocosfl_jax.training.build import FIELDS, MakeAlgorithm, build, constant_network
 from mocosfl_jax.training.rounds import MakeViews
 
+# What the user gave, by the argument of the functions that check it.
+_FIELDS = {
+    "num_clients": "config.clients.num",
+    "num_clients and batch_size": "config.clients.num and config.clients.batch_size",
+    "batch_size": "config.clients.batch_size",
+    "cohort": "config.clients.cohort",
+    "noniid_ratio": "config.clients.noniid_ratio",
+    "dirichlet_alpha": "config.clients.dirichlet_alpha",
+    "seed": "config.seed",
+    "queue_size": "config.moco.queue_size",
+}
+_DATA_FIELDS = {
+    "name": "config.data.name",
+    "directory": "config.data.dir",
+    "image_size": "config.data.image_size",
+    "max_broken": "config.data.max_broken",
+    "resident": "config.data.resident",
+}
+
 
 class Run(NamedTuple):
     """The parts of a run that do not change during training."""
@@ -128,15 +147,16 @@ def prepare(
     check(config, mesh)
     dataset, data_fingerprint, residence = _load(config, mesh)
     pool = config.clients
-    parts = partition.partition(
-        dataset.y_train,
-        num_clients=pool.num,
-        batch_size=pool.batch_size,
-        noniid_ratio=pool.noniid_ratio,
-        dirichlet_alpha=pool.dirichlet_alpha,
-        seed=pool.seed,
-        rich=_rich(config),
-    )
+    with renamed(_FIELDS):
+        parts = partition.partition(
+            dataset.y_train,
+            num_clients=pool.num,
+            batch_size=pool.batch_size,
+            noniid_ratio=pool.noniid_ratio,
+            dirichlet_alpha=pool.dirichlet_alpha,
+            seed=pool.seed,
+            rich=_rich(config),
+        )
     run = assemble(config, mesh, forms, dataset, parts, residence, data_fingerprint)
     if own.network is not None:
         height, width, channels = dataset.x_train.shape[1:]
@@ -234,23 +254,27 @@ def check(config: Resolved, mesh: Mesh) -> None:
                 head=config.moco.head,
             )
     if config.algorithm == "mocosfl" and config.moco.feature_sharing:
-        meshes.check_queue(mesh, config.moco.queue_size)
+        with renamed(_FIELDS):
+            meshes.check_queue(mesh, config.moco.queue_size)
 
 
 def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, Fingerprint, batches.Residence]:
     """Load the data set, with its training images in memory if they will be resident on the device."""
-    dataset = data.load(
-        config.data.name, config.data.dir, config.data.image_size, max_broken=config.data.max_broken
-    )
+    with renamed(_DATA_FIELDS):
+        dataset = data.load(
+            config.data.name, config.data.dir, config.data.image_size, max_broken=config.data.max_broken
+        )
     height, width = dataset.x_train.shape[1:3]
     if height != width:
         raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
     size = math.prod(views_of(dataset).shape)
     memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    residence = batches.residence(config.data.resident, size, memory)
+    with renamed(_DATA_FIELDS):
+        residence = batches.residence(config.data.resident, size, memory)
     # Before all images are read into memory, so that it does not depend on where they are kept.
     data_fingerprint = fingerprint(dataset)
-    return data.in_memory(dataset) if residence.resident else dataset, data_fingerprint, residence
+    with renamed(_DATA_FIELDS):
+        return data.in_memory(dataset) if residence.resident else dataset, data_fingerprint, residence
 
 
 def _check_queue(config: Resolved, places: np.ndarray, rich: Rich | None) -> None:

@@ -129,24 +129,24 @@ def test_class_shares_have_the_dirichlet_distribution() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"num_clients": 0}, "config.clients.num: found 0, allowed"),
-        ({"num_clients": 2.5}, "config.clients.num: found 2.5, allowed"),
-        ({"batch_size": 0}, "config.clients.batch_size: found 0, allowed"),
+        ({"num_clients": 0}, "num_clients: found 0, allowed"),
+        ({"num_clients": 2.5}, "num_clients: found 2.5, allowed"),
+        ({"batch_size": 0}, "batch_size: found 0, allowed"),
         ({"num_clients": 6001, "batch_size": 1}, "6001 images, allowed: at most 6000"),
         ({"num_clients": 10, "batch_size": 601}, "6010 images, allowed: at most 6000"),
         (
             {"noniid_ratio": 0.2, "num_clients": 7, "batch_size": 700},
-            "config.clients.batch_size: found 700, allowed: 1 to 600 (the smallest of 7 clients",
+            "batch_size: found 700, allowed: 1 to 600 (the smallest of 7 clients",
         ),
-        ({"noniid_ratio": 0.05}, "config.clients.noniid_ratio: found 0.05, allowed: 0.1 or more"),
-        ({"noniid_ratio": 0.0}, "config.clients.noniid_ratio: found 0.0, allowed"),
-        ({"noniid_ratio": 1.1}, "config.clients.noniid_ratio: found 1.1, allowed"),
-        ({"noniid_ratio": float("nan")}, "config.clients.noniid_ratio: found nan, allowed"),
-        ({"dirichlet_alpha": 0.0}, "config.clients.dirichlet_alpha: found 0.0, allowed"),
-        ({"dirichlet_alpha": float("nan")}, "config.clients.dirichlet_alpha: found nan, allowed"),
-        ({"dirichlet_alpha": float("inf")}, "config.clients.dirichlet_alpha: found inf, allowed"),
+        ({"noniid_ratio": 0.05}, "noniid_ratio: found 0.05, allowed: 0.1 or more"),
+        ({"noniid_ratio": 0.0}, "noniid_ratio: found 0.0, allowed"),
+        ({"noniid_ratio": 1.1}, "noniid_ratio: found 1.1, allowed"),
+        ({"noniid_ratio": float("nan")}, "noniid_ratio: found nan, allowed"),
+        ({"dirichlet_alpha": 0.0}, "dirichlet_alpha: found 0.0, allowed"),
+        ({"dirichlet_alpha": float("nan")}, "dirichlet_alpha: found nan, allowed"),
+        ({"dirichlet_alpha": float("inf")}, "dirichlet_alpha: found inf, allowed"),
         ({"dirichlet_alpha": 0.1, "batch_size": 301}, "6020 images, allowed: at most 6000"),
-        ({"seed": -1}, "config.seed: found -1, allowed"),
+        ({"seed": -1}, "seed: found -1, allowed"),
         ({"labels": np.zeros((3, 2), int)}, "labels: found"),
         ({"labels": np.zeros(3)}, "labels: found"),
     ],
@@ -177,7 +177,7 @@ def test_cohorts() -> None:
     counts = np.bincount(drawn.ravel(), minlength=10)
     assert abs(counts - 600).max() < 80
     for cohort in (0, 11):
-        with pytest.raises(UserError, match=f"config.clients.cohort: found {cohort}, allowed"):
+        with pytest.raises(UserError, match=f"cohort: found {cohort}, allowed"):
             sample_cohort(10, cohort, seed=0, epoch=0)
 
 
@@ -317,7 +317,7 @@ def test_small_classes_are_rounded_to_the_right_total() -> None:
     ("fields", "named"),
     [
         ({"rich": Rich(0, 0.8, 2)}, "rich.clients: found 0, allowed"),
-        ({"rich": Rich(20, 0.8, 2)}, "rich.clients: found 20, allowed: less than 20, config.clients.num"),
+        ({"rich": Rich(20, 0.8, 2)}, "rich.clients: found 20, allowed: less than 20, num_clients"),
         ({"rich": Rich(4, 0.0, 2)}, "rich.data_fraction: found 0.0, allowed"),
         ({"rich": Rich(4, 1.0, 2)}, "rich.data_fraction: found 1.0, allowed"),
         ({"rich": Rich(4, float("nan"), 2)}, "rich.data_fraction: found nan, allowed"),
@@ -326,7 +326,7 @@ def test_small_classes_are_rounded_to_the_right_total() -> None:
         ({"rich": Rich(4, 0.99, 2)}, "each of the 16 poor clients takes 64 images: they hold 60"),
         (
             {"rich": Rich(10, 0.8, 100), "noniid_ratio": 0.1, "labels": UNBALANCED},
-            "config.clients.batch_size: found 400, allowed: 1 to ",
+            "batch_size: found 400, allowed: 1 to ",
         ),
     ],
     ids=str,
