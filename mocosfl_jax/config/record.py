@@ -44,6 +44,7 @@ _ADDED: dict[tuple[str, ...], Any] = {
     ("init_from",): None,
     ("own",): {"network": None, "algorithm": None},
     ("clients", "seed"): None,  # the seed of the run
+    ("eval", "stop_on_collapse"): False,
 }
 
 
