@@ -13,8 +13,9 @@
                        names of parameters; victims are attack_test_images_uint8_nhwc if the file has them
   --clients=NAME,...   only these of --official_clients
   --bottleneck=CxSy    of --official_clients; "none" for none; default: C4S2
-  --data_name=NAME     data set for --encoder and --official_clients; default: cifar10
-  --data_dir=FOLDER    where the data set is; default: config.data.dir of the run, or data
+  --data.name=NAME     data set for --encoder and --official_clients; default: cifar10
+  --data.dir=FOLDER    where the data set is; default: config.data.dir of the run, or data
+  --data.max_broken=SHARE  of the images of a split, which may fail to decode; such images are black
   --out=FOLDER         for privacy.json and reconstructions.png; default: the run's folder
   --protocol=NAME      clean (default): true pixels, attackers without the victims' images, validation in
                        evaluation mode; official: with the official code's slips, for comparison
@@ -48,8 +49,9 @@ from tqdm import tqdm
 
 from mocosfl_jax import commandline, data
 from mocosfl_jax.commandline import say
+from mocosfl_jax.config import Data
 from mocosfl_jax.data import download
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import UserError, renamed
 from mocosfl_jax.paths import user_path, utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
@@ -84,12 +86,12 @@ def attack(argv: Sequence[str]) -> None:
     """
 
     def define(values: flags.FlagValues) -> None:
-        for name in ("workdir", "config", "encoder", "official_clients", "data_dir", "out"):
+        for name in ("workdir", "config", "encoder", "official_clients", "out"):
             flags.DEFINE_string(name, None, "Path.", flag_values=values)
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
         flags.DEFINE_list("clients", None, "Names of official clients.", flag_values=values)
         flags.DEFINE_string("bottleneck", "C4S2", "Of the official clients.", flag_values=values)
-        flags.DEFINE_string("data_name", "cifar10", "Data set.", flag_values=values)
+        commandline.define_data(values)
         flags.DEFINE_string("protocol", "clean", "clean or official.", flag_values=values)
         flags.DEFINE_list("attackers", None, "Kinds of attackers.", flag_values=values)
         flags.DEFINE_string("decoder", "res_normN4C64", "Of the strong attacker.", flag_values=values)
@@ -110,6 +112,12 @@ def attack(argv: Sequence[str]) -> None:
     if len(given) != 1:
         found = " and ".join(f"--{name}" for name in given) or "none"
         raise UserError(f"found {found}, allowed: one of --workdir, --encoder and --official_clients")
+    data_name = commandline.given_data(values).get("name")
+    if data_name is not None and given == ["workdir"]:
+        raise UserError(
+            f"--data.name: found {data_name} with --workdir, allowed: with --encoder and "
+            "--official_clients, since a run is attacked on its own data set"
+        )
     if values.out is None and given != ["workdir"]:
         raise UserError(f"--out is missing; allowed: {USAGE}")
     out = user_path("--out", values.out) if values.out is not None else utf8_path("--workdir", values.workdir)
@@ -133,13 +141,15 @@ def attack(argv: Sequence[str]) -> None:
         optimised=values.optimised,
         steps=values.steps,
     )
-    attacks.check_names(settings)
+    with renamed({"decoder": "--decoder"}):
+        attacks.check_names(settings)
     load = {"workdir": _of_run, "encoder": _of_encoder, "official_clients": _of_official_clients}[given[0]]
     with download.forbidden():
         material = load(values)
     size = material.victims.shape[1]
     for views in material.clients.values():
-        attacks.check(settings, len(material.images), views["query"], size)
+        with renamed({"decoder": "--decoder"}):
+            attacks.check(settings, len(material.images), views["query"], size)
 
     images = data.images.in_memory(material.images)
     results = {}
@@ -167,8 +177,8 @@ def _of_run(values: flags.FlagValues) -> Material:
     """Client 0 of a run: its online model and its momentum model."""
     folder = utf8_path("--workdir", values.workdir)
     config = workdir.read_config(folder, commandline.own_functions(values.config))
-    if values.data_dir is not None:
-        config.data.dir = values.data_dir
+    for name, value in commandline.given_data(values).items():
+        setattr(config.data, name, value)
     if config.algorithm != "mocosfl":
         raise UserError(
             f"config.algorithm: found {config.algorithm}, allowed: mocosfl, as others send no smashed data"
@@ -213,16 +223,16 @@ def _of_encoder(values: flags.FlagValues) -> Material:
     encoder = load_encoder(path, forms(jax.devices()[0].platform))
     network = encoder.metadata.network
     _require_layers(network["cut_layer"])
-    dataset = _load(values, network.get("image_size", 32))
+    dataset, data_name = _load(values, network.get("image_size", 32))
     return Material(
         {path.name: {"query": _client(encoder.model, encoder.params[0])}},
         dataset.x_train,
         dataset.x_test[: values.victims],
         encoder.metadata.mean,
         encoder.metadata.std,
-        _victims_std(values.data_name),
+        _victims_std(data_name),
         str(path),
-        values.data_name,
+        data_name,
     )
 
 
@@ -264,9 +274,9 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
             raise UserError(f"{path}: {name}: {error}") from error
         model = split_model(**network, forms=forms(jax.devices()[0].platform))
         clients[name] = {"query": _client(model, params)}
-    dataset = _load(values, size)
+    dataset, data_name = _load(values, size)
     shown = dataset.x_test if victims is None else victims
-    std = _victims_std(values.data_name)
+    std = _victims_std(data_name)
     return Material(
         clients,
         dataset.x_train,
@@ -275,7 +285,7 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
         dataset.std,
         std,
         str(path),
-        values.data_name,
+        data_name,
     )
 
 
@@ -288,8 +298,10 @@ def _require_layers(cut_layer: int) -> None:
         raise UserError("config.model.cut_layer: found 0, allowed: 1 or more; such clients send their images")
 
 
-def _load(values: flags.FlagValues, image_size: int) -> data.Dataset:
-    return data.load(values.data_name, values.data_dir or "data", image_size)
+def _load(values: flags.FlagValues, image_size: int) -> tuple[data.Dataset, str]:
+    """The data set that the flags name, and its name."""
+    given = commandline.given_data(values)
+    return commandline.load_data(given, image_size), Data(**given).name
 
 
 def _victims_std(data_name: str) -> Sequence[float] | None:

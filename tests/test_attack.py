@@ -53,7 +53,7 @@ def test_the_client_of_an_export_is_that_of_the_run(
     encoder, out = tmp_path / "encoder.safetensors", tmp_path / "new" / "out"
     assert export.main(["export", f"--workdir={run}", f"--out={encoder}"]) == 0
     assert attack.main(["attack", f"--workdir={run}", *QUICK]) == 0
-    data = ["--data_name=npz", f"--data_dir={images}"]
+    data = ["--data.name=npz", f"--data.dir={images}"]
     out.parent.mkdir()
     assert attack.main(["attack", f"--encoder={encoder}", f"--out={out}", *data, *QUICK]) == 0
     of_run = [row for row in rows(run) if row["smashed"] == "query"]
@@ -80,7 +80,7 @@ def write_clients(file: pathlib.Path, **more: np.ndarray) -> None:
 def test_official_clients_of_several_cuts(tmp_path: pathlib.Path, images: str) -> None:
     victims = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8)
     write_clients(tmp_path / "clients.npz", attack_test_images_uint8_nhwc=victims)
-    argv = [f"--official_clients={tmp_path / 'clients.npz'}", "--data_name=npz", f"--data_dir={images}"]
+    argv = [f"--official_clients={tmp_path / 'clients.npz'}", "--data.name=npz", f"--data.dir={images}"]
     quick = ["--attackers=trivial,ridge", f"--out={tmp_path / 'out'}"]
     assert attack.main(["attack", *argv, *quick]) == 0
     found = [(row["client"], row["attacker"]) for row in rows(tmp_path / "out")]
@@ -101,10 +101,16 @@ def test_official_clients_of_several_cuts(tmp_path: pathlib.Path, images: str) -
         (["--encoder=x"], "--out is missing"),
         (["--workdir={run}", "--attackers=magic"], "--attackers: found 'magic', allowed: trivial"),
         (["--workdir={run}", "--protocol=x"], "--protocol: found 'x', allowed: clean, official"),
-        (["--workdir={run}", "--decoder=x"], "decoder: found 'x', allowed: res_normNxCy"),
+        (["--workdir={run}", "--decoder=x"], "error: --decoder: found 'x', allowed: res_normNxCy"),
         (["--workdir={run}", "--epochs=0"], "epochs"),
         (["--workdir={run}", "--images=5"], "attacker's images: found 5 of 48 training images"),
         (["--workdir={run}", "--protocol=official"], "attacker's images: found 0 of 48 training images"),
+        (["--workdir={run}", "--data.name=npz"], "--data.name: found npz with --workdir, allowed: with"),
+        (["--workdir={run}", "--data_dir=x"], "found --data_dir, did you mean --data.dir=x?"),
+        (
+            ["--official_clients={tmp}/c.npz", "--out={tmp}", "--data.name=npz", "--data.dir={tmp}/none"],
+            "error: --data.dir: ",
+        ),
         (["--workdir={tmp}"], "holds no config.json"),
         (["--encoder={tmp}/none", "--out={tmp}"], "none: no such file"),
         (["--official_clients={tmp}/none", "--out={tmp}"], "none: no such file"),
@@ -170,7 +176,7 @@ def test_the_official_protocol_lands_at_the_record(
     assert f"{client}/0.conv1.weight" in released
     folder = pathlib.Path(pytestconfig.getoption("--privacy-dir"))
     argv = [f"--official_clients={folder / 'official_defended_clients.npz'}", f"--clients={client}"]
-    argv += [f"--data_dir={folder}", f"--out={tmp_path}", "--protocol=official", "--attackers=official"]
+    argv += [f"--data.dir={folder}", f"--out={tmp_path}", "--protocol=official", "--attackers=official"]
     assert attack.main(["attack", *argv]) == 0
     (row,) = rows(tmp_path)
     mse, ssim = RECORDED[client]

@@ -40,7 +40,7 @@ def test_the_home_folder_is_expanded_everywhere(
         (evaluate, ["--workdir={run}", "--data.dir={}"]),
         (evaluate, ["--workdir={run}", "--data.name=npz", "--data.dir={}"]),
         (attack, ["--workdir={}"]),
-        (attack, ["--workdir={run}", "--data_dir={}"]),
+        (attack, ["--workdir={run}", "--data.dir={}"]),
         (attack, ["--workdir={run}", "--out={}"]),
         (attack, ["--encoder={}", "--out={tmp}"]),
         (attack, ["--official_clients={}", "--out={tmp}"]),
