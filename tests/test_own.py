@@ -14,6 +14,7 @@ import pytest
 from mocosfl_jax import Config, attack, encode, encode_images, evaluate, export, normalise, run, train
 from mocosfl_jax.config import Clients, Data, Eval, Moco, Own, resolve
 from mocosfl_jax.config import Mesh as MeshSizes
+from mocosfl_jax.training import report
 from tests.support import own_config
 from tests.support.small_run import write_images
 from tests.support.toy import IMAGE, make_toy_model
@@ -101,6 +102,14 @@ def test_a_run_needs_its_functions_again(
     [
         ({"network": lambda *_: 3}, r"config\.own\.network: found a function that returns int"),
         ({"algorithm": lambda *_: None}, r"config\.own\.algorithm: found a function that returns NoneType"),
+        (
+            {"network": lambda config, image_size: None},
+            r"config\.own\.network: found a function of \(config, image_size\), allowed: of \(config, image",
+        ),
+        (
+            {"algorithm": lambda config, model: None},
+            r"config\.own\.algorithm: found a function of \(config, model\), allowed: of \(config, mod",
+        ),
         ({"network": "resnet18"}, r"config\.own\.network: found 'resnet18', allowed: a function or None"),
     ],
 )
@@ -111,6 +120,27 @@ def test_wrong_functions_are_refused(
     config.own = Own(**{"network": own_config.network, "algorithm": own_config.algorithm} | functions)
     with pytest.raises(ValueError, match=message):
         run(config, tmp_path, say=quiet)
+
+
+def test_a_network_for_images_of_another_size_is_refused(images: str, tmp_path: pathlib.Path) -> None:
+    config = small(images, data=Data(name="npz", dir=images, image_size=8))
+    with pytest.raises(ValueError, match=r"config\.own\.network: found a network that fails for .* 8x8x3"):
+        run(config, tmp_path, model=make_toy_model(), say=quiet)
+
+
+def test_an_error_in_a_function_says_which(images: str, tmp_path: pathlib.Path) -> None:
+    def network(config: Any, image_size: int, forms: Any) -> Any:
+        raise KeyError("width")
+
+    with pytest.raises(KeyError) as error:
+        run(small(images, own=Own(network=network)), tmp_path, say=quiet)
+    assert "`config.own.network`, test_own.test_an_error" in error.value.__notes__[-1]
+
+
+def test_the_header_names_an_own_network(images: str) -> None:
+    config = small(images, own=Own(network=own_config.network))
+    rows = dict(line.split(maxsplit=2)[::2] for line in report.header(prepare(config)).splitlines())
+    assert rows["client"] == "own_config.network: 15 parameters (60 B) per client"
 
 
 def test_functions_are_not_set_on_a_command_line(capsys: pytest.CaptureFixture) -> None:

@@ -17,6 +17,7 @@ from jax import Array
 from mocosfl_jax.algorithm import fedavg, optim
 from mocosfl_jax.algorithm.messages import SmashedData, Views
 from mocosfl_jax.algorithm.moco import momentum_update
+from mocosfl_jax.errors import UserError
 
 # The client-side models of a cohort: params [M, ...], images [M, B, H, W, 3] -> smashed data [M, B, h, w, c]
 CohortModel = Callable[[Any, Array], Array]
@@ -142,11 +143,18 @@ def backward(
       optimizer: Of one client.
       step: [], training step of the run.
       client_loss: A further term of each client's loss.
+
+    Raises:
+      UserError: If `client_loss` gives another shape than one number.
     """
     if not jax.tree.leaves(state.params):  # clients without layers
         return state
     grads = pullback(smashed_grad)
     if client_loss is not None:
+        terms = jax.eval_shape(jax.vmap(client_loss), state.params, state.anchor)
+        if getattr(terms, "ndim", None) != 1:
+            found = f"shape {terms.shape[1:]}" if hasattr(terms, "shape") else type(terms).__name__
+            raise UserError(f"client_loss: found an output of {found}, allowed: one number")
         more = jax.vmap(jax.grad(client_loss))(state.params, state.anchor)
         grads = jax.tree.map(jnp.add, grads, more)
     descend = jax.vmap(partial(optim.descend, optimizer), in_axes=(0, 0, 0, None))
@@ -164,12 +172,20 @@ def synchronize(state: ClientState, weights: Array | None, how: Sync) -> tuple[C
 
     Returns:
       The new state, the average of the online models, and the distance of each client from it, [M].
+
+    Raises:
+      UserError: If `how.average` returns anything but one model.
     """
 
-    def mean_for_all(stacked: Any) -> Any:
-        return fedavg.load(how.average(stacked, weights), stacked)
+    def average(stacked: Any) -> Any:
+        mean = how.average(stacked, weights)
+        _check_average(mean, stacked)
+        return mean
 
-    mean = how.average(state.params, weights)
+    def mean_for_all(stacked: Any) -> Any:
+        return fedavg.load(average(stacked), stacked)
+
+    mean = average(state.params)
     divergences = fedavg.divergence(state.params, mean)
     new = state._replace(params=fedavg.load(mean, state.params))
     if how.divergence_lambda is not None:
@@ -186,3 +202,16 @@ def synchronize(state: ClientState, weights: Array | None, how: Sync) -> tuple[C
     if state.anchor is not None:
         new = new._replace(anchor=new.params)
     return new, mean, divergences
+
+
+def _check_average(mean: Any, stacked: Any) -> None:
+    """Refuse an average that still has the axis of the clients: it would leave each client as it was."""
+    found, allowed = str(jax.tree.structure(mean)), str(jax.tree.structure(stacked))
+    if found != allowed:
+        raise UserError(f"sync.average: found a function that returns {found}, allowed: one model, {allowed}")
+    for (path, leaf), many in zip(jax.tree.leaves_with_path(mean), jax.tree.leaves(stacked), strict=True):
+        if jnp.shape(leaf) != many.shape[1:]:
+            raise UserError(
+                f"sync.average: found shape {jnp.shape(leaf)} at {jax.tree_util.keystr(path) or 'the root'}, "
+                f"allowed: {many.shape[1:]}, the mean of {many.shape} over the clients"
+            )

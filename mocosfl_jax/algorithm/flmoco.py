@@ -19,6 +19,7 @@ from mocosfl_jax.algorithm.messages import Views
 from mocosfl_jax.algorithm.moco import Contrast, ContrastFunction, MomentumContrast, init_queues
 from mocosfl_jax.algorithm.moco import check as check_moco
 from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import Features, SplitModel
 
 
@@ -55,7 +56,8 @@ def flmoco(
     check_moco(moco)
     pool.check(num_clients, sync)
     if moco.queue_size == 0:
-        raise ValueError("moco.queue_size: found 0, allowed: 1 or more")
+        raise UserError("moco.queue_size: found 0, allowed: 1 or more")
+    optim.check("optimizer", optimizer)
     own = pool.owned(sync)
 
     def project(params: tuple, images: Array) -> Array:

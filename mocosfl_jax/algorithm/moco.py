@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mocosfl_jax.errors import UserError
+
 
 class MomentumContrast(NamedTuple):
     """The settings of momentum contrast. The defaults are those of Li et al. 2023."""
@@ -71,7 +73,7 @@ def enqueue(queue: MoCoQueue, keys: Array, real: Array | None = None) -> MoCoQue
     """
     size = queue.keys.shape[0]
     if keys.shape[0] > size:
-        raise ValueError(f"a queue of {size} keys cannot take {keys.shape[0]} at once")
+        raise UserError(f"moco.queue_size: found a queue of {size} keys, allowed: {keys.shape[0]} or more")
     if real is None:
         real = jnp.ones(keys.shape[0], bool)
     place = jnp.cumsum(real, dtype=jnp.int32) - 1
@@ -162,6 +164,21 @@ class Contrast(NamedTuple):
 
     loss: Array  # [], of one direction or the sum of both
     top1: Array  # [], contrastive accuracy
+
+
+def checked(found: Any) -> Contrast:
+    """What a function of your own returned as its contrast.
+
+    Raises:
+      UserError: If it is no `Contrast` of two numbers.
+    """
+    if not isinstance(found, Contrast):
+        what = "an array" if isinstance(found, Array) else f"a {type(found).__name__}"
+        raise UserError(f"contrast: found a function that returns {what}, allowed: a Contrast(loss, top1)")
+    for name, value in found._asdict().items():
+        if jnp.shape(value) != ():
+            raise UserError(f"contrast: found a {name} of shape {jnp.shape(value)}, allowed: one number")
+    return Contrast(*map(jnp.asarray, found))
 
 
 class ContrastFunction(Protocol):

@@ -32,6 +32,7 @@ from mocosfl_jax.algorithm.moco import (
 )
 from mocosfl_jax.algorithm.moco import check as check_moco
 from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import Features, SplitModel
 
 
@@ -96,14 +97,19 @@ def mocosfl(
             f"{num_clients} clients"
         )
     if contrast is None and moco.queue_size == 0:
-        raise ValueError("moco.queue_size: found 0, allowed: 1 or more")
+        raise UserError(
+            "moco.queue_size: found 0, allowed: 1 or more; 0 is for a contrast of your own without a queue"
+        )
+    optim.check("server_optimizer", server_optimizer)
+    if client_optimizer is not None:
+        optim.check("client_optimizer", client_optimizer)
     real = None if batch_sizes is None else concatenation.real_rows(batch_sizes)
     if moco.full_symmetric and real is not None:
         real = np.concatenate([real, real], axis=1)
     frozen = client_optimizer is None
     own_optimizer = optax.identity() if client_optimizer is None else client_optimizer
     if not moco.feature_sharing and 0 < moco.queue_size < num_clients:
-        raise ValueError(
+        raise UserError(
             f"moco.queue_size: found {moco.queue_size}, allowed: {num_clients} or more for a queue per client"
         )
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from mocosfl_jax.errors import UserError
+
 SCHEDULES = ("cosine", "multistep", "constant")
 Schedule = Callable[[Array], Array]  # training step [] int32 -> learning rate []
 
@@ -52,6 +54,13 @@ def _scale_by_learning_rate(learning_rate: Schedule | float) -> optax.GradientTr
 
 
 SGD = sgd(0.06)  # the paper's rate, without a schedule
+
+
+def check(argument: str, optimizer: Any) -> None:
+    """Raise UserError if what was given as `argument` is no Optax optimizer."""
+    if not isinstance(optimizer, optax.GradientTransformation):
+        found = getattr(optimizer, "__name__", repr(optimizer))
+        raise UserError(f"{argument}: found {found}, allowed: an Optax optimizer, such as optax.adam(1e-3)")
 
 
 def descend(

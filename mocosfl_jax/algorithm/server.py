@@ -18,10 +18,12 @@ from mocosfl_jax.algorithm.moco import (
     MoCoQueue,
     MomentumContrast,
     QueueAccess,
+    checked,
     momentum_contrast,
     momentum_update,
     normalise,
 )
+from mocosfl_jax.errors import UserError
 
 # params, smashed data [views, n, h, w, c] -> projections [views, n, D]; each view is a batch of its own
 Projection = Callable[[Any, Array], Array]
@@ -94,7 +96,7 @@ def train(
 
     def similarities(query: Array) -> Array:
         if state.queue is None:
-            raise ValueError("moco.queue_size: found 0, allowed: 1 or more for a contrast with a queue")
+            raise UserError("moco.queue_size: found 0, allowed: 1 or more for a contrast with a queue")
         return queue_access.similarities(state.queue, query)
 
     keys = embed(key_params, *([smashed_query] if symmetric else []), smashed_key)
@@ -102,7 +104,7 @@ def train(
     def loss_fn(params: Any, smashed_query: Array) -> tuple[Array, Contrast]:
         queries = embed(params, smashed_query, *([smashed_key] if symmetric else []))
         directions = [
-            contrast(params, query, key, similarities)
+            checked(contrast(params, query, key, similarities))
             for query, key in zip(queries, keys[::-1], strict=True)  # q1 with k2, q2 with k1
         ]
         loss = sum((direction.loss for direction in directions), jnp.zeros(()))

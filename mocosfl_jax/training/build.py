@@ -1,5 +1,6 @@
 """The network and the algorithm of a configuration."""
 
+import inspect
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -17,7 +18,7 @@ from mocosfl_jax.algorithm.interface import Algorithm, TrainState
 from mocosfl_jax.algorithm.moco import MomentumContrast
 from mocosfl_jax.algorithm.mocosfl import mocosfl
 from mocosfl_jax.config import Resolved, name_of
-from mocosfl_jax.errors import UserError, renamed
+from mocosfl_jax.errors import UserError, one_line, renamed
 from mocosfl_jax.evaluation.features import Head
 from mocosfl_jax.models import SplitModel, split_model
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
@@ -99,7 +100,10 @@ def build(
             "client_optimizer": client_optimizer,
             "server_optimizer": optim.sgd(server_lr, settings.momentum, settings.weight_decay),
         }
-    algorithm = (config.own.algorithm or make)(config, model, arguments)
+    if config.own.algorithm is not None:
+        make = _own("config.own.algorithm", config.own.algorithm, "config, model, arguments")
+    with renamed({"moco.queue_size": "config.moco.queue_size"}):
+        algorithm = make(config, model, arguments)
     if not isinstance(algorithm, Algorithm):
         found = type(algorithm).__name__
         raise UserError(f"config.own.algorithm: found a function that returns {found}, allowed: Algorithm")
@@ -108,6 +112,25 @@ def build(
 
 # A function like `config.own.algorithm`.
 MakeAlgorithm = Callable[[Resolved, SplitModel, dict[str, Any]], Algorithm]
+
+
+def _own(field: str, function: Callable[..., Any], parameters: str) -> Callable[..., Any]:
+    """A function of your own, whose parameters are checked and whose errors get a note with its field."""
+    try:
+        inspect.signature(function).bind(*parameters.split(", "))
+    except TypeError as error:
+        raise UserError(
+            f"{field}: found a function of {inspect.signature(function)}, allowed: of ({parameters})"
+        ) from error
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:
+            error.add_note(f"This was raised by `{field}`, {name_of(function)}.")
+            raise
+
+    return call
 
 
 def _mocosfl(config: Resolved, model: SplitModel, arguments: dict[str, Any]) -> Algorithm:
@@ -174,11 +197,20 @@ def build_model(config: Resolved, image_size: int, forms: Forms = ACCELERATOR) -
             return split_model(
                 **network_arguments(config, image_size), stacked_server=stacked_server, forms=forms
             )
-    model = config.own.network(config, image_size, forms)
+    network = _own("config.own.network", config.own.network, "config, image_size, forms")
+    model = network(config, image_size, forms)
     if not isinstance(model, SplitModel):
         raise UserError(
             f"config.own.network: found a function that returns {type(model).__name__}, allowed: SplitModel"
         )
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+    try:
+        jax.eval_shape(lambda rng, x: model.whole_backbone(model.init(rng), x), jax.random.key(0), images)
+    except Exception as error:
+        raise UserError(
+            f"config.own.network: found a network that fails for images of {image_size}x{image_size}x3, the "
+            f"size of the data, allowed: one for the `image_size` that the function gets ({one_line(error)})"
+        ) from error
     return model
 
 

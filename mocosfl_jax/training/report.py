@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mocosfl_jax.config import Resolved
+from mocosfl_jax.config import Resolved, name_of
 from mocosfl_jax.data import find
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
@@ -44,20 +44,25 @@ def header(run: Run) -> str:
     }
     if config.algorithm == "flmoco":
         rows["FL-MoCo"] = (
-            f"whole {config.model.name}: {_params((client_params, server_params))} and a queue of "
+            f"whole {network_name(config)}: {_params((client_params, server_params))} and a queue of "
             f"{config.moco.queue_size:,} keys per client"
         )
     else:
         smashed_bytes = run.smashed.size * run.smashed.dtype.itemsize
         frozen = optim.client_lr == 0
-        extras = [config.model.bottleneck and f"bottleneck {config.model.bottleneck}", frozen and "frozen"]
-        network = config.model.name + (f" width {config.model.width}" if config.model.width else "")
+        network = [network_name(config)]
+        if config.own.network is None:
+            width, bottleneck = config.model.width, config.model.bottleneck
+            network = [
+                f"{network[0]}{f' width {width}' if width else ''} up to cut layer {config.model.cut_layer}",
+                *([f"bottleneck {bottleneck}"] if bottleneck else []),
+            ]
+        network += ["frozen"] if frozen else []
         keys = f"queue of {config.moco.queue_size:,} keys"
         if not config.moco.feature_sharing:
             keys = f"{pool.num:,} queues of {config.moco.queue_size // pool.num:,} keys"
         rows |= {
-            "client side": f"{network} up to cut layer {config.model.cut_layer}"
-            f"{''.join(f', {extra}' for extra in extras if extra)}: {_params(client_params)} per client",
+            "client side": f"{', '.join(network)}: {_params(client_params)} per client",
             "server side": f"{_params(server_params)}; {keys}",
             "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "
             "down per step",
@@ -70,6 +75,11 @@ def header(run: Run) -> str:
         f"{'' if run.whole_pool else _passes(run)}seed {config.seed}"
     )
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items() if text)
+
+
+def network_name(config: Resolved) -> str:
+    """The name of the network, or of your own function that makes it."""
+    return config.model.name if config.own.network is None else name_of(config.own.network)
 
 
 def _passes(run: Run) -> str:

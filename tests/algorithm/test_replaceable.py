@@ -21,6 +21,7 @@ from mocosfl_jax import (
 )
 from mocosfl_jax.algorithm import optim
 from mocosfl_jax.algorithm.fedavg import average
+from mocosfl_jax.errors import UserError
 from tests.support.algorithms import LR, B, Build, N, assert_trees_close, client, diverse
 from tests.support.toy import random_views
 
@@ -137,6 +138,88 @@ def test_any_average_of_the_stack(build: Build, toy_model: SplitModel) -> None:
     middle = np.median(np.asarray(state.clients.params["kernel"]), axis=0)
     distances = [np.linalg.norm(k - middle) for k in np.asarray(state.clients.params["kernel"])]
     np.testing.assert_allclose(info.divergence, distances, rtol=1e-5)
+
+
+def whole_stack(stacked: Any, weights: Array | None) -> Any:
+    return stacked
+
+
+def first_leaf(stacked: Any, weights: Array | None) -> Any:
+    return jax.tree.leaves(stacked)[0][0]
+
+
+@pytest.mark.parametrize(
+    "average, message",
+    [
+        (
+            whole_stack,
+            r"sync\.average: found shape \(4, 3, 5\) at \['kernel'\], allowed: \(3, 5\)",
+        ),
+        (first_leaf, r"sync\.average: found a function that returns PyTreeDef\(\*\), allowed: one model"),
+    ],
+)
+def test_an_average_that_is_no_model_is_refused(
+    build: Build, toy_model: SplitModel, average: Any, message: str
+) -> None:
+    """The whole stack has the shapes of the clients' models: it would leave each client as it was."""
+    algorithm, state = build(toy_model, sync=Sync(average=average))
+    with pytest.raises(UserError, match=message):
+        jax.jit(algorithm.sync)(state)
+
+
+@pytest.mark.parametrize(
+    "contrast, message",
+    [
+        (lambda p, q, k, s: jnp.mean(q * k), "contrast: found a function that returns an array, allowed: a"),
+        (lambda p, q, k, s: (jnp.mean(q), 0.0), "contrast: found a function that returns a tuple, allowed"),
+        (
+            lambda p, q, k, s: Contrast(jnp.mean(q * k, 1), jnp.zeros(())),
+            r"contrast: found a loss of shape \(12,\)",
+        ),
+        (lambda p, q, k, s: Contrast(jnp.mean(q * k), q), r"contrast: found a top1 of shape \(12, 8\)"),
+    ],
+)
+def test_a_contrast_that_is_none_is_refused(
+    build: Build, toy_model: SplitModel, contrast: Any, message: str
+) -> None:
+    algorithm, state = build(toy_model, contrast=contrast, queue_size=0)
+    with pytest.raises(UserError, match=message):
+        jax.jit(algorithm.step)(state, random_views(1, N, B))
+
+
+def test_the_accuracy_of_a_contrast_may_be_a_plain_number(build: Build, toy_model: SplitModel) -> None:
+    half: Any = 0.5
+    algorithm, state = build(toy_model, contrast=lambda p, q, k, s: Contrast(jnp.mean(q * k), half))
+    _, info = jax.jit(algorithm.step)(state, random_views(1, N, B))
+    assert float(info.top1) == 0.5
+
+
+@pytest.mark.parametrize(
+    "client_loss, message",
+    [
+        (lambda params, synchronized: params["kernel"], r"client_loss: found an output of shape \(3, 5\)"),
+        (lambda params, synchronized: params, "client_loss: found an output of dict, allowed: one number"),
+    ],
+)
+def test_a_term_that_is_no_number_is_refused(
+    build: Build, toy_model: SplitModel, client_loss: Any, message: str
+) -> None:
+    algorithm, state = build(toy_model, client_loss=client_loss)
+    with pytest.raises(UserError, match=message):
+        jax.jit(algorithm.step)(state, random_views(1, N, B))
+
+
+def test_what_is_no_optimizer_is_refused(toy_model: SplitModel) -> None:
+    def settings(name: str, optimizer: Any) -> dict[str, Any]:
+        return {name: optimizer}
+
+    for name in ("client_optimizer", "server_optimizer"):
+        with pytest.raises(UserError, match=f"{name}: found 0.1, allowed: an Optax optimizer"):
+            mocosfl(toy_model, num_clients=N, **settings(name, 0.1))
+        with pytest.raises(UserError, match=f"{name}: found adam, allowed: an Optax optimizer"):
+            mocosfl(toy_model, num_clients=N, **settings(name, optax.adam))
+    with pytest.raises(UserError, match="optimizer: found adam, allowed: an Optax optimizer"):
+        flmoco(toy_model, num_clients=N, **settings("optimizer", optax.adam))
 
 
 @pytest.mark.parametrize(
