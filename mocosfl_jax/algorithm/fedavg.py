@@ -20,14 +20,21 @@ def average(stacked: Any, weights: Array | None = None) -> Any:
       [1.0, 2.0]
     """
     if weights is None:
-        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0).astype(leaf.dtype), stacked)
+        return jax.tree.map(lambda leaf: _like(leaf, jnp.mean(leaf, axis=0)), stacked)
     shares = weights / jnp.sum(weights)
-    return jax.tree.map(lambda leaf: jnp.sum(_each(shares, leaf) * leaf, axis=0), stacked)
+    return jax.tree.map(lambda leaf: _like(leaf, jnp.sum(_each(shares, leaf) * leaf, axis=0)), stacked)
+
+
+def _like(leaf: Array, mean: Array) -> Array:
+    """`mean` in the dtype of `leaf`. Whole numbers, such as the steps that Adam counts, are rounded."""
+    whole = jnp.issubdtype(leaf.dtype, jnp.integer)
+    return (jnp.round(mean) if whole else mean).astype(leaf.dtype)
 
 
 def _each(per_client: Array, leaf: Array) -> Array:
     """`per_client` [N], reshaped to multiply `leaf` [N, ...]."""
-    return per_client.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
+    dtype = jnp.result_type(leaf.dtype, jnp.float32)
+    return per_client.astype(dtype).reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def broadcast(params: Any, num_clients: int) -> Any:
@@ -37,7 +44,7 @@ def broadcast(params: Any, num_clients: int) -> Any:
 
 def load(mean: Any, stacked: Any) -> Any:
     """The clients `stacked` after each has received the `mean`: every leaf keeps its shape [N, ...]."""
-    return jax.tree.map(lambda m, leaf: jnp.broadcast_to(m, leaf.shape), mean, stacked)
+    return jax.tree.map(lambda m, leaf: jnp.broadcast_to(_like(leaf, m), leaf.shape), mean, stacked)
 
 
 def divergence(stacked: Any, mean: Any) -> Array:

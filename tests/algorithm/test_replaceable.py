@@ -123,6 +123,10 @@ def test_a_term_of_the_clients_loss(
     assert algorithm.leave(state).pool.own.anchor is None
 
 
+def mean_in_floats(stacked: Any, weights: Array | None) -> Any:
+    return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), stacked)
+
+
 def test_any_average_of_the_stack(build: Build, toy_model: SplitModel) -> None:
     def median(stacked: Any, weights: Array | None) -> Any:
         return jax.tree.map(lambda leaf: jnp.median(leaf, axis=0), stacked)
@@ -138,6 +142,21 @@ def test_any_average_of_the_stack(build: Build, toy_model: SplitModel) -> None:
     middle = np.median(np.asarray(state.clients.params["kernel"]), axis=0)
     distances = [np.linalg.norm(k - middle) for k in np.asarray(state.clients.params["kernel"])]
     np.testing.assert_allclose(info.divergence, distances, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"average": mean_in_floats}, {"weights": np.array([1.0, 2.0, 3.0, 4.0])}])
+def test_an_average_keeps_the_dtypes_of_optimizer_states(
+    build: Build, toy_model: SplitModel, how: dict[str, Any]
+) -> None:
+    """Adam counts its steps in int32, and all clients have taken three."""
+    sync = Sync(buffers="average", **how)
+    algorithm, state = build(toy_model, client_optimizer=optax.adam(0.1), sync=sync)
+    for seed in range(3):
+        state, _ = algorithm.step(state, random_views(seed, N, B))
+    synced, _ = algorithm.sync(state)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(synced), strict=True):
+        assert new.dtype == old.dtype
+    np.testing.assert_array_equal(synced.clients.opt_state[0].count, [3] * N)
 
 
 def whole_stack(stacked: Any, weights: Array | None) -> Any:
