@@ -12,8 +12,9 @@ from mocosfl_jax.config import Config, Own, quickstart
 
 
 def algorithm(config: Any, model: SplitModel, arguments: dict[str, Any]) -> Algorithm:
-    arguments |= {"client_optimizer": optax.adam(1e-3), "server_optimizer": optax.lars(0.1)}
-    return mocosfl(model, **arguments)
+    """MocoSFL as configured, but for these two arguments."""
+    optimizers = {"client_optimizer": optax.adam(1e-3), "server_optimizer": optax.lars(0.1)}
+    return mocosfl(model, **arguments | optimizers)
 
 
 def get_config() -> Config:

@@ -3,8 +3,9 @@
     python -m mocosfl_jax.train --config=examples/own_network.py
     python -m mocosfl_jax.evaluate --workdir=runs/own_network --config=examples/own_network.py
 
-Each module sees a batch [n, ...] and must treat its images one by one: group norm is fine, batch norm is not.
-Before anything is trained, shapes are checked, and that an image alone gives what it gives in a batch.
+Each module sees a batch [n, ...]. The first two must treat its images one by one: group norm is fine, batch
+norm is not. Before the training, their shapes are checked, and that an image has the same output alone and in
+a batch.
 """
 
 from typing import Any
@@ -36,6 +37,10 @@ class Backbone(nn.Module):
 
 
 def network(config: Any, image_size: int, forms: Any) -> SplitModel:
+    """Both parts, and a head that maps features [n, 128] to queries and keys [n, key_dim].
+
+    `forms` are ways to write convolutions, for networks of the package. This network needs none.
+    """
     head = nn.Sequential([nn.Dense(128), nn.relu, nn.Dense(config.moco.key_dim)])
     return SplitModel.from_linen(Client(), Backbone(), head, image_shape=(image_size, image_size, 3))
 

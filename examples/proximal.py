@@ -21,6 +21,7 @@ def proximal(params: Any, synchronized: Any, strength: float) -> Array:
 
 
 def algorithm(config: Any, model: SplitModel, arguments: dict[str, Any]) -> Algorithm:
+    """MocoSFL as configured, with a further term of each client's loss."""
     return mocosfl(model, client_loss=partial(proximal, strength=0.1), **arguments)
 
 

@@ -16,7 +16,10 @@ TRIM = 0.1  # the share of clients left out at each end
 
 
 def trimmed_mean(stacked: Any, weights: Array | None) -> Any:
-    """The mean of each parameter over the clients [M, ...], without its largest and its smallest values."""
+    """The mean of each parameter over the clients [M, ...], without its largest and its smallest values.
+
+    `weights` [M] are those of `config.sync.weighted`. A trimmed mean has no use for them.
+    """
 
     def of_leaf(leaf: Array) -> Array:
         cut = int(TRIM * len(leaf))
@@ -26,8 +29,9 @@ def trimmed_mean(stacked: Any, weights: Array | None) -> Any:
 
 
 def algorithm(config: Any, model: SplitModel, arguments: dict[str, Any]) -> Algorithm:
-    sync = arguments.pop("sync")._replace(average=trimmed_mean)
-    return mocosfl(model, sync=sync, **arguments)
+    """MocoSFL as configured, but for the average of a synchronization."""
+    sync = arguments["sync"]._replace(average=trimmed_mean)
+    return mocosfl(model, **arguments | {"sync": sync})
 
 
 def get_config() -> Config:

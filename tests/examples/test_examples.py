@@ -1,7 +1,11 @@
 """The examples of your own network, algorithm and loop run at toy size, and do what they say."""
 
+import ast
+import inspect
 import json
 import pathlib
+import pkgutil
+import re
 import runpy
 from typing import Any
 
@@ -30,6 +34,43 @@ TOY = {
     "mesh.data": 1,
     "mesh.model": 1,
 }
+
+
+PAGES = (EXAMPLES.parent / "docs" / "reference").glob("*.md")
+LISTED = {name for page in PAGES for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.M)}
+
+
+def names_of_the_package(tree: ast.Module) -> set[str]:
+    """Full names of all that a script takes from the package; for a module, of what is taken from it."""
+    found, modules = set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("mocosfl_jax"):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if inspect.ismodule(pkgutil.resolve_name(full)):
+                    modules[alias.asname or alias.name] = full
+                else:
+                    found.add(full)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            found.add(f"{modules[node.value.id]}.{node.attr}")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_use_what_the_reference_lists(path: pathlib.Path) -> None:
+    tree = ast.parse(path.read_text())
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not [name for name in attributes if re.match(r"_(?!replace$|asdict$)", name)]
+    names = names_of_the_package(tree)
+    assert names
+    for name in names:
+        assert not any(part.startswith("_") for part in name.split(".")), name
+        parents = [name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1)]
+        value = pkgutil.resolve_name(name)
+        home = getattr(value, "__module__", parents[0])
+        public = name in LISTED or home in LISTED or f"{home}.{name.rsplit('.', 1)[1]}" in LISTED
+        assert public or LISTED & set(parents), name
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +118,10 @@ def test_byol_compares_guesses_and_keys() -> None:
     assert float(found.top1) == pytest.approx(np.mean(nearest == np.arange(5)))
 
 
-def test_the_own_loop_logs_stops_early_and_tunes(images: str, tmp_path: pathlib.Path) -> None:
+def test_the_own_loop_logs_stops_early_and_tunes(
+    images: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)  # where Python finds modules beside a script
     main = runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]
     config = quickstart()
     config.epochs = 30
@@ -86,7 +130,7 @@ def test_the_own_loop_logs_stops_early_and_tunes(images: str, tmp_path: pathlib.
     config.eval.knn_k, config.eval.every = 5, 1
     config.mesh.data = config.mesh.model = 1
     arrays: dict[str, Any] = dict(np.load(images))
-    accuracy = main(config, tmp_path, arrays, tuning_steps=60, share=0.5)
+    accuracy = main(config, tmp_path, arrays, share=0.5)
     assert accuracy > 0.5  # four classes of distinct colours
     epochs = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") - 1
     assert 3 <= epochs < 30
