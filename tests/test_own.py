@@ -11,7 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import Config, attack, encode, encode_images, evaluate, export, normalise, run, train
+from mocosfl_jax import (
+    Config,
+    attack,
+    encode,
+    encode_images,
+    encoder_of_run,
+    evaluate,
+    export,
+    normalise,
+    run,
+    train,
+)
 from mocosfl_jax.config import Clients, Data, Eval, Moco, Own, resolve
 from mocosfl_jax.config import Mesh as MeshSizes
 from mocosfl_jax.training import report
@@ -80,6 +91,10 @@ def test_a_run_needs_its_functions_again(
     record = json.loads((tmp_path / "config.json").read_text())
     assert record["own"] == {"network": "own_config.network", "algorithm": "own_config.algorithm"}
     capsys.readouterr()
+    with pytest.raises(
+        ValueError, match=r"found 'own_config\.network', allowed: own=Own\(\.\.\.\) with that"
+    ):
+        encoder_of_run(tmp_path)
     config = own_config.get_config(images)
     config.epochs, config.eval.probe_epochs, config.moco.queue_size = 1, 0, 20
     config.own = Own(network=own_config.network)

@@ -40,7 +40,9 @@ def encoder_of_run(
     try:
         return read_encoder(utf8_path("workdir", str(workdir)), checkpoint, device, own)[0]
     except UserError as error:  # arguments of a function are no flags
-        raise UserError(re.sub(r"^--(?=workdir:|checkpoint:)", "", str(error))) from error
+        message = re.sub(r"^--(?=workdir:|checkpoint:)", "", str(error))
+        message = message.replace("--config=FILE, the file of", "own=Own(...) with")
+        raise UserError(message) from error
 
 
 def read_encoder(
