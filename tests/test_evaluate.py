@@ -71,7 +71,7 @@ def test_the_newest_checkpoint_has_the_numbers_of_the_run(
     assert (found["step"], found["epoch"], found["probe_epochs"]) == (18, 3, 3)
     for name in KNN:
         assert found[name] == last[name]
-    for name in ("linear_probe", "linear_probe_best_on_test"):
+    for name in ("linear_probe", "linear_probe_best_on_test", "linear_probe_raw_pixels"):
         assert found[name] == probe[name]
     assert found["knn_raw_pixels"] == first["knn_raw_pixels"]
     captured = capsys.readouterr()
@@ -112,7 +112,8 @@ def test_few_labels(
     assert 0 <= found[ten] <= found[f"{ten}_best_on_test"] <= 1
     assert 0 <= found[one] <= found[f"{one}_best_on_test"] <= 1
     # Of the 12 images of a class, both fractions are one, so the draws differ by the keys alone.
-    assert len(keys) == 3 and keys[0] not in keys[1:] and keys[1] != keys[2]
+    features, pixels, of_ten, of_one = keys
+    assert features == pixels and features != of_ten != of_one != features
     out = capsys.readouterr().out
     assert "10 % of the labels" in out and "\n1 % of the labels" in out and "untrained" not in out
 

@@ -48,13 +48,19 @@ def knn(dataset: Dataset, settings: Eval, evaluated: Evaluated) -> dict[str, flo
 
 def knn_raw_pixels(dataset: Dataset, settings: Eval) -> dict[str, float]:
     """Return the kNN accuracy on normalised pixels, or nothing if they would take too much memory."""
+    pixels = _raw_pixels(dataset)
+    return {"knn_raw_pixels": _knn_accuracy(dataset, settings, *pixels)} if pixels else {}
+
+
+def _raw_pixels(dataset: Dataset) -> tuple[Rows, Rows] | None:
+    """Normalised pixels of the training and of the test images, if they take little memory."""
     if 4 * sum(math.prod(x.shape) for x in (dataset.x_train, dataset.x_test)) > RAW_PIXELS_LIMIT:
-        return {}
+        return None
     train, test = (
         augment.normalise(x[:], dataset.mean, dataset.std).reshape(len(x), -1)
         for x in (dataset.x_train, dataset.x_test)
     )
-    return {"knn_raw_pixels": _knn_accuracy(dataset, settings, train, test)}
+    return train, test
 
 
 def _knn_accuracy(dataset: Dataset, settings: Eval, train: Rows, test: Rows) -> float:
@@ -70,18 +76,34 @@ def _knn_accuracy(dataset: Dataset, settings: Eval, train: Rows, test: Rows) -> 
 
 
 def linear_probe(dataset: Dataset, settings: Eval, evaluated: Evaluated, rng: Array) -> dict[str, float]:
-    """Return the accuracies of a linear probe on backbone features, as fields of metrics.jsonl."""
+    """Return the accuracies of a linear probe on backbone features, as fields of metrics.jsonl.
+
+    And that of logistic regression on normalised pixels, trained in the same way, unless they would take too
+    much memory.
+    """
     train, test = evaluated
-    probe = classifiers.linear_probe(
+    probe = _linear_probe(rng, dataset, settings, train.backbone, test.backbone)
+    numbers = {"linear_probe": probe.last_epoch, "linear_probe_best_on_test": probe.best_on_test}
+    pixels = _raw_pixels(dataset)
+    if pixels:
+        of_pixels = _linear_probe(rng, dataset, settings, *pixels)
+        numbers |= {
+            "linear_probe_raw_pixels": of_pixels.last_epoch,
+            "linear_probe_raw_pixels_best_on_test": of_pixels.best_on_test,
+        }
+    return numbers
+
+
+def _linear_probe(rng: Array, dataset: Dataset, settings: Eval, train: Rows, test: Rows) -> classifiers.Probe:
+    return classifiers.linear_probe(
         rng,
-        train.backbone,
+        train,
         dataset.y_train,
-        test.backbone,
+        test,
         dataset.y_test,
         num_classes=len(dataset.class_names),
         epochs=settings.probe_epochs,
     )
-    return {"linear_probe": probe.last_epoch, "linear_probe_best_on_test": probe.best_on_test}
 
 
 def semi_supervised(dataset: Dataset, settings: Eval, evaluated: Evaluated, rng: Array) -> dict[str, float]:

@@ -116,6 +116,7 @@ _NAMES = {
     "knn_projection": "kNN projection",
     "knn_raw_pixels": "raw pixels",
     "linear_probe": "linear probe",
+    "linear_probe_raw_pixels": "on raw pixels",
     "divergence": "divergence",
 }
 
@@ -185,6 +186,7 @@ def summary(metrics: Sequence[Mapping[str, float]], workdir: Path) -> str:
 
 _PROBES = {
     "linear_probe": "linear probe",
+    "linear_probe_raw_pixels": "linear, raw pixels",
     "semi_supervised_10_percent": "10 % of the labels",
     "semi_supervised_1_percent": "1 % of the labels",
 }
