@@ -16,8 +16,9 @@
   --config=FILE        the config file of a run with functions of its own, which no workdir holds
   --data.max_broken=SHARE  of the images of a split, which may fail to decode; such images are black
 
-Prints the accuracies and writes them to FOLDER/evaluation.json, those on another data set to
-FOLDER/evaluation_NAME.json. Nothing else in the folder changes. The run's own data set is not downloaded: if
+Prints the accuracies and writes them to FOLDER/evaluation.json, and draws neighbours.png and embedding.png
+there; those on another data set are evaluation_NAME.json, neighbours_NAME.png and embedding_NAME.png. Nothing
+else in the folder changes. The run's own data set is not downloaded: if
 it is missing, that is reported. A data set that --data.name names is downloaded as in training.
 """
 
@@ -79,6 +80,7 @@ def evaluate(argv: Sequence[str]) -> None:
     compiler.set_up()
     # Imported lazily, so that argument errors precede slow imports.
     from mocosfl_jax.evaluation import monitor
+    from mocosfl_jax.pictures.features import plot_features
     from mocosfl_jax.training import report
 
     if "name" in given:
@@ -99,7 +101,9 @@ def evaluate(argv: Sequence[str]) -> None:
     say(report.accuracies(numbers, subject.untrained))
     settings = {name: getattr(config.eval, name) for name in ("knn_k", "knn_temperature", "probe_epochs")}
     workdir.write_evaluation(folder, {**subject.record, **settings, **numbers}, subject.file)
-    say(f"{folder}: {subject.file}")
+    ending = subject.file.removeprefix("evaluation").removesuffix(".json")
+    drawn = plot_features(folder, dataset, features, ending)
+    say(f"{folder}: {', '.join([subject.file, *drawn])}")
 
 
 class Subject(NamedTuple):

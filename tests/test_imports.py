@@ -45,10 +45,11 @@ ROOMS = [
     {"algorithm", "commandline"},
     {"feed", "parallel", "weights"},
     {"evaluation", "privacy"},
+    {"pictures"},
     {"training"},
     {"costs"},
-    {"preflight"},
-    {"train", "evaluate", "attack", "encode", "export", "import_official", "table"},
+    {"page", "preflight"},
+    {"train", "evaluate", "attack", "encode", "export", "import_official", "report", "table"},
 ]
 
 

@@ -70,6 +70,24 @@ def block_rows(train: int, test: int) -> int:
     return min(test, max(1, BLOCK_BYTES // (4 * train)))
 
 
+def nearest(train: Rows, test: Rows, k: int) -> np.ndarray:
+    """Return the rows of `train` that are most similar to each row of `test`, by cosine similarity.
+
+    Args:
+      train: [n, D] features.
+      test: [m, D] features, few: all similarities [m, n] are held at once.
+      k: number of neighbours, at most n.
+
+    Returns:
+      [m, k] indices into `train`, the most similar first; of equal ones, the lower index first.
+
+    Example:
+      >>> nearest(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), np.array([[3.0, 0.1]]), k=2).tolist()
+      [[0, 2]]
+    """
+    return np.asarray(_nearest(_unit_rows(jnp.asarray(train)), jnp.asarray(test), k))
+
+
 def _unit_rows(x: Array) -> Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
@@ -82,8 +100,7 @@ def predict(
 
     The labels are [n] integers; the other arguments are those of `knn_accuracy`.
     """
-    similarities = jnp.matmul(_unit_rows(test), train_rows.T, precision=jax.lax.Precision.HIGHEST)
-    similarity, neighbours = jax.lax.top_k(similarities, k)
+    similarity, neighbours = _most_similar(train_rows, test, k)
     # Subtracting the largest similarity keeps the vote, and exp cannot overflow at a small temperature.
     # jnp.max, since with similarity[:, :1] XLA sorts whole rows instead of finding the top k.
     weights = jnp.exp((similarity - jnp.max(similarity, axis=1, keepdims=True)) / temperature)
@@ -91,3 +108,15 @@ def predict(
         weights, train_labels[neighbours]
     )
     return jnp.argmax(votes, axis=1)
+
+
+@partial(jax.jit, static_argnames="k")
+def _nearest(train_rows: Array, test: Array, k: int) -> Array:
+    return _most_similar(train_rows, test, k)[1]
+
+
+def _most_similar(train_rows: Array, test: Array, k: int) -> tuple[Array, Array]:
+    """The cosine similarities [b, k] of the nearest `train_rows`, which have unit length, and their indices."""
+    similarities = jnp.matmul(_unit_rows(test), train_rows.T, precision=jax.lax.Precision.HIGHEST)
+    similarity, neighbours = jax.lax.top_k(similarities, k)
+    return similarity, neighbours

@@ -17,9 +17,12 @@ from mocosfl_jax.errors import CollapsedError, DiskFullError, NonFiniteError, Us
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import Encode, make_encode
 from mocosfl_jax.feed.batches import Feed
+from mocosfl_jax.pictures.curves import plot_curves
+from mocosfl_jax.pictures.features import plot_features
+from mocosfl_jax.pictures.partition import plot_partition
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.runtime.waiting import waiting
-from mocosfl_jax.training import build, checkpoint, journal, plots, report, rounds, saving, workdir
+from mocosfl_jax.training import build, checkpoint, journal, report, rounds, saving, workdir
 from mocosfl_jax.training.checkpoint import Progress
 from mocosfl_jax.training.experiment import Run
 from mocosfl_jax.training.initial import initial_models
@@ -124,7 +127,7 @@ def _train(run: Run, stop_asked: Stop, output: Output, on_epoch: OnEpoch) -> Out
                 run, programs, state, progress, store, manager, stop, output, after_epoch
             )
     if output.writes:
-        plots.plot_curves(folder / "curves.png", workdir.read_metrics(folder))
+        plot_curves(folder / "curves.png", workdir.read_metrics(folder))
     if progress.step < run.total_steps or (features and stop()):
         output.say(f"saved at step {progress.step:,} of {run.total_steps:,}")
         if collapsed:
@@ -144,7 +147,7 @@ def start(
     """Plot the partition, and record the accuracies of the untrained network."""
     names = run.dataset.class_names
     if output.writes:
-        plots.plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
+        plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
     with waiting("evaluating the untrained network", shown=output.writes):
         metrics = {
             "step": 0,
@@ -346,7 +349,7 @@ def next_traffic(run: Run, progress: Progress, loss: float, epoch: int) -> str:
 def finish(
     run: Run, progress: Progress, features: monitor.Evaluated, rng_probe: Array, output: Output
 ) -> None:
-    """Record the linear probe, unless it is recorded already, and print the summary."""
+    """Record the linear probe, unless it is recorded already, draw the features and print the summary."""
     probed = output.writes and any("linear_probe" in line for line in workdir.read_metrics(output.folder))
     # All processes compute the probe, so that none waits for another.
     if run.config.eval.probe_epochs and not any(hosts.of_first([probed])):
@@ -360,6 +363,7 @@ def finish(
     if output.writes:
         if progress.unwritten:
             workdir.append_metrics(output.folder, progress.unwritten)
+        plot_features(output.folder, run.dataset, features)
         output.say(report.summary(workdir.read_metrics(output.folder), output.folder))
 
 

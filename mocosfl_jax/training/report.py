@@ -179,7 +179,9 @@ def summary(metrics: Sequence[Mapping[str, float]], workdir: Path) -> str:
         whole = len(epochs) * max(m["smashed_up_bytes"] + m["smashed_down_bytes"] for m in epochs)
         saved = f"{_bytes(whole - sent)} of {_bytes(whole)} saved"
         rows.append(f"smashed data and gradients: {_bytes(sent)} sent, {saved}")
-    files = "config.json, preprocessing.json, metrics.jsonl, checkpoints, curves.png, partition.png"
+    pictures = ("curves.png", "partition.png", "neighbours.png", "embedding.png")
+    drawn = [name for name in pictures if (workdir / name).exists()]
+    files = ", ".join(["config.json, preprocessing.json, metrics.jsonl, checkpoints", *drawn])
     rows.append(f"{workdir}: {files}")
     return "\n".join(rows)
 

@@ -10,14 +10,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mocosfl_jax.training import plots
+from mocosfl_jax.pictures import curves, figure, partition
 
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Warnings, one a line."""
     lines: list[str] = []
-    monkeypatch.setattr(plots.logging, "warning", lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr(figure.logging, "warning", lambda text, *args: lines.append(text % args))
     return lines
 
 
@@ -39,7 +39,7 @@ def plot(path: pathlib.Path, names: list[str], clients: int = 4) -> None:
     """Client i holds i images of each class."""
     labels = np.tile(np.arange(len(names)), clients * (clients - 1) // 2)
     parts = np.split(np.arange(len(labels)), np.cumsum(np.arange(clients))[:-1] * len(names))
-    plots.plot_partition(path, labels, parts, names)
+    partition.plot_partition(path, labels, parts, names)
 
 
 ODD = ["$", "$$", "$aa$", r"$\frac{$", "_x", "a_b^c", "%", r"\n"]
@@ -68,7 +68,7 @@ def test_labels_do_not_overlap(
     names = [f"class {number}" for number in range(classes)]
     labels = np.arange(max(classes, clients)) % classes
     parts = np.array_split(np.arange(len(labels)), clients)
-    plots.plot_partition(tmp_path / "partition.png", labels, parts, names)
+    partition.plot_partition(tmp_path / "partition.png", labels, parts, names)
     assert said == []
     axes = drawn[0].axes[0]
     renderer = FigureCanvasAgg(drawn[0]).get_renderer()
@@ -94,18 +94,17 @@ def test_a_plot_that_fails_is_one_line(
     tmp_path: pathlib.Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **how: Any) -> None:
-        (tmp_path / "curves.tmp").write_bytes(b"half a picture")
         raise RuntimeError("no\nroom")
 
     (tmp_path / "curves.png").write_bytes(b"the last one")
     monkeypatch.setattr(Figure, "savefig", fail)
-    plots.plot_curves(tmp_path / "curves.png", [{"epoch": 0, "knn_backbone": 0.5}])
+    curves.plot_curves(tmp_path / "curves.png", [{"epoch": 0, "knn_backbone": 0.5}])
     assert said == [f"{tmp_path / 'curves.png'} is not drawn (RuntimeError: no room)"]
     assert (tmp_path / "curves.png").read_bytes() == b"the last one"
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
     plot(tmp_path / "nowhere" / "partition.png", ["a"])
     monkeypatch.undo()
-    monkeypatch.setattr(plots.logging, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(figure.logging, "warning", lambda text, *args: said.append(text % args))
     plot(tmp_path / "nowhere" / "partition.png", ["a"])
     assert len(said) == 3 and "No such file" in said[2]

@@ -1,0 +1,74 @@
+"""Figures as files. A picture that fails stops nothing: a warning of one line says why."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import logging
+
+from mocosfl_jax.errors import one_line, printable
+
+Draw = Callable[[Any], None]  # draws on the `matplotlib.figure.Figure` that it gets
+
+
+class Rendered(NamedTuple):
+    """A drawn figure."""
+
+    file: bytes
+    warning: str  # one line, such as that the font lacks a letter; "" without one
+
+
+def render(size: tuple[float, float], draw: Draw, form: str = "png") -> Rendered:
+    """Draw a figure.
+
+    Args:
+      size: width and height in inches.
+      draw: draws on the figure.
+      form: "png" or "svg".
+    """
+    # Imported lazily, since it takes a second. Figure needs no display and no global state.
+    from matplotlib.figure import Figure
+
+    file = io.BytesIO()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(file, format=form, dpi=120)
+    return Rendered(file.getvalue(), " ".join(str(caught[0].message).split()) if caught else "")
+
+
+def save(path: Path, size: tuple[float, float], draw: Draw) -> None:
+    """Write a figure as a PNG file, or warn in one line and leave an earlier file as it is.
+
+    Args:
+      path: the file.
+      size: width and height in inches.
+      draw: draws on the figure.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        file, warning = render(size, draw)
+        temporary.write_bytes(file)
+        temporary.replace(path)
+    except Exception as error:  # whatever it is, the run matters more
+        logging.warning("%s is not drawn (%s)", path, one_line(error))
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        return
+    if warning:
+        logging.warning("%s: %s", path, warning)
+
+
+def label(name: str, longest: int = 30) -> str:
+    """Return a name in at most `longest` printable characters.
+
+    Example:
+      >>> label("a very long name", 7)
+      'a very…'
+    """
+    name = printable(name)
+    return name if len(name) <= longest else name[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
