@@ -84,7 +84,7 @@ def read_outcome(folder: Path) -> Outcome:
     record = workdir.read_record(folder)
     data = record.pop(DATA, None)
     record.pop("environment", None)
-    every = _flat(upgraded(record))
+    every = flat(upgraded(record))
     try:
         epochs = every["epochs"] * (every["clients.num"] // every["clients.cohort"])
         probed = every["eval.probe_epochs"] > 0
@@ -188,11 +188,11 @@ def comma_separated(table: Table) -> str:
     return file.getvalue()
 
 
-def _flat(values: Any, path: str = "") -> dict[str, Any]:
+def flat(values: Any, path: str = "") -> dict[str, Any]:
     """Return nested dictionaries as one, with names such as "clients.num"."""
     found: dict[str, Any] = {}
     for name, value in values.items() if isinstance(values, dict) else ():
-        found |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+        found |= flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
     return found
 
 

@@ -1,0 +1,1 @@
+"""A page about one run or several: what it says, and its HTML."""
