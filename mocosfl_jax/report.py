@@ -65,7 +65,9 @@ def replacing(path: Path) -> Iterator[TextIO]:
     try:
         file = temporary.open("w", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out: found {path}, allowed: a file that can be written ({error.strerror})") from error
+        raise UserError(
+            f"--out: found {path}, allowed: a file that can be written ({error.strerror})"
+        ) from error
     try:
         with file:
             yield file

@@ -116,7 +116,7 @@ def _nearest(train_rows: Array, test: Array, k: int) -> Array:
 
 
 def _most_similar(train_rows: Array, test: Array, k: int) -> tuple[Array, Array]:
-    """The cosine similarities [b, k] of the nearest `train_rows`, which have unit length, and their indices."""
+    """Cosine similarities [b, k] of the nearest `train_rows`, of unit length, and their indices [b, k]."""
     similarities = jnp.matmul(_unit_rows(test), train_rows.T, precision=jax.lax.Precision.HIGHEST)
     similarity, neighbours = jax.lax.top_k(similarities, k)
     return similarity, neighbours

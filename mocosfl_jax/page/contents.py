@@ -1,6 +1,5 @@
 """What a page says about runs, read from their workdirs."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -160,7 +159,7 @@ def rows(
 
 
 def _shown(value: Any) -> str:
-    return printable(value) if isinstance(value, str) else json.dumps(value).replace("null", "None")
+    return printable(str(value))
 
 
 def _images(data: Any) -> int | None:

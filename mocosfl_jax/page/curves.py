@@ -36,7 +36,9 @@ def curves(runs: Sequence[RunOnPage]) -> bytes:
                 colour = colours[number % len(colours)]
                 found = points(run.metrics, field)
                 marker = "." if len(found) <= _MARKED else ""
-                several += axes.plot(*(zip(*found, strict=True) if found else ([], [])), marker, ls="-", color=colour)
+                several += axes.plot(
+                    *(zip(*found, strict=True) if found else ([], [])), marker, ls="-", color=colour
+                )
                 if field == "knn_backbone":
                     for _, accuracy in points(run.metrics, "knn_raw_pixels"):
                         axes.axhline(accuracy, color=colour, ls="--", lw=1)

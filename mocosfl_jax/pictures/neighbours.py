@@ -45,9 +45,13 @@ def plot_neighbours(path: Path, dataset: Dataset, train: Rows, test: Rows) -> No
             for column, (image, number, colour) in enumerate(cells):
                 # A gap of a third of an image separates the test image from its neighbours.
                 left, top = column + (column > 0) / 3, row * _CELL[1] / _CELL[0]
-                axes.imshow(image, extent=(left + 0.08, left + 0.92, top + 0.84, top), interpolation="nearest")
+                axes.imshow(
+                    image, extent=(left + 0.08, left + 0.92, top + 0.84, top), interpolation="nearest"
+                )
                 if colour:
-                    frame = Rectangle((left + 0.08, top), 0.84, 0.84, fill=False, edgecolor=colour, linewidth=3)
+                    frame = Rectangle(
+                        (left + 0.08, top), 0.84, 0.84, fill=False, edgecolor=colour, linewidth=3
+                    )
                     axes.add_patch(frame)
                 name = label(dataset.class_names[number], _LONGEST_LABEL)
                 axes.text(left + 0.5, top + 0.91, name, ha="center", va="top", fontsize=6, parse_math=False)
