@@ -6,7 +6,7 @@
   --out=FILE.html   the page
 
 The page has accuracies, curves, the configuration with the fields that differ between the runs and from the
-paper's, the pictures of the workdir, the costs of a client, the command that repeats the run, and the versions.
+paper's, the pictures of the workdir, the costs of a client, the command that repeats the run, and versions.
 It opens without a network. Nothing is trained, and no data are read.
 """
 
@@ -65,9 +65,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
     try:
         file = temporary.open("w", encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"--out: found {path}, allowed: a file that can be written ({error.strerror})"
-        ) from error
+        raise UserError(f"--out: found {path}, allowed: a writable file ({error.strerror})") from error
     try:
         with file:
             yield file

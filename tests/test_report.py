@@ -207,7 +207,7 @@ def test_the_paper_is_not_another_than_itself() -> None:
         (["--workdir={run}", "--out={tmp}/no/a.html"], "allowed: a file in an existing folder"),
         (
             ["--workdir={run}", "--out=/proc/a.html"],
-            "--out: found /proc/a.html, allowed: a file that can be written",
+            "--out: found /proc/a.html, allowed: a writable file",
         ),
         (["--workdir={tmp}/no", "--out={tmp}/a.html"], "--workdir: found no folder {tmp}/no"),
         (["--workdir={run}", "--workdir={tmp}", "--out={tmp}/a.html"], "{tmp}: holds no config.json"),

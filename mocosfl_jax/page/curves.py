@@ -25,7 +25,7 @@ def curves(runs: Sequence[RunOnPage]) -> bytes:
     def draw(figure: Any) -> None:
         from matplotlib import colormaps
 
-        colours = colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
+        colours = colormaps["tab10" if len(runs) <= 10 else "tab20"]
         handles = []
         for (field, title), axes in zip(_PANELS.items(), figure.subplots(2, 2).flat, strict=True):
             axes.set(title=title, xlabel="epoch")
@@ -33,12 +33,11 @@ def curves(runs: Sequence[RunOnPage]) -> bytes:
             axes.xaxis.get_major_locator().set_params(integer=True)
             several = []
             for number, run in enumerate(runs):
-                colour = colours[number % len(colours)]
+                colour = colours(number % colours.N)
                 found = points(run.metrics, field)
                 marker = "." if len(found) <= _MARKED else ""
-                several += axes.plot(
-                    *(zip(*found, strict=True) if found else ([], [])), marker, ls="-", color=colour
-                )
+                x, y = zip(*found, strict=True) if found else ((), ())
+                several += axes.plot(x, y, marker=marker, color=colour)
                 if field == "knn_backbone":
                     for _, accuracy in points(run.metrics, "knn_raw_pixels"):
                         axes.axhline(accuracy, color=colour, ls="--", lw=1)

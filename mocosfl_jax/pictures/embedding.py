@@ -33,10 +33,10 @@ def plot_embedding(path: Path, test: Rows, labels: np.ndarray, names: Sequence[s
         rows, classes = chosen(labels)
         places = embed(np.asarray(test)[rows])
         axes = figure.subplots()
-        colours = colormaps["tab10" if len(classes) <= 10 else "tab20"].colors
-        for number, colour in zip(classes, colours, strict=False):
+        colours = colormaps["tab10" if len(classes) <= 10 else "tab20"]
+        for place, number in enumerate(classes):
             mine = places[labels[rows] == number]
-            axes.scatter(*mine.T, s=9, color=colour, label=label(names[number]), linewidths=0)
+            axes.scatter(*mine.T, s=9, color=colours(place), label=label(names[number]), linewidths=0)
         some = f", {len(classes)} of {len(names)} classes" if len(classes) < len(np.unique(labels)) else ""
         axes.set(title=f"Features of {len(rows):,} test images by t-SNE{some}", xticks=[], yticks=[])
         handles, _ = axes.get_legend_handles_labels()

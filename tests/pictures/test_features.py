@@ -1,6 +1,7 @@
 """The pictures of the features show the nearest images, right frames, and every class of the chosen ones."""
 
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     figures: list[Figure] = []
     savefig = Figure.savefig
 
-    def keep(drawn: Figure, *args: object, **how: object) -> None:
+    def keep(drawn: Figure, *args: Any, **how: Any) -> None:
         figures.append(drawn)
         savefig(drawn, *args, **how)
 
@@ -40,20 +41,18 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-def make(
-    train: int = 60, test: int = 30, classes: tuple[str, ...] = CLASSES
-) -> tuple[Dataset, Extracted, Extracted]:
+def make(train: int = 60, test: int = 30) -> tuple[Dataset, Extracted, Extracted]:
     """Images of one colour each, which is different for each image, and random features."""
     rng = np.random.default_rng(1)
     colours = rng.permutation(250)[: train + test].astype(np.uint8)
     images = np.broadcast_to(colours[:, None, None, None], (train + test, 4, 4, 3)).copy()
-    labels = np.arange(train + test) % len(classes)
+    labels = np.arange(train + test) % len(CLASSES)
     dataset = Dataset(
         x_train=images[:train],
         y_train=labels[:train],
         x_test=images[train:],
         y_test=labels[train:],
-        class_names=classes,
+        class_names=CLASSES,
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
         source="here",
@@ -80,7 +79,7 @@ def test_nearest_are_those_of_a_loop() -> None:
 
 def test_images_are_spread_over_classes() -> None:
     labels = np.repeat([5, 1, 3], [20, 1, 20])
-    assert neighbours.spread_over_classes(labels, 6).tolist() == [20, 21, 22, 0, 1, 2]
+    assert neighbours.spread_over_classes(labels, 6).tolist() == [20, 21, 22, 23, 0, 1]
     many = np.arange(100)[::-1]
     chosen = many[neighbours.spread_over_classes(many, 12)]
     assert len(chosen) == 12 and chosen[0] == 0 and chosen[-1] == 99
@@ -135,10 +134,10 @@ def test_the_picture_has_these_images_with_the_right_frames(
         assert figure_colour(handle) == colour
 
 
-def figure_colour(patch: object) -> str:
+def figure_colour(patch: Any) -> str:
     from matplotlib.colors import to_hex
 
-    return to_hex(patch.get_edgecolor())  # type: ignore[attr-defined]
+    return to_hex(patch.get_edgecolor())
 
 
 def test_only_the_shown_images_are_read(tmp_path: pathlib.Path, said: list[str]) -> None:
@@ -179,14 +178,15 @@ def test_the_embedding_separates_what_is_far_apart_and_repeats(
 
     embedding.plot_embedding(tmp_path / "embedding.png", rows, labels, CLASSES)
     assert said == []
-    found = {tuple(c.get_facecolor()[0]): c.get_offsets() for c in drawn[0].axes[0].collections}
-    assert len(found) == 3
+    found: list[Any] = list(drawn[0].axes[0].collections)
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == list(CLASSES)
     assert not any(text.get_parse_math() for text in legend.get_texts())
-    for number, (handle, points) in enumerate(zip(legend.legend_handles, found.items(), strict=True)):
-        assert handle is not None and tuple(handle.get_facecolor()[0]) == points[0]  # type: ignore[union-attr]
-        np.testing.assert_allclose(points[1], places[labels == number], rtol=1e-6)
+    handles: list[Any] = list(legend.legend_handles)
+    assert len({tuple(handle.get_facecolor()[0]) for handle in handles}) == len(found) == 3
+    for number, (handle, points) in enumerate(zip(handles, found, strict=True)):
+        assert tuple(handle.get_facecolor()[0]) == tuple(points.get_facecolor()[0])
+        np.testing.assert_allclose(points.get_offsets(), places[labels == number], rtol=1e-6)
 
 
 def test_few_colours_and_few_images() -> None:
