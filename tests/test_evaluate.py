@@ -51,9 +51,12 @@ def run_evaluate(folder: pathlib.Path, *more: str) -> dict[str, float]:
     return json.loads((folder / "evaluation.json").read_text())
 
 
+WRITTEN = ("evaluation.json", "neighbours.png", "embedding.png")
+
+
 def files(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
-    """Modification time and content of all files below the folder."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.name != "evaluation.json"]
+    """Modification time and content of all files below the folder, but those that evaluate writes."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.name not in WRITTEN]
     return {
         str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in paths

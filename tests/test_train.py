@@ -71,7 +71,7 @@ def test_a_run_leaves_what_is_promised(finished: pathlib.Path) -> None:
     assert config["seed"] == 1234
     assert config["environment"] == environment(jax.devices()[0], {"data": 1, "model": 1})
     assert config["environment"]["jax"] == jax.__version__
-    for name in ("curves.png", "partition.png"):
+    for name in ("curves.png", "partition.png", "neighbours.png", "embedding.png"):
         with Image.open(finished / name) as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
     assert len(list((finished / "checkpoints").iterdir())) == 3

@@ -38,7 +38,9 @@ def plot_neighbours(path: Path, dataset: Dataset, train: Rows, test: Rows) -> No
         neighbours = nearest(train, test[chosen], min(NEIGHBOURS, len(dataset.y_train)))
         axes = figure.subplots()
         for row, query in enumerate(chosen):
-            cells = [(dataset.x_test[query : query + 1][0], dataset.y_test[query], None)]
+            cells: list[tuple[Any, Any, str | None]] = [
+                (dataset.x_test[query : query + 1][0], dataset.y_test[query], None)
+            ]
             for image, each in zip(dataset.x_train[neighbours[row]], neighbours[row], strict=True):
                 same = dataset.y_train[each] == dataset.y_test[query]
                 cells.append((image, dataset.y_train[each], SAME_CLASS if same else OTHER_CLASS))
@@ -93,7 +95,7 @@ def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
     present = np.unique(labels)
     if len(present) > count:
         present = present[np.linspace(0, len(present) - 1, count).astype(int)]
-    rest = [list(np.flatnonzero(labels == each)) for each in present]
+    rest = [np.flatnonzero(labels == each).tolist() for each in present]
     taken: list[list[int]] = [[] for _ in present]
     while sum(map(len, taken)) < count and any(rest):
         for mine, left in zip(taken, rest, strict=True):
