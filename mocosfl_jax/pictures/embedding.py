@@ -78,6 +78,7 @@ def embed(features: np.ndarray) -> np.ndarray:
       ValueError: if there are fewer than 4, or all have the same direction.
     """
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     if len(features) < _LEAST:
         raise ValueError(f"found {len(features)} images, allowed: {_LEAST} or more")
@@ -86,4 +87,6 @@ def embed(features: np.ndarray) -> np.ndarray:
     if unit.std(axis=0).max() < _EQUAL:
         raise ValueError("the features of all images are equal")
     perplexity = min(30.0, (len(unit) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(unit)
+    # On a machine that does other work, several threads wait for each other in each of the many small steps.
+    with threadpool_limits(1):
+        return TSNE(perplexity=perplexity, max_iter=500, init="pca", random_state=0).fit_transform(unit)

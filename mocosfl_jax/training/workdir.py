@@ -155,7 +155,9 @@ def _was_trained(workdir: Path) -> bool:
 def _empty(workdir: Path) -> None:
     """Remove what a run has written before its first step."""
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-    for name in ("config.json", "preprocessing.json", "metrics.jsonl", "partition.png", "curves.png"):
+    for name in ("config.json", "preprocessing.json", "metrics.jsonl"):
+        (workdir / name).unlink(missing_ok=True)
+    for name in ("partition.png", "curves.png", "neighbours.png", "embedding.png"):
         (workdir / name).unlink(missing_ok=True)
 
 
