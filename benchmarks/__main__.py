@@ -7,7 +7,7 @@
   augment   views, compared with torchvision and PIL in one process
   scaling   time and memory of a step, for different numbers of clients and of images per client
   memory    bytes of training state on each of 1 to 8 simulated devices
-  epoch     an epoch of the quickstart, and the part of it that is outside the compiled step
+  epoch     an epoch of a narrow network, and the part of it that is outside the compiled step
   data      an epoch with images streamed from the host, compared with resident images
   host      what the host does for pools of 1,000 to 1,000,000 clients
   limit     FLOP/s of a training step, compared with a matrix product on this machine

@@ -1,4 +1,4 @@
-"""Epochs of the quickstart's network on images streamed from the host, compared with resident images.
+"""Epochs of a narrow network on images streamed from the host, compared with resident images.
 
 The images are random: npy files of 32 pixels, which are memory-mapped, and JPEG files of 224 pixels, which
 are decoded and resized to 32. waiting_share is the fraction of a streamed epoch in which the device waits for
@@ -30,7 +30,6 @@ from tqdm import tqdm
 from benchmarks import settings
 from benchmarks.results import Result, result
 from mocosfl_jax.algorithm.interface import CohortState
-from mocosfl_jax.config import quickstart
 from mocosfl_jax.training import loop, rounds, saving
 from mocosfl_jax.training.checkpoint import Progress
 
@@ -64,7 +63,7 @@ def write_jpegs(folder: Path) -> None:
 
 def make_epochs(name: str, folder: Path, resident: bool, count: int) -> Iterator[Epoch]:
     """Trains one epoch for each item of the iterator, at most `count`."""
-    config = quickstart()
+    config = settings.narrow_run()
     config.epochs, config.data.name, config.data.dir = count, name, str(folder)
     config.data.image_size, config.data.resident = 32, resident
     run, state, compiled = settings.prepare(config)

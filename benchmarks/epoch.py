@@ -1,4 +1,4 @@
-"""An epoch of the quickstart in the real training loop, and the part of it that is outside the compiled step.
+"""An epoch of a narrow network in the real training loop, and the part of it outside the compiled step.
 
 The compiled step gathers images, augments them and trains. Outside it, the host draws the batches,
 synchronizes, fetches the losses and writes logs. outside_share is an upper bound: the benchmark waits for
@@ -8,7 +8,7 @@ which an epoch may include, are measured separately.
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
                 ours_s  steps_s  outside_share  images_per_s  checkpoint_s  evaluation_s
-    quickstart   11.25    11.18       0.005601         533.4        0.5234         1.134
+    narrow       11.25    11.18       0.005601         533.4        0.5234         1.134
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks import settings
 from benchmarks.results import Result
 from mocosfl_jax.algorithm.interface import CohortState
-from mocosfl_jax.config import Config, quickstart
+from mocosfl_jax.config import Config
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.training import checkpoint, journal, loop, rounds, saving
 from mocosfl_jax.training.checkpoint import Progress
@@ -83,5 +83,5 @@ def measure(config: Config, case: str, epochs: int) -> Result:
 
 def results(repeats: int) -> Iterator[Result]:
     with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results only
-        measured = measure(quickstart(), "quickstart", repeats)
+        measured = measure(settings.narrow_run(), "narrow", repeats)
     yield measured

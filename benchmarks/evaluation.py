@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import settings
 from benchmarks.results import Result, result
-from benchmarks.settings import QUICKSTART, Setting
+from benchmarks.settings import NARROW, Setting
 from benchmarks.timing import Call, medians
 from mocosfl_jax.evaluation import knn
 from mocosfl_jax.evaluation.features import extract, make_encode
@@ -102,7 +102,7 @@ def results(repeats: int) -> Iterator[Result]:
 
     torch_loop.use_all_cores()
     agreement.check()
-    for setting, count in ((Setting(), 1000), (QUICKSTART, 7000)):
+    for setting, count in ((Setting(), 1000), (NARROW, 7000)):
         seconds = medians(
             {"ours": ours_features(setting, count), "baseline": baseline_features(setting, count)}, repeats
         )

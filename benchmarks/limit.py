@@ -20,12 +20,12 @@ import numpy as np
 
 from benchmarks import settings, step
 from benchmarks.results import Result
-from benchmarks.settings import QUICKSTART, Setting
+from benchmarks.settings import NARROW, Setting
 from benchmarks.timing import Call, finished, medians
 
 NEEDS = ()
 SIDE = 4096
-SETTINGS = (Setting(cut_layer=1), Setting(cut_layer=2), QUICKSTART)
+SETTINGS = (Setting(cut_layer=1), Setting(cut_layer=2), NARROW)
 
 
 def products(side: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Time and memory per image of a step, for different numbers of clients and of images per client.
 
-The network is the quickstart's. Memory is the most that the compiled program holds: arguments, results and
-temporary arrays. There is no baseline: both numbers should stay constant.
+The network is a narrow one, `settings.NARROW`. Memory is the most that the compiled program holds: arguments,
+results and temporary arrays. There is no baseline: both numbers should stay constant.
 
 Last results: two cores of an AMD EPYC, jax 0.10.2, torch 2.13.0, 2026-11-23, --repeats=3
 
@@ -22,11 +22,11 @@ import jax
 
 from benchmarks import settings
 from benchmarks.results import Result, result
-from benchmarks.settings import QUICKSTART, Setting, Step
+from benchmarks.settings import NARROW, Setting, Step
 from benchmarks.timing import medians, stepper
 
 NEEDS = ()
-NETWORK = QUICKSTART._replace(queue_size=6000)
+NETWORK = NARROW._replace(queue_size=6000)
 SETTINGS = (
     *(NETWORK._replace(clients=count, batch=1000 // count) for count in (10, 100, 1000)),
     *(NETWORK._replace(clients=100, batch=batch) for batch in (1, 2, 4, 8)),

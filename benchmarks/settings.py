@@ -54,8 +54,8 @@ class Setting(NamedTuple):
         return self.clients * self.batch
 
 
-# The network of `config.quickstart`. Its first layer halves the resolution.
-QUICKSTART = Setting(clients=20, batch=5, width=16, stem_stride=2, key_dim=128, queue_size=2000)
+# A narrow network, whose first layer halves the resolution.
+NARROW = Setting(clients=20, batch=5, width=16, stem_stride=2, key_dim=128, queue_size=2000)
 
 
 def mesh() -> Mesh:
@@ -93,6 +93,15 @@ def views(setting: Setting, seed: int = 0) -> Views:
     rng = np.random.default_rng(seed)
     shape = (setting.clients, setting.batch, setting.image_size, setting.image_size, 3)
     return Views(*(meshes.replicate(mesh(), rng.standard_normal(shape, np.float32)) for _ in range(2)))
+
+
+def narrow_run() -> config.Config:
+    """The quickstart's data and clients, with the network of `NARROW`."""
+    made = config.quickstart()
+    made.model = config.Model(name="resnet18", width=NARROW.width, stem_stride=NARROW.stem_stride)
+    made.moco = config.Moco(key_dim=NARROW.key_dim, queue_size=NARROW.queue_size, min_crop_scale=0.5)
+    made.moco.augmentation = "v1"
+    return made
 
 
 class Training(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from benchmarks import settings
 from benchmarks.results import Result, result
-from benchmarks.settings import QUICKSTART, Setting
+from benchmarks.settings import NARROW, Setting
 from benchmarks.timing import Call, medians, stepper
 
 NEEDS = ("torch",)
@@ -23,7 +23,7 @@ SETTINGS = (
     Setting(cut_layer=2),
     Setting(clients=20, batch=5),
     Setting(clients=5, batch=20),
-    QUICKSTART,
+    NARROW,
 )
 
 

@@ -31,7 +31,7 @@ SEED = 1234
 
 
 def main(
-    epochs: int = 14,
+    epochs: int = 20,
     num_clients: int = 20,
     batch_size: int = 5,
     syncs_per_epoch: int = 10,
@@ -68,13 +68,13 @@ def main(
     # A program that is fast on a CPU is slow on an accelerator: `forms` chooses. The numbers are the same.
     platform = forms(jax.default_backend())
     model = split_model(
-        "resnet18", cut_layer=1, width=width, stem_stride=2, key_dim=128, init="xavier", forms=platform
+        "vgg11", cut_layer=1, width=width, key_dim=128, head="linear", init="xavier", forms=platform
     )
-    rate = optim.schedule("cosine", 0.01, epochs=epochs, steps_per_epoch=steps)
+    rate = optim.schedule("cosine", 0.03, epochs=epochs, steps_per_epoch=steps)
     algorithm = mocosfl(
         model,
         num_clients=num_clients,
-        moco=MomentumContrast(queue_size=queue_size),
+        moco=MomentumContrast(queue_size=queue_size, temperature=0.2, symmetric=False),
         client_optimizer=optim.sgd(rate),
         server_optimizer=optim.sgd(rate),
         placement=one_device(platform),
@@ -85,7 +85,7 @@ def main(
     step = jax.jit(algorithm.step, donate_argnums=0)
     sync = jax.jit(algorithm.sync, donate_argnums=0)
     views = jax.jit(
-        partial(two_views, size=32, mean=dataset.mean, std=dataset.std, version="v1", min_crop_scale=0.5)
+        partial(two_views, size=32, mean=dataset.mean, std=dataset.std, version="v1", min_crop_scale=0.95)
     )
     # The encoder of whole images, without augmentation: state, images -> features.
     encode = make_encode(algorithm, dataset.mean, dataset.std)

@@ -278,14 +278,25 @@ class Config:
 def quickstart() -> Config:
     """The default experiment of `python -m mocosfl_jax.train`: minutes on two CPU cores, no download.
 
-    Small gray images and a short run need milder views and a smaller learning rate than the paper's.
+    Small gray pictures of centred things and a short run need milder views than the paper's, and one
+    direction of the loss instead of two, which makes two steps of one. The recipe was chosen on 1,000 of the
+    training images, see README.
     """
     return Config(
-        epochs=14,
+        epochs=20,
         data=Data(name="fashion_mnist_sample"),
         clients=Clients(num=20, noniid_ratio=0.2),
-        model=Model(name="resnet18", width=16, stem_stride=2, cut_layer=1, init="xavier"),
-        moco=Moco(preset="v2", key_dim=128, queue_size=2000, augmentation="v1", min_crop_scale=0.5),
-        optim=Optim(server_lr=0.01, client_lr=0.01),
-        eval=Eval(every=2),
+        model=Model(name="vgg11", width=16, cut_layer=1, init="xavier"),
+        moco=Moco(
+            preset="v2",
+            head="linear",
+            symmetric=False,
+            temperature=0.2,
+            key_dim=128,
+            queue_size=2000,
+            augmentation="v1",
+            min_crop_scale=0.95,
+        ),
+        optim=Optim(server_lr=0.03, client_lr=0.03),
+        eval=Eval(every=4),
     )

@@ -30,7 +30,7 @@ from benchmarks import (
     scaling,
     settings,
 )
-from benchmarks.settings import QUICKSTART, Setting
+from benchmarks.settings import NARROW, Setting
 from benchmarks.timing import finished, medians, stepper
 from mocosfl_jax.config import Config, quickstart, resolve
 from mocosfl_jax.training.build import build_model, constant_network
@@ -259,13 +259,13 @@ def test_the_peak_is_measured_with_one_product_by_jax_and_numpy(monkeypatch: pyt
     np.testing.assert_allclose(contenders["jax"](), contenders["numpy"](), rtol=1e-4, atol=1e-4)
 
 
-def test_the_quickstart_benchmark_uses_the_network_of_the_quickstart() -> None:
-    config = resolve(quickstart())
-    model, _ = settings.build(QUICKSTART)
+def test_the_narrow_run_has_the_narrow_network() -> None:
+    config = resolve(settings.narrow_run())
+    model, _ = settings.build(NARROW)
     shapes = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, build_model(config, 32))]
     assert shapes[0] == shapes[1]
-    assert (QUICKSTART.clients, QUICKSTART.batch) == (config.clients.num, config.clients.batch_size)
-    assert QUICKSTART.queue_size == config.moco.queue_size
+    assert (NARROW.clients, NARROW.batch) == (config.clients.num, config.clients.batch_size)
+    assert NARROW.queue_size == config.moco.queue_size
 
 
 def test_epoch_separates_the_steps_from_the_rest(toy_images: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_data_measures_both_kinds_of_images(tmp_path: pathlib.Path, monkeypatch:
         config.own.network = constant_network(sparse)
         return config
 
-    monkeypatch.setattr(data, "quickstart", tiny)
+    monkeypatch.setattr(settings, "narrow_run", tiny)
     monkeypatch.setattr(data, "IMAGES", 40)
     model = make_toy_model()
     # For images of 32 pixels.
