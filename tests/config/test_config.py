@@ -176,6 +176,7 @@ def test_a_queue_below_the_keys_of_a_step_of_rich_and_poor_is_refused() -> None:
     """A cohort of two has a rich client, with a batch of 16, though a fifth of two rounds to none."""
     config = quickstart()
     config.clients = Clients(num=100, cohort=2, batch_size=1, rich=0.2)
+    config.moco.symmetric = True
     config.moco.queue_size = 33
     with pytest.raises(UserError, match=r"config.moco.queue_size: found 33, allowed: 34 or more \(the keys"):
         prepare(config)

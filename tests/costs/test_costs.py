@@ -346,22 +346,23 @@ def test_unknown_sizes_are_requested() -> None:
     with pytest.raises(UserError, match=r"^--image_size: found None for food, allowed: "):
         accounting.from_config(resolve(config), images=200)
     with pytest.raises(UserError, match=r"^config.clients.num: found 20, allowed: 1 to 19 "):
-        accounting.from_config(resolve(config), images=99, image_size=16)
-    assert accounting.from_config(resolve(config), images=200, image_size=16).plan.image_size == 16
-    config.data.image_size = 8
-    assert accounting.from_config(resolve(config), images=200, image_size=16).plan.image_size == 8
+        accounting.from_config(resolve(config), images=99, image_size=64)
+    assert accounting.from_config(resolve(config), images=200, image_size=64).plan.image_size == 64
+    config.data.image_size = 32
+    assert accounting.from_config(resolve(config), images=200, image_size=64).plan.image_size == 32
 
 
 def test_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["costs", "--config.optim.client_lr=0", "--images=400", "--image_size=8"]) == 0
+    assert command.main(["costs", "--config.optim.client_lr=0", "--images=400", "--image_size=64"]) == 0
     printed = capsys.readouterr().out
     config = quickstart()
     config.optim.client_lr = 0.0
-    result = accounting.from_config(resolve(config), images=400, image_size=8)
+    result = accounting.from_config(resolve(config), images=400, image_size=64)
     assert result.plan.frozen
     assert printed == command.table(result) + "\n"
     assert (
-        command.main(["costs", "--config.optim.client_lr=0", "--images=400", "--image_size=8", "--json"]) == 0
+        command.main(["costs", "--config.optim.client_lr=0", "--images=400", "--image_size=64", "--json"])
+        == 0
     )
     found = json.loads(capsys.readouterr().out)
     assert found["plan"]["images"] == 400
@@ -375,7 +376,7 @@ def test_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> N
     [
         ("--images=0", "flag --images=0"),
         ("--config.data.name=food", "--images: found None"),
-        ("--config.model.cut_layer=9", "config.model.cut_layer: found 9, allowed: 0 to 8"),
+        ("--config.model.cut_layer=14", "config.model.cut_layer: found 14, allowed: 0 to 12"),
         ("--workdir=x", "workdir"),
     ],
 )

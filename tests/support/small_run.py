@@ -31,7 +31,10 @@ def arguments(images: str, workdir: pathlib.Path, *more: str) -> list[str]:
         "clients.batch_size": 2,
         "clients.noniid_ratio": 0.5,
         "sync.frequency": 3,
+        "model.name": "resnet18",  # which takes images of any size
+        "model.stem_stride": 2,
         "model.width": 4,
+        "moco.symmetric": True,
         "moco.key_dim": 8,
         "moco.queue_size": 20,
         "eval.every": 1,
