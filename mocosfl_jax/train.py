@@ -1,15 +1,16 @@
 """Train MocoSFL.
 
     python -m mocosfl_jax.train [--config=FILE[:PARAMETER]] [--config.FIELD=VALUE ...]
-                                [--workdir=FOLDER] [--init_from=WORKDIR_OR_FILE] [--tensorboard]
-                                [--accept_other_data] [-v]
+                                [--workdir=FOLDER] [--init_from=WORKDIR_OR_FILE] [--init_parts=SIDE]
+                                [--tensorboard] [--accept_other_data] [-v]
                                 [--coordinator=HOST:PORT --num_processes=N --process_id=I]
 
 Without arguments, this trains the quickstart on the bundled sample of images and writes to runs/quickstart.
 The same command resumes a run that was stopped. Several processes, each with its own devices, form one run
 if a cluster has started them or the last three arguments are given (docs/hosts.md).
 
---init_from starts from the models of another run or of an encoder file. -v (or --verbose) names the files of
+--init_from starts from the models of another run or of an encoder file, or from those of one side of the cut
+with --init_parts=client or --init_parts=server. -v (or --verbose) names the files of
 an image folder that are not used.
 """
 
@@ -38,8 +39,8 @@ from mocosfl_jax.runtime import compiler, hosts
 from mocosfl_jax.training import workdir
 
 USAGE = (
-    "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --init_from=WORKDIR_OR_FILE, --tensorboard, "
-    "--accept_other_data, -v, "
+    "--config=FILE, --config.FIELD=VALUE, --workdir=FOLDER, --init_from=WORKDIR_OR_FILE, "
+    "--init_parts=client|server|both, --tensorboard, --accept_other_data, -v, "
     "--coordinator=HOST:PORT, --num_processes=N, --process_id=I, --help"
 )
 
@@ -156,6 +157,7 @@ def parse(argv: Sequence[str]) -> Options:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
         flags.DEFINE_string("init_from", None, "Workdir or encoder file.", flag_values=values)
+        flags.DEFINE_string("init_parts", None, "client, server or both.", flag_values=values)
         flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard events.", flag_values=values)
         flags.DEFINE_bool("accept_other_data", False, "Resume on other data.", flag_values=values)
         flags.DEFINE_bool("verbose", False, "Name unused files.", short_name="v", flag_values=values)
@@ -168,6 +170,8 @@ def parse(argv: Sequence[str]) -> Options:
     folder = utf8_path("--workdir", values.workdir or f"runs/{arguments.name}")
     if values.init_from is not None:
         arguments.config.init_from = str(utf8_path("--init_from", values.init_from))
+    if values.init_parts is not None:
+        arguments.config.init_parts = values.init_parts
     address = hosts.address(values.coordinator, values.num_processes, values.process_id)
     return Options(
         arguments.config, folder, values.tensorboard, values.accept_other_data, values.verbose, address

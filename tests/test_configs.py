@@ -22,6 +22,8 @@ PARAMETERS = {
     "cifar100_noniid": ["100", "200", "1000"],
     "imagenet12_noniid": ["100", "200", "1000"],
     "deep_cut": ["mocosfl", "monacosfl"],
+    "resistant_expert": ["0", "0.005", "0.01"],
+    "taressfl": ["100", "1000"],
 }
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
@@ -58,6 +60,8 @@ def step_and_sync(name: str, generated: str) -> tuple[Callable[..., tuple[Array,
     config.data = Data(name="npz", dir=generated, image_size=32 if "vgg" in config.model.name else None)
     config.model = Model(name=config.model.name, cut_layer=config.model.cut_layer, width=width)
     config.moco.key_dim = 8
+    if config.resist.source:
+        config.resist.source, config.resist.source_dir, config.resist.target_share = "npz", generated, 0.5
     run = prepare(config)
 
     def one_step(rng: Array, images: Array) -> tuple[Array, Any, Any]:
@@ -91,6 +95,10 @@ def test_one_step_of_every_config_is_finite(name: str, generated: str) -> None:
 @pytest.mark.parametrize("name, parameter", [(n, p) for n, ps in PARAMETERS.items() for p in ps])
 def test_every_parameter_resolves(name: str, parameter: str) -> None:
     config = resolve(load(name, parameter))
+    if name == "resistant_expert":
+        assert config.clients.num == 1 and config.resist.target_share == float(parameter)
+        assert config.clients.batch_size == (256 if float(parameter) else 128)
+        return
     if parameter.isdigit():
         assert config.clients.num == int(parameter)
     # The paper trains on 100 images per step for 200 passes over the data.

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from mocosfl_jax.algorithm import clients, concatenation, optim, pool, server
+from mocosfl_jax.algorithm.adversary import Adversary
 from mocosfl_jax.algorithm.clients import FEDAVG, ClientLoss, Sync
 from mocosfl_jax.algorithm.interface import (
     Algorithm,
@@ -46,6 +47,7 @@ def mocosfl(
     server_optimizer: optax.GradientTransformation = optim.SGD,
     contrast: ContrastFunction | None = None,
     client_loss: ClientLoss | None = None,
+    adversary: Adversary | None = None,
     sync: Sync = FEDAVG,
     placement: Placement = ONE_DEVICE,
 ) -> Algorithm:
@@ -79,6 +81,9 @@ def mocosfl(
       client_loss: A further term of each client's loss, of its parameters and of those that it had after the
         last synchronization, such as a proximal term. Its gradient is added to the one from the server, which
         is that of a mean over all rows of the cohort. None: there is none.
+      adversary: Is trained against the clients, such as a decoder that reconstructs images from smashed
+        queries (`decoder_adversary`). It takes its step before the server does, and its gradient is added to
+        the one from the server. None: there is none.
       sync: How the clients are averaged.
       placement: Where arrays live. `ONE_DEVICE` runs on any single device; `one_device(forms("cpu"))` is
         faster on a CPU; `parallel.exchange.make_placement` is for several devices.
@@ -107,6 +112,8 @@ def mocosfl(
     if moco.full_symmetric and real is not None:
         real = np.concatenate([real, real], axis=1)
     frozen = client_optimizer is None
+    if adversary is not None and frozen:
+        raise ValueError("adversary: found one of frozen clients, allowed: None with client_optimizer None")
     own_optimizer = optax.identity() if client_optimizer is None else client_optimizer
     if not moco.feature_sharing and 0 < moco.queue_size < num_clients:
         raise UserError(
@@ -118,6 +125,8 @@ def mocosfl(
     def init(rng: Array, models: Models | None = None) -> TrainState:
         rng_model, rng_queue = jax.random.split(rng)
         online, momentum = models or (model.init(rng_model),) * 2
+        if adversary is not None and not jax.tree.leaves(online[0]):
+            raise ValueError("adversary: found one of clients without parameters, allowed: None for these")
         queue = queues = None
         if moco.queue_size == 0:
             pass
@@ -125,10 +134,13 @@ def mocosfl(
             queue = init_queue(rng_queue, moco.queue_size, model.key_dim)
         else:
             queues = init_queues(rng_queue, num_clients, moco.queue_size // num_clients, model.key_dim)
+        at_server = server.init(online[1], momentum[1], queue, server_optimizer)
+        if adversary is not None:
+            at_server = at_server._replace(adversary=adversary.init(jax.random.fold_in(rng, 0)))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             pool=pool.init(online[0], momentum[0], own_optimizer, num_clients, sync, own=own, queues=queues),
-            server=server.init(online[1], momentum[1], queue, server_optimizer),
+            server=at_server,
         )
 
     def size(state: CohortState) -> int:
@@ -148,10 +160,19 @@ def mocosfl(
         )
 
         merged = SmashedData(*(placement.merge(x, real) for x in smashed))  # vector concatenation
-        state, merged_grad, contrasted = serve(state._replace(clients=members), merged, shape)
+        state = state._replace(clients=members)
+        against = None  # gradient of the adversary's term
+        if adversary is not None and send_gradients:
+            attacker, against = adversary.step(
+                state.server.adversary, merged.query, placement.merge(views.query, real), state.step
+            )
+            state = state._replace(server=state.server._replace(adversary=attacker))
+        state, merged_grad, contrasted = serve(state, merged, shape)
 
         sent_back = None
         if send_gradients:
+            if against is not None:
+                merged_grad += against
             smashed_grad = placement.split(merged_grad, shape, real)
             members = clients.backward(
                 state.clients, pullback, smashed_grad, own_optimizer, state.step, client_loss

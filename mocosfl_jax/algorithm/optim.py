@@ -1,6 +1,6 @@
 """Optimizers of clients and server, and learning-rate schedules over epochs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,22 @@ def _scale_by_learning_rate(learning_rate: Schedule | float) -> optax.GradientTr
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def adam(learning_rate: Schedule | float) -> optax.GradientTransformationExtraArgs:
+    """Adam with PyTorch's defaults (Kingma and Ba 2015), and a schedule as for `sgd`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> optimizer = adam(0.5)
+      >>> params, _ = descend(optimizer, jnp.ones(1), optimizer.init(jnp.zeros(1)), jnp.zeros(1), 0)
+      >>> params.round(3).tolist()
+      [-0.5]
+
+    Args:
+      learning_rate: A number, or a schedule over training steps.
+    """
+    return optax.chain(optax.scale_by_adam(), _scale_by_learning_rate(learning_rate))
+
+
 SGD = sgd(0.06)  # the paper's rate, without a schedule
 
 
@@ -84,7 +100,15 @@ def descend(
     return optax.apply_updates(params, updates), opt_state
 
 
-def schedule(name: str, base: float, *, epochs: int, steps_per_epoch: int, decay: float = 0.1) -> Schedule:
+def schedule(
+    name: str,
+    base: float,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    decay: float = 0.1,
+    milestones: Sequence[float] = (0.6, 0.8),
+) -> Schedule:
     """A learning rate that changes from epoch to epoch (Li et al. 2023, section 4).
 
     Example:
@@ -94,12 +118,13 @@ def schedule(name: str, base: float, *, epochs: int, steps_per_epoch: int, decay
       [1.0, 1.0, 0.1, 0.01]
 
     Args:
-      name: "cosine" (from `base` down to 0), "multistep" (multiplied by `decay` at 60 % and at 80 % of the
-        epochs; the paper uses 0.2 for the clients) or "constant".
+      name: "cosine" (from `base` down to 0), "multistep" (multiplied by `decay` at each milestone; the paper
+        uses 0.2 for the clients) or "constant".
       base: Learning rate of the first epoch.
       epochs: Length of the run.
       steps_per_epoch: Training steps in an epoch.
       decay: Factor of "multistep".
+      milestones: Of "multistep", as shares of the epochs.
 
     Raises:
       ValueError: If there is no schedule of this name.
@@ -113,7 +138,7 @@ def schedule(name: str, base: float, *, epochs: int, steps_per_epoch: int, decay
         if name == "cosine":
             return base * 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
         if name == "multistep":
-            drops = (epoch >= int(0.6 * epochs)).astype(int) + (epoch >= int(0.8 * epochs)).astype(int)
+            drops = sum((epoch >= int(share * epochs)).astype(int) for share in milestones)
             return base * jnp.power(decay, drops)
         return jnp.full(jnp.shape(step), base)
 

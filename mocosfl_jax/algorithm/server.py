@@ -36,12 +36,13 @@ class ServerState(NamedTuple):
     key_params: Any  # parameters of the momentum model
     opt_state: Any
     queue: Any  # `MoCoQueue` that all clients share; None if each client has its own, or there is none
+    adversary: Any = None  # state of an `Adversary` of the clients; None without one
 
 
 def homes(state: ServerState) -> ServerState:
     """Where each part of the server's state lives, see `Algorithm.homes`."""
     queue = None if state.queue is None else MoCoQueue(keys=QUEUE, cursor=EVERYWHERE)
-    return ServerState(SERVER, SERVER, SERVER, queue)
+    return ServerState(SERVER, SERVER, SERVER, queue, EVERYWHERE)
 
 
 def init(
@@ -118,4 +119,5 @@ def train(
     if queue is not None:
         for keys_of_view in normalise(keys):
             queue = queue_access.enqueue(queue, keys_of_view)
-    return ServerState(params, key_params, opt_state, queue), smashed_grad, contrasted
+    new = state._replace(params=params, key_params=key_params, opt_state=opt_state, queue=queue)
+    return new, smashed_grad, contrasted

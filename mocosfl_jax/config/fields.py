@@ -24,6 +24,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.schedule": ("cosine", "multistep", "constant"),
     "optim.client_schedule": ("cosine", "multistep", "constant", "official_per_step"),
     "checkpoint.on_full_disk": ("stop", "continue"),
+    "resist.preset": ("corrected", "faithful"),
+    "init_parts": ("both", "client", "server"),
 }
 
 
@@ -190,6 +192,38 @@ class Optim:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class Resist:
+    """Clients that are trained to hide their images from a decoder (ResSFL, TAResSFL)."""
+
+    # Lambda, the weight of the regulariser, which keeps the SSIM of the decoder's pictures low. 0: there is
+    # neither decoder nor regulariser.
+    strength: float = 0.0
+    # SSIM up to which the regulariser leaves the clients alone.
+    ssim_target: float = 0.6
+    # The decoder: res_normNxCy or conv_normNxCy with x blocks of y channels, or custom.
+    decoder: str = "res_normN4C64"
+    # Learning rate of the decoder's Adam.
+    decoder_lr: float = 1e-3
+    # faithful: as the official code, with its slips. corrected: without them (docs/privacy.md).
+    preset: str = "corrected"
+    # A second data set, from which half the images of each step come; a name as in `data.name`. Only with one
+    # client. None: all images are those of `data`, the target.
+    source: str | None = None
+    # Folder of the second data set, as `data.dir`.
+    source_dir: str = "data"
+    # Share of the target's training images that are used. 0: none, all images come from the source.
+    target_share: float = 1.0
+    # Epochs between judgements by a decoder that is trained afresh. 0: only after the last epoch.
+    judge_every: int = 0
+    # Images of the target on which the fresh decoder is trained; a tenth of them is held out.
+    judge_images: int = 500
+    # Epochs of the fresh decoder.
+    judge_epochs: int = 50
+    # A warning is printed if the SSIM of the fresh decoder and that of the decoder differ by more than this.
+    judge_margin: float = 0.1
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Eval:
     """kNN evaluation during training, and the linear probe after it."""
 
@@ -262,6 +296,8 @@ class Config:
     # A workdir or an encoder file with whose models the run starts, momentum models included. None: models
     # are drawn.
     init_from: str | None = None
+    # The models that are taken from there; the others are drawn. client: those of all clients.
+    init_parts: str = "both"
     data: Data = dataclasses.field(default_factory=Data)
     clients: Clients = dataclasses.field(default_factory=Clients)
     sync: Synchronization = dataclasses.field(default_factory=Synchronization)
@@ -269,6 +305,7 @@ class Config:
     model: Model = dataclasses.field(default_factory=Model)
     moco: Moco = dataclasses.field(default_factory=Moco)
     optim: Optim = dataclasses.field(default_factory=Optim)
+    resist: Resist = dataclasses.field(default_factory=Resist)
     eval: Eval = dataclasses.field(default_factory=Eval)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)

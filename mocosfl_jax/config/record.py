@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mocosfl_jax.config.fields import Config, Own
+from mocosfl_jax.config.fields import Config, Own, Resist
 from mocosfl_jax.config.resolution import Resolved, name_of, resolve
 from mocosfl_jax.errors import UserError
 
@@ -42,6 +42,8 @@ def from_dict(values: Any, own: Own | None = None) -> Resolved:
 _ADDED: dict[tuple[str, ...], Any] = {
     ("model", "init"): "xavier",
     ("init_from",): None,
+    ("init_parts",): "both",
+    ("resist",): dataclasses.asdict(Resist()),
     ("own",): {"network": None, "algorithm": None},
     ("clients", "seed"): None,  # the seed of the run
     ("eval", "stop_on_collapse"): False,

@@ -12,7 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config.fields import CHOICES, Checkpoint, Config, Data, Eval, Mesh, Model, Own, Saving
+from mocosfl_jax.config.fields import (
+    CHOICES,
+    Checkpoint,
+    Config,
+    Data,
+    Eval,
+    Mesh,
+    Model,
+    Own,
+    Resist,
+    Saving,
+)
 from mocosfl_jax.errors import UserError
 
 
@@ -80,6 +91,7 @@ class Resolved:
     seed: int
     epochs: int
     init_from: str | None
+    init_parts: str
     data: Data
     clients: ResolvedClients
     sync: ResolvedSynchronization
@@ -87,6 +99,7 @@ class Resolved:
     model: Model
     moco: ResolvedMoco
     optim: ResolvedOptim
+    resist: Resist
     eval: Eval
     checkpoint: Checkpoint
     mesh: Mesh
@@ -279,6 +292,8 @@ def _check_values(config: Resolved) -> None:
     _in_range("eval.probe_epochs", evaluation.probe_epochs, 0)
     _in_range("checkpoint.every", config.checkpoint.every, 1)
     _in_range("checkpoint.keep", config.checkpoint.keep, 1)
+    _check_resist(config)
+    _check_init_parts(config)
     for axis in ("data", "model"):
         if getattr(config.mesh, axis) is not None:
             _in_range(f"mesh.{axis}", getattr(config.mesh, axis), 1)
@@ -286,6 +301,56 @@ def _check_values(config: Resolved) -> None:
         _only_mocosfl(config)
     elif clients.local_epochs != 1:
         raise UserError(f"config.clients.local_epochs: found {clients.local_epochs}, allowed: 1 (not flmoco)")
+
+
+def _check_init_parts(config: Resolved) -> None:
+    found = f"config.init_parts: found {config.init_parts}"
+    if config.init_parts != "both" and config.init_from is None:
+        raise UserError(f"{found} without config.init_from, allowed: both")
+    if config.init_parts == "client" and config.model.cut_layer == 0 and not config.own.network:
+        raise UserError(f"{found} and config.model.cut_layer 0, allowed: server or both")
+
+
+def _check_resist(config: Resolved) -> None:
+    """Checks the section `resist`."""
+    resist = config.resist
+    _in_range("resist.strength", resist.strength, 0.0)
+    if not 0 < resist.ssim_target < 1:
+        raise UserError(
+            f"config.resist.ssim_target: found {resist.ssim_target}, allowed: more than 0, less than 1"
+        )
+    _in_range("resist.decoder_lr", resist.decoder_lr, 0.0)
+    _in_range("resist.target_share", resist.target_share, 0.0, 1.0)
+    _in_range("resist.judge_every", resist.judge_every, 0)
+    _in_range("resist.judge_images", resist.judge_images, 20)
+    _in_range("resist.judge_epochs", resist.judge_epochs, 1)
+    _in_range("resist.judge_margin", resist.judge_margin, 0.0)
+    if resist.source is None and resist.target_share == 0:
+        raise UserError("config.resist.target_share: found 0, allowed: more than 0 without a resist.source")
+    if resist.source is not None or resist.target_share < 1:
+        given = "resist.source" if resist.source is not None else "resist.target_share"
+        for field, value, allowed in (
+            ("clients.num", config.clients.num, 1),
+            ("algorithm", config.algorithm, "mocosfl"),
+            ("moco.full_symmetric", config.moco.full_symmetric, False),
+        ):
+            if value != allowed:
+                raise UserError(f"config.{field}: found {value}, allowed: {allowed} with a config.{given}")
+    if resist.source is not None and resist.target_share and config.clients.batch_size % 2:
+        raise UserError(
+            f"config.clients.batch_size: found {config.clients.batch_size}, allowed: even numbers, half of a "
+            "step's images are from config.resist.source"
+        )
+    if not resist.strength:
+        return
+    for name, wrong, found, other in (
+        ("algorithm", config.algorithm == "flmoco", config.algorithm, "mocosfl"),
+        ("model.cut_layer", config.model.cut_layer == 0, 0, "1 or more"),
+        ("optim.client_lr", config.optim.client_lr == 0, 0, "more than 0"),
+        ("saving.loss_threshold", config.saving.loss_threshold > 0, config.saving.loss_threshold, "0"),
+    ):
+        if wrong:
+            raise UserError(f"config.{name}: found {found}, allowed: {other} with a config.resist.strength")
 
 
 def _check_batch_norm(config: Resolved) -> None:

@@ -226,6 +226,27 @@ def normalise(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) ->
     return (images - shift) / scale
 
 
+def unnormalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """The inverse of `normalise`: images * std + mean for each channel, cut off at 0 and 1.
+
+    Example:
+      >>> unnormalise(jnp.array([[0.0, 0.0, 9.0]]), mean=(0.5,) * 3, std=(0.25,) * 3).tolist()
+      [[0.5, 0.5, 1.0]]
+
+    Args:
+      images: [..., 3], normalised.
+      mean: Mean of each of the three channels.
+      std: Standard deviation of each of the three channels.
+
+    Returns:
+      [..., 3] in [0, 1].
+    """
+    channels = (1,) * (images.ndim - 1) + (3,)
+    shift = jnp.asarray(mean, images.dtype).reshape(channels)
+    scale = jnp.asarray(std, images.dtype).reshape(channels)
+    return jnp.clip(images * scale + shift, 0, 1)
+
+
 def to_float(images: Array) -> Array:
     """uint8 in 0..255 -> float32 in [0, 1]. Floats are assumed to be in [0, 1] already."""
     if images.dtype == jnp.uint8:

@@ -16,7 +16,7 @@ from jax import Array
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.convolution import Convolution, transposed_conv
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
-from mocosfl_jax.models.layers import uniform
+from mocosfl_jax.models.layers import Initializer, uniform
 
 Params = Any  # a tree of arrays
 Statistics = Any  # a tree of arrays
@@ -73,7 +73,13 @@ def read_family(name: str) -> Family:
 
 
 def make_decoder(
-    name: str, smashed_shape: tuple[int, int, int], image_size: int, forms: Forms = ACCELERATOR
+    name: str,
+    smashed_shape: tuple[int, int, int],
+    image_size: int,
+    forms: Forms = ACCELERATOR,
+    *,
+    stacked: bool = True,
+    xavier: bool = False,
 ) -> Decoder:
     """A decoder of smashed data.
 
@@ -81,7 +87,10 @@ def make_decoder(
       name: Its family, see `read_family`. The paper attacks with "res_normN4C64".
       smashed_shape: (h, w, c) of one image's smashed data.
       image_size: Height and width of the images in pixels: h times a power of two.
-      forms: Of the platform. The convolutions are those of stacked models, as decoders are trained in stacks.
+      forms: Of the platform.
+      stacked: Whether several decoders are trained in a stack. It decides the form of the convolutions.
+      xavier: Draw all kernels by Xavier with zero biases, as the official code draws the decoder that is
+        trained against clients. Otherwise as PyTorch does by default, as it draws the one that attacks.
 
     Raises:
       UserError: If the name is wrong, or the images have another size.
@@ -98,7 +107,8 @@ def make_decoder(
         raise UserError(f"decoder: found custom and {channels} channels, allowed: 2^{doublings - 1} or more")
 
     def network(training: bool) -> nn.Module:
-        options = _Options(forms.convolutions.stacked, training)
+        conv = forms.convolutions.stacked if stacked else forms.convolutions.single
+        options = _Options(conv, training, xavier)
         if family.block == "custom":
             return _Custom(doublings, options)
         return _Norm(family, doublings, options)
@@ -122,10 +132,17 @@ def make_decoder(
 class _Options:
     conv: Convolution
     training: bool  # whether batch norms use, and record, the statistics of the batch
+    xavier: bool  # how kernels and biases are drawn
+
+    def draws(self, fan_in: int, fan_out: int) -> tuple[Initializer, Initializer]:
+        """How a kernel and its bias are drawn."""
+        if self.xavier:
+            return uniform((6 / (fan_in + fan_out)) ** 0.5), nn.initializers.zeros
+        return (uniform(fan_in**-0.5),) * 2
 
 
 class _Conv(nn.Module):
-    """Convolution with padding kernel_size // 2, drawn as PyTorch does by default."""
+    """Convolution with padding kernel_size // 2."""
 
     features: int
     options: _Options
@@ -135,14 +152,14 @@ class _Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         size, channels = self.kernel_size, x.shape[-1]
-        draw = uniform((size * size * channels) ** -0.5)
-        kernel = self.param("kernel", draw, (size, size, channels, self.features))
+        of_kernel, of_bias = self.options.draws(size * size * channels, size * size * self.features)
+        kernel = self.param("kernel", of_kernel, (size, size, channels, self.features))
         x = self.options.conv(x, kernel, stride=1, padding=size // 2)
-        return x + self.param("bias", draw, (self.features,)).reshape(1, 1, 1, -1) if self.bias else x
+        return x + self.param("bias", of_bias, (self.features,)).reshape(1, 1, 1, -1) if self.bias else x
 
 
 class _Upsampling(nn.Module):
-    """`transposed_conv`, which doubles height and width, drawn as PyTorch does by default."""
+    """`transposed_conv`, which doubles height and width."""
 
     features: int
     options: _Options
@@ -150,9 +167,9 @@ class _Upsampling(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         # PyTorch stores [in, out, 3, 3] and takes the second axis for the inputs of a unit.
-        draw = uniform((3 * 3 * self.features) ** -0.5)
-        kernel = self.param("kernel", draw, (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", draw, (self.features,))
+        of_kernel, of_bias = self.options.draws(3 * 3 * self.features, 3 * 3 * x.shape[-1])
+        kernel = self.param("kernel", of_kernel, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", of_bias, (self.features,))
         return transposed_conv(x, kernel, self.options.conv) + bias.reshape(1, 1, 1, -1)
 
 

@@ -1,7 +1,8 @@
 """The network and the algorithm of a configuration."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mocosfl_jax.algorithm import optim
+from mocosfl_jax.algorithm.adversary import Adversary, decoder_adversary
 from mocosfl_jax.algorithm.clients import Sync
 from mocosfl_jax.algorithm.flmoco import flmoco
 from mocosfl_jax.algorithm.interface import Algorithm, TrainState
@@ -20,9 +22,12 @@ from mocosfl_jax.algorithm.mocosfl import mocosfl
 from mocosfl_jax.config import Resolved, name_of
 from mocosfl_jax.errors import UserError, one_line, renamed
 from mocosfl_jax.evaluation.features import Head
+from mocosfl_jax.feed.augment import unnormalise
 from mocosfl_jax.models import SplitModel, split_model
+from mocosfl_jax.models.decoders import make_decoder
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
 from mocosfl_jax.parallel import exchange, state
+from mocosfl_jax.privacy.similarity import ssim
 
 # The fields of a configuration that give the arguments of `split_model`.
 FIELDS = {
@@ -41,6 +46,12 @@ FIELDS = {
     "compute_dtype": "config.model.compute_dtype",
 }
 
+# The fields that give the arguments of `make_decoder`.
+RESIST_FIELDS = {"decoder": "config.resist.decoder"}
+
+Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of each channel
+NOT_NORMALISED: Statistics = ((0.0,) * 3, (1.0,) * 3)
+
 
 def build(
     config: Resolved,
@@ -51,6 +62,7 @@ def build(
     steps_per_epoch: int = 1,
     batch_sizes: list[int] | None = None,
     images: list[int] | None = None,
+    statistics: Statistics = NOT_NORMALISED,
 ) -> tuple[SplitModel, Algorithm]:
     """Build the network and the algorithm of a configuration, without its data.
 
@@ -62,6 +74,8 @@ def build(
       steps_per_epoch: for the schedules; irrelevant if nothing is trained.
       batch_sizes: [M], for each place in the cohort; None: they are equal, or nothing is trained.
       images: [N], number of images of each client, for weighted averages; None: nothing is trained.
+      statistics: mean and standard deviation by which images are normalised; irrelevant if nothing is
+        trained.
 
     Returns:
       The network, and the algorithm with its states on the mesh.
@@ -100,6 +114,8 @@ def build(
             "client_optimizer": client_optimizer,
             "server_optimizer": optim.sgd(server_lr, settings.momentum, settings.weight_decay),
         }
+        if config.resist.strength:
+            arguments["adversary"] = _adversary(config, model, forms, image_size, steps_per_epoch, statistics)
     if config.own.algorithm is not None:
         make = _own("config.own.algorithm", config.own.algorithm, "config, model, arguments")
     with renamed({"moco.queue_size": "config.moco.queue_size"}):
@@ -108,6 +124,55 @@ def build(
         found = type(algorithm).__name__
         raise UserError(f"config.own.algorithm: found a function that returns {found}, allowed: Algorithm")
     return model, state.distribute(algorithm, mesh)
+
+
+def _adversary(
+    config: Resolved,
+    model: SplitModel,
+    forms: Forms,
+    image_size: int,
+    steps_per_epoch: int,
+    statistics: Statistics,
+) -> Adversary:
+    """The decoder that is trained against the clients, by the official code's recipe or without its slips."""
+    settings, faithful = config.resist, config.resist.preset == "faithful"
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    if not jax.tree.leaves(params):
+        raise UserError(
+            f"config.resist.strength: found {settings.strength:g} and clients without parameters, allowed: 0"
+        )
+    with renamed(RESIST_FIELDS):
+        decoder = make_decoder(
+            settings.decoder, smashed_shape(model, image_size), image_size, forms, stacked=False, xavier=True
+        )
+    # The official learning rate falls while the clients' is still high.
+    rate = optim.schedule(
+        "multistep" if faithful else "constant",
+        settings.decoder_lr,
+        epochs=config.total_epochs,
+        steps_per_epoch=steps_per_epoch,
+        decay=0.2,
+        milestones=(0.3, 0.6, 0.8),
+    )
+    return decoder_adversary(
+        decoder,
+        ssim,
+        partial(unnormalise, mean=statistics[0], std=statistics[1]),
+        strength=settings.strength,
+        target=settings.ssim_target,
+        hinge="batch" if faithful else "image",
+        batch_statistics=not faithful,
+        optimizer=optim.adam(rate),
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def smashed_shape(model: SplitModel, image_size: int) -> tuple[int, int, int]:
+    """Return the shape (h, w, c) of one image's smashed data."""
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    _, height, width, channels = jax.eval_shape(model.client, params, image).shape
+    return height, width, channels
 
 
 # A function like `config.own.algorithm`.

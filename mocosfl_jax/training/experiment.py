@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 
 from mocosfl_jax import data
 from mocosfl_jax.algorithm.interface import Algorithm
+from mocosfl_jax.algorithm.messages import Views
 from mocosfl_jax.config import Own, Resolved
 from mocosfl_jax.data.fingerprint import Fingerprint, fingerprint
 from mocosfl_jax.errors import UserError, renamed
@@ -18,12 +21,14 @@ from mocosfl_jax.feed import augment, batches, partition
 from mocosfl_jax.feed.partition import Rich
 from mocosfl_jax.models import SplitModel, check_independence, check_model
 from mocosfl_jax.models import forms as platforms
+from mocosfl_jax.models.decoders import read_family
 from mocosfl_jax.models.forms import Forms
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.training import saving
-from mocosfl_jax.training.build import FIELDS, MakeAlgorithm, build, constant_network
+from mocosfl_jax.training.build import FIELDS, RESIST_FIELDS, MakeAlgorithm, build, constant_network
 from mocosfl_jax.training.rounds import MakeViews
+from mocosfl_jax.training.source import Source, load_source, share_of
 
 # What the user gave, by the argument of the functions that check it.
 _FIELDS = {
@@ -64,11 +69,12 @@ class Run(NamedTuple):
     steps_per_round: int  # a round ends with a synchronization
     mesh: Mesh  # holds the states of `algorithm`
     forms: Forms  # for the platform of the mesh
+    source: Source | None = None  # None: all images are the data set's
 
     @property
     def views(self) -> data.Images:
         """The images [n, H, W, 3] uint8 from which `make_views` draws views."""
-        return views_of(self.dataset)
+        return views_of(self.dataset) if self.source is None else self.source.images
 
     @property
     def total_steps(self) -> int:
@@ -102,6 +108,9 @@ class Run(NamedTuple):
 
     def indices(self, epoch: int) -> np.ndarray:
         """Return the images of an epoch: [S, M, B] int32, as dealt by `partition.epoch_indices`."""
+        if self.source is not None:
+            seed, steps = self.config.seed, self.steps_per_epoch
+            return self.source.indices(self.images_per_step, steps=steps, seed=seed, epoch=epoch)
         return partition.epoch_indices(
             self.parts,
             self.members(epoch),
@@ -157,7 +166,14 @@ def prepare(
             seed=pool.seed,
             rich=_rich(config),
         )
-    run = assemble(config, mesh, forms, dataset, parts, residence, data_fingerprint)
+    source = None
+    if config.resist.target_share < 1:
+        parts = [share_of(parts[0], config.resist.target_share, pool.seed)]
+    if config.resist.source is not None:
+        source, of_source = load_source(config, dataset, parts[0])
+        data_fingerprint = {**data_fingerprint, **of_source}
+        residence = _residence(config, mesh, source.images.size)
+    run = assemble(config, mesh, forms, dataset, parts, residence, data_fingerprint, source)
     if own.network is not None:
         height, width, channels = dataset.x_train.shape[1:]
         check_independence(run.model, (height, width, channels))
@@ -173,6 +189,7 @@ def assemble(
     parts: list[np.ndarray],
     residence: batches.Residence,
     data_fingerprint: Fingerprint,
+    source: Source | None = None,
 ) -> Run:
     """Build the algorithm for data that are loaded and divided among the clients.
 
@@ -184,6 +201,7 @@ def assemble(
       parts: indices of each client's images; only their numbers matter here.
       residence: where the training images are kept.
       data_fingerprint: of the data set.
+      source: a second data set, from which half the images come.
 
     Raises:
       UserError: if the queue is smaller than the keys of a step.
@@ -195,6 +213,8 @@ def assemble(
     places = batch_sizes[partition.sample_cohort(pool.num, pool.cohort, seed=config.seed, epoch=0, rich=rich)]
     _check_queue(config, places, rich)
     steps = pool.local_epochs * partition.steps_per_epoch(parts, batch_sizes)
+    if source is not None:
+        steps = source.steps_per_epoch(pool.batch_size)
     size = dataset.x_train.shape[1]
     model, algorithm = build(
         config,
@@ -204,8 +224,9 @@ def assemble(
         steps_per_epoch=steps,
         batch_sizes=places.tolist() if rich else None,
         images=[len(part) for part in parts],
+        statistics=(dataset.mean, dataset.std),
     )
-    make_views = partial(
+    make_views: MakeViews = partial(
         augment.two_views if dataset.whole is None else augment.two_views_of_canvases,
         size=size,
         version=config.moco.augmentation,
@@ -213,6 +234,8 @@ def assemble(
         mean=dataset.mean,
         std=dataset.std,
     )
+    if source is not None and (source.mean, source.std) != (dataset.mean, dataset.std):
+        make_views = _then(make_views, partial(source.renormalise, mean=dataset.mean, std=dataset.std))
     return Run(
         config=config,
         dataset=dataset,
@@ -230,7 +253,15 @@ def assemble(
         steps_per_round=max(1, steps // config.sync.frequency),
         mesh=mesh,
         forms=forms,
+        source=source,
     )
+
+
+def _then(make_views: MakeViews, change: Callable[[Views], Views]) -> MakeViews:
+    def changed(rng: Array, images: Array) -> Views:
+        return change(make_views(rng, images))
+
+    return changed
 
 
 def _rich(config: Resolved) -> Rich | None:
@@ -253,6 +284,9 @@ def check(config: Resolved, mesh: Mesh) -> None:
                 compute_dtype=config.model.compute_dtype,
                 head=config.moco.head,
             )
+    if config.resist.strength:
+        with renamed(RESIST_FIELDS):
+            read_family(config.resist.decoder)
     if config.algorithm == "mocosfl" and config.moco.feature_sharing:
         with renamed(_FIELDS):
             meshes.check_queue(mesh, config.moco.queue_size)
@@ -267,14 +301,18 @@ def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, Fingerprint, batc
     height, width = dataset.x_train.shape[1:3]
     if height != width:
         raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
-    size = math.prod(views_of(dataset).shape)
-    memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-    with renamed(_DATA_FIELDS):
-        residence = batches.residence(config.data.resident, size, memory)
+    residence = _residence(config, mesh, math.prod(views_of(dataset).shape))
     # Before all images are read into memory, so that it does not depend on where they are kept.
     data_fingerprint = fingerprint(dataset)
     with renamed(_DATA_FIELDS):
         return data.in_memory(dataset) if residence.resident else dataset, data_fingerprint, residence
+
+
+def _residence(config: Resolved, mesh: Mesh, size: int) -> batches.Residence:
+    """Where training images of so many bytes are kept."""
+    memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    with renamed(_DATA_FIELDS):
+        return batches.residence(config.data.resident, size, memory)
 
 
 def _check_queue(config: Resolved, places: np.ndarray, rich: Rich | None) -> None:

@@ -22,7 +22,16 @@ from mocosfl_jax.pictures.features import plot_features
 from mocosfl_jax.pictures.partition import plot_partition
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.runtime.waiting import waiting
-from mocosfl_jax.training import build, checkpoint, journal, report, rounds, saving, workdir
+from mocosfl_jax.training import (
+    build,
+    checkpoint,
+    journal,
+    report,
+    resistance,
+    rounds,
+    saving,
+    workdir,
+)
 from mocosfl_jax.training.checkpoint import Progress
 from mocosfl_jax.training.experiment import Run
 from mocosfl_jax.training.initial import initial_models
@@ -94,7 +103,7 @@ def _train(run: Run, stop_asked: Stop, output: Output, on_epoch: OnEpoch) -> Out
     with checkpoint.open_manager(folder / "checkpoints", run.config.checkpoint.keep) as manager:
         # Restored before anything is initialised, so that memory holds one state.
         restored = checkpoint.restore_newest(manager, rounds.outputs(init), run.algorithm.homes)
-        models = initial_models(run) if restored is None else None
+        models = initial_models(run, rng_init) if restored is None else None
         state, progress = restored or (
             init(rng_init) if models is None else jax.jit(run.algorithm.init)(rng_init, models),
             Progress(),
@@ -196,6 +205,7 @@ def run_epochs(
             if rest == 0:
                 metrics = journal.epoch_metrics(run, progress, epoch, divergence)
                 metrics |= monitor.collapsed(few, state, programs.encode)
+                metrics |= resistance.metrics(run, state, epoch, output.say)
                 if ended or (config.eval.every and epoch % config.eval.every == 0):
                     features = monitor.features(run.dataset, state, programs.encode)
                     metrics |= monitor.knn(run.dataset, run.config.eval, features)

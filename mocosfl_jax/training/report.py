@@ -35,6 +35,7 @@ def header(run: Run) -> str:
         "versions": f"{packages}; commit {versions['commit'] or 'unknown'}",
         "data": f"{dataset.source}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test "
         f"images, {height}x{width}x{channels}, {len(dataset.class_names)} classes",
+        "source": run.source.description if run.source else "",
         "not used": find.counted(dataset.unused) + " (named with -v)" if dataset.unused else "",
         "images": f"{'resident on the device' if run.residence.resident else 'streamed from the host'}: "
         f"{_bytes(math.prod(run.views.shape))}; {run.residence.why}",
@@ -67,6 +68,11 @@ def header(run: Run) -> str:
             "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "
             "down per step",
         }
+    if resist := config.resist.strength:
+        rows["adversary"] = (
+            f"decoder {config.resist.decoder}, {config.resist.preset}; lambda {resist:g}, SSIM target "
+            f"{config.resist.ssim_target:g}"
+        )
     epochs = "1 epoch" if config.total_epochs == 1 else f"{config.total_epochs:,} epochs"
     interval = "step" if run.steps_per_round == 1 else f"{run.steps_per_round:,} steps"
     rows["plan"] = (
@@ -118,6 +124,10 @@ _NAMES = {
     "linear_probe": "linear probe",
     "linear_probe_raw_pixels": "on raw pixels",
     "divergence": "divergence",
+    "ssim_decoder": "SSIM decoder",
+    "ssim_regulariser": "regulariser",
+    "ssim_in_loop": "on test images",
+    "ssim_fresh": "fresh decoder",
 }
 
 
