@@ -4,7 +4,7 @@
     python -m mocosfl_jax.train --config=configs/taressfl.py --init_from=runs/resistant_expert_0.01
 
 The parameter is the share of CIFAR-10, the target, that the expert sees beside all of CIFAR-100, the source:
-0, 0.005 or, by default, 0.01 in the paper. It trains client and server in one place; the second command trains
+0, 0.005 or, by default, 0.01. It trains client and server in one place; the second command trains
 the federation with this client frozen. --config.model.cut_layer=2 is the paper's MocoSFL-3,
 --config.resist.strength its lambda, and --config.resist.preset=faithful repeats the slips of the official
 code (docs/privacy.md).

@@ -312,6 +312,8 @@ def from_config(config: Resolved, images: int | None = None, image_size: int | N
         ("clients.rich", clients.rich, 0),
         # With a threshold, the traffic of a run depends on its loss.
         ("saving.loss_threshold", config.saving.loss_threshold, 0),
+        ("resist.strength", config.resist.strength, 0),
+        ("resist.source", config.resist.source, None),
     ):
         if value != allowed:
             raise UserError(

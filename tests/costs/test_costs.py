@@ -320,6 +320,20 @@ def test_table_1_of_the_paper_with_a_bottleneck_and_frozen_clients() -> None:
     assert result.flops_per_image == STEM // 2 + 16 * 16 * 4 * 9 * 64
 
 
+def test_the_configuration_of_frozen_clients_has_the_traffic_of_table_1() -> None:
+    """N = 1000: 200 epochs of 50 images; there is no traffic back, and nothing is averaged."""
+    folder = pathlib.Path(__file__).parents[2] / "configs"
+    config = resolve(commandline.load_config(str(folder / "taressfl.py"), ["1000"]))
+    result = accounting.from_config(config)
+    assert f"{result.paper.smashed / MB:.2f}" == "39.06" and result.paper.weights == 0
+    assert result.parameters == 4_164
+    assert result.client.down == (0, 0, 0)
+    assert result.client.up.run == 2 * 200 * 50 * 4096  # queries and keys
+    expert = resolve(commandline.load_config(str(folder / "resistant_expert.py")))
+    with pytest.raises(UserError, match=r"config\.resist\.strength: found 2\.0, allowed: 0"):
+        accounting.from_config(expert)
+
+
 def test_a_configuration_gives_the_plan_of_its_run() -> None:
     """This includes the size of the data set, which is not read here."""
     config = quickstart()
