@@ -134,9 +134,9 @@ def mocosfl(
             queue = init_queue(rng_queue, moco.queue_size, model.key_dim)
         else:
             queues = init_queues(rng_queue, num_clients, moco.queue_size // num_clients, model.key_dim)
-        at_server = server.init(online[1], momentum[1], queue, server_optimizer)
+        at_server: Any = server.init(online[1], momentum[1], queue, server_optimizer)
         if adversary is not None:
-            at_server = at_server._replace(adversary=adversary.init(jax.random.fold_in(rng, 0)))
+            at_server = server.OpposedServerState(*at_server, adversary.init(jax.random.fold_in(rng, 0)))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             pool=pool.init(online[0], momentum[0], own_optimizer, num_clients, sync, own=own, queues=queues),

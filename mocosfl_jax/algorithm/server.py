@@ -36,13 +36,23 @@ class ServerState(NamedTuple):
     key_params: Any  # parameters of the momentum model
     opt_state: Any
     queue: Any  # `MoCoQueue` that all clients share; None if each client has its own, or there is none
-    adversary: Any = None  # state of an `Adversary` of the clients; None without one
 
 
-def homes(state: ServerState) -> ServerState:
+class OpposedServerState(NamedTuple):
+    """The state of a server with an adversary of the clients: a `ServerState`, and that of the adversary."""
+
+    params: Any
+    key_params: Any
+    opt_state: Any
+    queue: Any
+    adversary: Any  # state of an `Adversary`
+
+
+def homes(state: ServerState | OpposedServerState) -> ServerState | OpposedServerState:
     """Where each part of the server's state lives, see `Algorithm.homes`."""
     queue = None if state.queue is None else MoCoQueue(keys=QUEUE, cursor=EVERYWHERE)
-    return ServerState(SERVER, SERVER, SERVER, queue, EVERYWHERE)
+    own = ServerState(SERVER, SERVER, SERVER, queue)
+    return OpposedServerState(*own, EVERYWHERE) if isinstance(state, OpposedServerState) else own
 
 
 def init(
