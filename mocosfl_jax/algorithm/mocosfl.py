@@ -136,7 +136,8 @@ def mocosfl(
             queues = init_queues(rng_queue, num_clients, moco.queue_size // num_clients, model.key_dim)
         at_server: Any = server.init(online[1], momentum[1], queue, server_optimizer)
         if adversary is not None:
-            at_server = server.OpposedServerState(*at_server, adversary.init(jax.random.fold_in(rng, 0)))
+            opposing = adversary.init(jax.random.fold_in(rng, 0))
+            at_server = server.OpposedServerState(**at_server._asdict(), adversary=opposing)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             pool=pool.init(online[0], momentum[0], own_optimizer, num_clients, sync, own=own, queues=queues),
