@@ -246,8 +246,8 @@ def did_you_mean(argument: str, flag_names: Sequence[str]) -> str:
     Example:
       >>> did_you_mean("--seed=3", ["config", "workdir"])
       'did you mean --config.seed=3?'
-      >>> did_you_mean("--config.lr=0.1", ["config", "workdir"])
-      'did you mean --config.optim.server_lr=0.1 or --config.optim.client_lr=0.1?'
+      >>> did_you_mean("--config.width=8", ["config", "workdir"])
+      'did you mean --config.model.width=8?'
     """
     name, equals, value = argument.lstrip("-").partition("=")
     names = [each for each in flag_names if not each.startswith("config")]

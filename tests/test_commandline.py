@@ -14,6 +14,8 @@ from mocosfl_jax.costs import __main__ as costs_command
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import layers, named
 
+RATES = "--config.optim.server_lr=1, --config.optim.client_lr=1 or --config.resist.decoder_lr=1?"
+
 
 @pytest.mark.parametrize(
     "argument, message",
@@ -23,12 +25,18 @@ from mocosfl_jax.models import layers, named
         ("workdir=run", "found 'workdir=run', did you mean --workdir=run?"),
         ("--workdirs", "found --workdirs, did you mean --workdir?"),
         ("--config.workdir=run", "(did you mean --workdir=run?), allowed: algorithm, seed"),
-        ("--lr=1", "found --lr, did you mean --config.optim.server_lr=1 or --config.optim.client_lr=1?"),
+        (
+            "--lr=1",
+            f"found --lr, did you mean {RATES}",
+        ),
         (
             "--config.lr=1",
-            "(did you mean --config.optim.server_lr=1 or --config.optim.client_lr=1?)",
+            f"(did you mean {RATES})",
         ),
-        ("--learning_rate=1", "did you mean --config.optim.server_lr=1 or --config.optim.client_lr=1?"),
+        (
+            "--learning_rate=1",
+            f"did you mean {RATES}",
+        ),
         (
             "--config.optim.lr",
             "(did you mean --config.optim.server_lr or --config.optim.client_lr?)",
@@ -113,7 +121,7 @@ def test_every_choice_is_checked() -> None:
     for path, words in CHOICES.items():
         *parents, name = path.split(".")
         for word in [*words, "xyzzy"]:
-            config = Config()
+            config = Config(init_from="runs/other")  # without it there are no parts to choose
             node: Any = config
             for part in parents:
                 node = getattr(node, part)

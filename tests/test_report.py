@@ -15,6 +15,7 @@ import pytest
 from mocosfl_jax import report, train
 from mocosfl_jax.config import Config, quickstart, resolve
 from mocosfl_jax.page.command import command, paper_defaults
+from mocosfl_jax.training.comparison import flat
 
 
 class Page(html.parser.HTMLParser):
@@ -90,7 +91,7 @@ def test_the_page_of_a_finished_run(finished: pathlib.Path, tmp_path: pathlib.Pa
         assert f"{number:.3f}" in page.text
     assert "Finished, 3 epochs." in page.text
     assert page.row("clients.num") == (["4 paper: 100"], False)
-    assert page.row("moco.temperature") == (["0.1"], False)
+    assert page.row("moco.momentum") == (["0.99"], False)
     record = json.loads((finished / "config.json").read_text())
     for name, version in record["environment"].items():
         assert page.row(name) == ([" ".join(version.split())], False)
@@ -114,14 +115,14 @@ def test_the_page_needs_nothing_else(finished: pathlib.Path, tmp_path: pathlib.P
 def test_an_unfinished_run_says_what_is_missing(tmp_path: pathlib.Path) -> None:
     page = make(tmp_path / "a.html", write_run(tmp_path / "run", [START, FIRST]))
     assert (
-        "Unfinished: epoch 1 of 14 epochs. kNN 0.613 after epoch 1, untrained 0.481, raw pixels 0.759"
+        "Unfinished: epoch 1 of 20 epochs. kNN 0.613 after epoch 1, untrained 0.481, raw pixels 0.759"
         in page.text
     )
     assert "0.146 below raw pixels" in page.text
     for name in ("partition.png", "neighbours.png", "embedding.png"):
         assert f"There is no {name}" in page.text
     page = make(tmp_path / "b.html", write_run(tmp_path / "new", []))
-    assert "Unfinished: epoch 0 of 14 epochs. No accuracy of the trained network yet." in page.text
+    assert "Unfinished: epoch 0 of 20 epochs. No accuracy of the trained network yet." in page.text
 
 
 def test_differences_between_runs_and_from_the_paper_are_marked_and_first(tmp_path: pathlib.Path) -> None:
@@ -129,12 +130,12 @@ def test_differences_between_runs_and_from_the_paper_are_marked_and_first(tmp_pa
     two = write_run(tmp_path / "two", [START], epochs=3, algorithm="flmoco")
     page = make(tmp_path / "report.html", one, two)
     assert page.row("algorithm") == (["mocosfl", "flmoco paper: mocosfl"], True)
-    assert page.row("optim.server_lr") == (["0.02 paper: 0.06", "0.01 paper: 0.06"], True)
+    assert page.row("optim.server_lr") == (["0.02 paper: 0.06", "0.03 paper: 0.06"], True)
     assert page.row("epochs") == (["3 paper: 200", "3 paper: 200"], False)
     assert page.row("clients.batch_size") == (["5", "5"], False)  # the paper's value for 20 clients
     names = [row[0].split()[0] for row in page.rows if row]
-    assert names.index("optim.server_lr") < names.index("epochs") < names.index("moco.temperature")
-    assert "2 of 66 fields differ" in page.text
+    assert names.index("optim.server_lr") < names.index("epochs") < names.index("moco.momentum")
+    assert f"2 of {len(flat(resolve(quickstart()).as_dict()))} fields differ" in page.text
     assert "config.algorithm: found flmoco, allowed: mocosfl (other costs are not modelled)" in page.text
     assert "one: Unfinished" in page.text and "two: Unfinished" in page.text
 

@@ -117,7 +117,7 @@ def test_another_configuration_is_refused(
 ) -> None:
     assert main(arguments(images, finished, "--config.epochs=4", "--config.optim.server_lr=0.5")) == 2
     error = capsys.readouterr().err
-    assert "config.epochs: 3 there, 4 now; config.optim.server_lr: 0.01 there, 0.5 now" in error
+    assert "config.epochs: 3 there, 4 now; config.optim.server_lr: 0.03 there, 0.5 now" in error
     assert error.count("\n") == 1
 
 

@@ -90,7 +90,7 @@ def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
 
     Example:
       >>> spread_over_classes(np.array([2, 2, 2, 0, 1, 1]), 4).tolist()
-      [3, 4, 0, 1]
+      [3, 4, 5, 0]
     """
     present = np.unique(labels)
     if len(present) > count:

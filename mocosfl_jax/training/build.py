@@ -213,7 +213,7 @@ def learning_rates(config: Resolved, steps_per_epoch: int) -> tuple[optim.Schedu
       >>> from mocosfl_jax.config import quickstart, resolve
       >>> server_lr, client_lr = learning_rates(resolve(quickstart()), steps_per_epoch=60)
       >>> round(float(server_lr(0)), 4), round(float(client_lr(0)), 4)
-      (0.01, 0.01)
+      (0.03, 0.03)
     """
     settings, epochs = config.optim, config.total_epochs
     server_lr = optim.schedule(

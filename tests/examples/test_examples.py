@@ -15,7 +15,7 @@ import pytest
 from scipy.stats import trim_mean
 
 from mocosfl_jax import train
-from mocosfl_jax.config import quickstart
+from mocosfl_jax.config import Moco, Model, quickstart
 from tests.support.small_run import write_images
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
@@ -26,6 +26,8 @@ TOY = {
     "clients.num": 4,
     "clients.batch_size": 2,
     "clients.noniid_ratio": 0.5,
+    "model.name": "resnet18",  # which takes images of any size
+    "model.stem_stride": 1,
     "model.width": 4,
     "moco.key_dim": 8,
     "eval.every": 1,
@@ -126,7 +128,9 @@ def test_the_own_loop_logs_stops_early_and_tunes(
     config = quickstart()
     config.epochs = 30
     config.clients.num, config.clients.batch_size, config.clients.noniid_ratio = 4, 2, 0.5
-    config.model.width, config.model.stem_stride, config.moco.key_dim, config.moco.queue_size = 4, 1, 8, 20
+    config.model = Model(name="resnet18", width=4, stem_stride=1, init="xavier")
+    config.moco = Moco(key_dim=8, queue_size=20, augmentation="v1", min_crop_scale=0.5)
+    config.optim.server_lr = config.optim.client_lr = 0.01
     config.eval.knn_k, config.eval.every = 5, 1
     config.mesh.data = config.mesh.model = 1
     arrays: dict[str, Any] = dict(np.load(images))

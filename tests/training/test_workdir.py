@@ -96,7 +96,7 @@ def test_a_run_that_never_trained_is_replaced(
     assert train(data, folder) == 0
     assert "held a run of which no step was trained" in capsys.readouterr().out
     assert [line["epoch"] for line in metrics(folder)] == [0, 1, 2, 3, 3]
-    assert json.loads((folder / "config.json").read_text())["optim"]["server_lr"] == 0.01
+    assert json.loads((folder / "config.json").read_text())["optim"]["server_lr"] == 0.03
 
 
 def test_a_run_from_before_data_were_recorded_is_compared_by_its_folder(

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from mocosfl_jax import TrainState, export, import_official, load_encoder, normalise
 from mocosfl_jax.algorithm.pool import online_model
-from mocosfl_jax.config import quickstart, resolve
+from mocosfl_jax.config import Moco, Model, quickstart, resolve
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.forms import ACCELERATOR
 from mocosfl_jax.training import checkpoint, workdir
@@ -122,8 +122,9 @@ def test_an_exported_run_encodes_as_the_run_does(
 ) -> None:
     folder, path = tmp_path / "run", tmp_path / "encoder.safetensors"
     config = quickstart()
-    config.algorithm, config.clients.num, config.model.width = algorithm, 2, 4
-    config.moco.key_dim, config.moco.queue_size = 6, 200
+    config.algorithm, config.clients.num = algorithm, 2
+    config.model = Model(name="resnet18", width=4, stem_stride=2)
+    config.moco = Moco(key_dim=6, queue_size=200)
     resolved = resolve(config)
     workdir.claim(folder, resolved, {})
     workdir.write_preprocessing(folder, workdir.Preprocessing(16, (0.1, 0.2, 0.3), (0.5, 0.5, 0.25)))
