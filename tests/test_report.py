@@ -140,6 +140,16 @@ def test_differences_between_runs_and_from_the_paper_are_marked_and_first(tmp_pa
     assert "one: Unfinished" in page.text and "two: Unfinished" in page.text
 
 
+def test_a_run_with_functions_of_its_own(tmp_path: pathlib.Path) -> None:
+    """Without them its configuration would be impossible: only an own contrast needs no queue."""
+    fields = {"own__algorithm": lambda config, model, arguments: None, "moco__queue_size": 0}
+    page = make(tmp_path / "a.html", write_run(tmp_path / "run", [START, FIRST], **fields))
+    assert page.row("moco.queue_size") == (["0 paper: 6000"], False)
+    assert (
+        "python -m mocosfl_jax.train --config=FILE --config.moco.queue_size=0 --workdir=FOLDER" in page.text
+    )
+
+
 def test_what_files_hold_is_never_html(tmp_path: pathlib.Path) -> None:
     evil = "<script>alert('x')&amp;"
     # Of functions of a run's own, config.json holds the names.

@@ -16,7 +16,7 @@ def command(config: Resolved, own: Mapping[str, str | None]) -> str:
     It sets the fields that are not the quickstart's, as far as they do not follow from others.
 
     Args:
-      config: of the run, without its own functions.
+      config: of the run. Of its own functions, only whether there are any matters.
       own: names of its own functions, which only their file can give.
 
     Example:
@@ -28,6 +28,7 @@ def command(config: Resolved, own: Mapping[str, str | None]) -> str:
     wanted = config.as_dict()
     values = flat(wanted)
     made = quickstart()
+    made.own = config.own
     fields = [name for name in values if not name.startswith("own.")]
     left = {name: _get(made, name) for name in fields}
     for name in fields:

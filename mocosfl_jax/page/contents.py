@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config import from_dict, upgraded
+from mocosfl_jax.config import Own, from_dict, name_of, upgraded
 from mocosfl_jax.costs.__main__ import table
 from mocosfl_jax.costs.accounting import from_config
 from mocosfl_jax.errors import UserError, printable
@@ -81,7 +81,11 @@ def read_run(folder: Path, name: str) -> RunOnPage:
     record = upgraded(record)
     own = record.get("own") or NO_OWN
     try:
-        config = from_dict(record | {"own": NO_OWN})
+        # In place of its own functions, which only their file has, so that what they allow is allowed here.
+        config = from_dict(
+            record | {"own": {name: name_of(_unknown) if found else None for name, found in own.items()}},
+            Own(**{name: _unknown if found else None for name, found in own.items()}),
+        )
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     metrics = workdir.read_metrics(folder)
@@ -104,6 +108,11 @@ def read_run(folder: Path, name: str) -> RunOnPage:
         costs,
         printable(command(config, own)),
     )
+
+
+def _unknown(*arguments: Any) -> Any:
+    """A function of a run's own."""
+    raise NotImplementedError
 
 
 def verdict(outcome: comparison.Outcome, metrics: Sequence[workdir.Metrics]) -> str:
