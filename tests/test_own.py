@@ -23,6 +23,7 @@ from mocosfl_jax import (
     run,
     train,
 )
+from mocosfl_jax.algorithm.mocosfl import mocosfl
 from mocosfl_jax.config import Clients, Data, Eval, Moco, Own, resolve
 from mocosfl_jax.config import Mesh as MeshSizes
 from mocosfl_jax.training import report
@@ -135,6 +136,19 @@ def test_wrong_functions_are_refused(
     config.own = Own(**{"network": own_config.network, "algorithm": own_config.algorithm} | functions)
     with pytest.raises(ValueError, match=message):
         run(config, tmp_path, say=quiet)
+
+
+def test_a_wrong_contrast_is_refused_before_any_work(images: str, tmp_path: pathlib.Path) -> None:
+    def no_contrast(params: Any, query: Any, key: Any, similarities: Any) -> Any:
+        return 0.0
+
+    def algorithm(config: Any, model: Any, arguments: dict[str, Any]) -> Any:
+        return mocosfl(model, contrast=no_contrast, **arguments)
+
+    said: list[str] = []
+    with pytest.raises(ValueError, match="contrast: found a function that returns a float"):
+        run(small(images), tmp_path / "run", model=make_toy_model(), algorithm=algorithm, say=said.append)
+    assert not said and not (tmp_path / "run").exists()
 
 
 def test_a_network_for_images_of_another_size_is_refused(images: str, tmp_path: pathlib.Path) -> None:

@@ -177,6 +177,8 @@ def prepare(
     if own.network is not None:
         height, width, channels = dataset.x_train.shape[1:]
         check_independence(run.model, (height, width, channels))
+    if own.algorithm is not None:
+        _trace(run)
     _check_saving(run)
     return run
 
@@ -262,6 +264,17 @@ def _then(make_views: MakeViews, change: Callable[[Views], Views]) -> MakeViews:
         return change(make_views(rng, images))
 
     return changed
+
+
+def _trace(run: Run) -> None:
+    """Trace a round of an algorithm of your own, so that what it refuses is refused before any work."""
+    algorithm, rng = run.algorithm, jax.random.key(0)
+    members = None if run.whole_pool else jax.ShapeDtypeStruct((run.cohort,), np.int32)
+    images = (run.cohort, int(run.batch_sizes.max()), *run.views.shape[1:])
+    views = jax.eval_shape(run.make_views, rng, jax.ShapeDtypeStruct(images, np.uint8))
+    state = jax.eval_shape(algorithm.enter, jax.eval_shape(algorithm.init, rng), members)
+    state, _ = jax.eval_shape(algorithm.step, state, views)
+    jax.eval_shape(algorithm.sync, state)
 
 
 def _rich(config: Resolved) -> Rich | None:
