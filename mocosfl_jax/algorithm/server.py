@@ -39,7 +39,10 @@ class ServerState(NamedTuple):
 
 
 class OpposedServerState(NamedTuple):
-    """The state of a server with an adversary of the clients: a `ServerState`, and that of the adversary."""
+    """The state of a server with an adversary of the clients: a `ServerState`, and that of the adversary.
+
+    A type of its own, so that checkpoints of runs without an adversary do not change.
+    """
 
     params: Any
     key_params: Any

@@ -315,9 +315,8 @@ class Config:
 def quickstart() -> Config:
     """The default experiment of `python -m mocosfl_jax.train`: minutes on two CPU cores, no download.
 
-    Small gray pictures of centred things and a short run need milder views than the paper's, and one
-    direction of the loss instead of two, which makes two steps of one. The recipe was chosen on 1,000 of the
-    training images, see README.
+    Small gray pictures of centred things and a short run need milder views than the paper's. The loss has one
+    direction, since a step then costs half as much. README says how the recipe was chosen.
     """
     return Config(
         epochs=20,

@@ -4,7 +4,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -17,28 +16,6 @@ from mocosfl_jax.pictures import embedding, figure, neighbours
 from mocosfl_jax.pictures.features import plot_features
 
 CLASSES = ("$a$", "<b>", "a very long name of a class")
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Warnings, one a line."""
-    lines: list[str] = []
-    monkeypatch.setattr(figure.logging, "warning", lambda text, *args: lines.append(text % args))
-    return lines
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved."""
-    figures: list[Figure] = []
-    savefig = Figure.savefig
-
-    def keep(drawn: Figure, *args: Any, **how: Any) -> None:
-        figures.append(drawn)
-        savefig(drawn, *args, **how)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
 
 
 def make(train: int = 60, test: int = 30) -> tuple[Dataset, Extracted, Extracted]:

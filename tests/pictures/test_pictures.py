@@ -13,28 +13,6 @@ from PIL import Image
 from mocosfl_jax.pictures import curves, figure, partition
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Warnings, one a line."""
-    lines: list[str] = []
-    monkeypatch.setattr(figure.logging, "warning", lambda text, *args: lines.append(text % args))
-    return lines
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved."""
-    figures: list[Figure] = []
-    savefig = Figure.savefig
-
-    def keep(figure: Figure, *args: Any, **how: Any) -> None:
-        figures.append(figure)
-        savefig(figure, *args, **how)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
-
-
 def plot(path: pathlib.Path, names: list[str], clients: int = 4) -> None:
     """Client i holds i images of each class."""
     labels = np.tile(np.arange(len(names)), clients * (clients - 1) // 2)
