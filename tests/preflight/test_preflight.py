@@ -18,6 +18,7 @@ from mocosfl_jax.preflight.devices import KINDS
 
 TOY = [
     "preflight",
+    "--config.model.name=resnet18",
     "--config.model.width=4",
     "--config.clients.num=8",
     "--config.clients.cohort=4",
