@@ -48,40 +48,22 @@ def patches_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array
     return _patches(x, kernel, stride, padding) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def stacked_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
-    """`patches_conv` with a cheaper gradient of `x`, where the output has the size of the input.
+# Input channels up to which patches are cheap for a TPU, as long as there are fewer images than these.
+_FEW_CHANNELS, _FEW_IMAGES = 3, 8
 
-    That gradient is a convolution too, of the gradient of the output with the kernel turned around. JAX would
-    compute the gradient of the patches, which is nine times as large as that of `x`, and add it up. By the
-    estimate of the compiler for a TPU v5e, the first two layers of 100 ResNet-18 clients, forward and
-    backward, take 16.0 instead of 18.3 M cycles.
+
+def grouped_conv(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:
+    """`direct_conv`, or `patches_conv` where patches are cheap. For TPUs.
+
+    Under `vmap` over kernels, the first becomes a grouped convolution. By the estimate of the compiler for a
+    TPU v5e, two 3x3 convolutions between 64 channels of 100 clients with one image each, forward and backward
+    in bfloat16, take 5.7 M cycles in this form, and 10.2 M as products with patches, which are nine times as
+    large as the images. A first layer, from 3 channels, takes 1.8 M in this form and 0.2 M with patches.
     """
-    same_size = stride == 1 and kernel.shape[:2] == (2 * padding + 1, 2 * padding + 1)
-    if same_size and kernel.shape[2] > 3:  # the images of the first layer need no gradient
-        return _same_size_conv(x, kernel)
-    return patches_conv(x, kernel, stride=stride, padding=padding)
-
-
-@jax.custom_vjp
-def _same_size_conv(x: Array, kernel: Array) -> Array:
-    return patches_conv(x, kernel, stride=1, padding=kernel.shape[0] // 2)
-
-
-def _same_size_conv_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _same_size_conv(x, kernel), (x, kernel)
-
-
-def _same_size_conv_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    padding = kernel.shape[0] // 2
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    of_x = patches_conv(grad, turned, stride=1, padding=padding)
-    patches = _patches(x, kernel, 1, padding).reshape(-1, kernel[..., 0].size)
-    of_kernel = patches.T @ grad.reshape(-1, kernel.shape[-1])
-    return of_x, of_kernel.reshape(kernel.shape)
-
-
-_same_size_conv.defvjp(_same_size_conv_fwd, _same_size_conv_bwd)
+    small = kernel.shape[2] <= _FEW_CHANNELS and x.shape[0] < _FEW_IMAGES
+    if kernel.shape[:2] == (1, 1) or small:
+        return patches_conv(x, kernel, stride=stride, padding=padding)
+    return direct_conv(x, kernel, stride=stride, padding=padding)
 
 
 def _patches(x: Array, kernel: Array, stride: int, padding: int) -> Array:

@@ -14,10 +14,10 @@ from mocosfl_jax.models.convolution import (
     Lowering,
     cpu_conv,
     direct_conv,
+    grouped_conv,
     images_in_lanes,
     matmul_conv,
     patches_conv,
-    stacked_conv,
 )
 from mocosfl_jax.models.norms import GroupNorm, fused_group_norm, group_norm
 
@@ -58,8 +58,8 @@ class Forms(NamedTuple):
     arrange: Callable[[Array], Array] = as_it_is  # the order in memory of what enters the server's layers
 
 
-ACCELERATOR = Forms(Lowering(direct_conv, stacked_conv), fused_group_norm, at_once, scan_rounds=True)
-TPU = ACCELERATOR._replace(arrange=images_in_lanes)
+ACCELERATOR = Forms(Lowering(direct_conv, patches_conv), fused_group_norm, at_once, scan_rounds=True)
+TPU = ACCELERATOR._replace(convolutions=Lowering(direct_conv, grouped_conv), arrange=images_in_lanes)
 # What the others are tested against, and what is counted as the cost of a network.
 PLAIN = Forms(Lowering(direct_conv, patches_conv), group_norm, at_once, scan_rounds=False)
 CPU = Forms(Lowering(cpu_conv, matmul_conv), group_norm, one_by_one, scan_rounds=False)

@@ -20,16 +20,16 @@ from mocosfl_jax.models.convolution import (
     cpu_conv,
     depthwise_conv,
     direct_conv,
+    grouped_conv,
     images_in_lanes,
     matmul_conv,
     patches_conv,
-    stacked_conv,
     transposed_conv,
     winograd_conv,
 )
 from mocosfl_jax.models.forms import forms
 
-FORMS = [direct_conv, patches_conv, stacked_conv, cpu_conv, matmul_conv]
+FORMS = [direct_conv, patches_conv, grouped_conv, cpu_conv, matmul_conv]
 
 
 def plain_conv(x: np.ndarray, kernel: np.ndarray, stride: int, padding: int) -> np.ndarray:
@@ -60,7 +60,7 @@ def gradients(conv: Callable[..., Array], x: Array, kernel: Array) -> tuple[Arra
 
 
 @pytest.mark.parametrize("size, k, stride", [(8, 3, 1), (8, 3, 2), (8, 1, 2), (2, 3, 1)])
-@pytest.mark.parametrize("conv", [patches_conv, stacked_conv, cpu_conv, matmul_conv])
+@pytest.mark.parametrize("conv", [patches_conv, grouped_conv, cpu_conv, matmul_conv])
 def test_every_form_has_the_gradients_of_the_direct_one(
     x64: None, conv: Convolution, size: int, k: int, stride: int
 ) -> None:
@@ -71,6 +71,27 @@ def test_every_form_has_the_gradients_of_the_direct_one(
     )
     for got, of_direct in zip(*got_and_expected, strict=True):
         np.testing.assert_allclose(got, of_direct, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("images, channels", [(1, 3), (8, 3), (1, 5)])
+@pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (1, 2)])
+@pytest.mark.parametrize("conv", [patches_conv, grouped_conv])
+def test_stacked_clients_equal_a_loop_over_them(
+    x64: None, conv: Convolution, k: int, stride: int, images: int, channels: int
+) -> None:
+    """Each client with its own kernel: values and gradients."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(3, images, 6, 6, channels)))
+    kernels = jnp.asarray(rng.normal(size=(3, k, k, channels, 4)))
+    stacked = jax.vmap(partial(conv, stride=stride, padding=k // 2))
+    direct = partial(direct_conv, stride=stride, padding=k // 2)
+
+    def loop(x: Array, kernels: Array) -> Array:
+        return jnp.stack([direct(x[i], kernels[i]) for i in range(3)])
+
+    np.testing.assert_allclose(stacked(x, kernels), loop(x, kernels), rtol=1e-12, atol=1e-12)
+    for got, expected in zip(gradients(stacked, x, kernels), gradients(loop, x, kernels), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-12)
 
 
 def case(dtype: str, n: int, height: int, width: int, channels: int, features: int) -> tuple[Array, Array]:
