@@ -73,7 +73,7 @@ def test_every_form_has_the_gradients_of_the_direct_one(
         np.testing.assert_allclose(got, of_direct, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("images, channels", [(1, 3), (8, 3), (1, 5)])
+@pytest.mark.parametrize("images, channels", [(1, 3), (2, 5)])
 @pytest.mark.parametrize("k, stride", [(3, 1), (3, 2), (1, 2)])
 @pytest.mark.parametrize("conv", [patches_conv, grouped_conv])
 def test_stacked_clients_equal_a_loop_over_them(
