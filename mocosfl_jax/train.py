@@ -16,15 +16,12 @@ an image folder that are not used.
 
 import contextlib
 import importlib.util
-import os
 import shlex
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import jax
@@ -36,6 +33,7 @@ from mocosfl_jax.config import Config, resolve
 from mocosfl_jax.errors import CollapsedError, DiskFullError, NonFiniteError, UserError
 from mocosfl_jax.paths import utf8_path
 from mocosfl_jax.runtime import compiler, hosts
+from mocosfl_jax.runtime.signals import stop_on_signals
 from mocosfl_jax.training import workdir
 
 USAGE = (
@@ -186,36 +184,6 @@ def last_checkpoint(folder: Path) -> str:
         if steps
         else "no checkpoint yet"
     )
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[tuple[Callable[[], bool], list[signal.Signals]]]:
-    """Catch SIGINT and SIGTERM: then the yielded function returns True and the list holds the signals.
-
-    A second signal ends the process. With several processes, JAX handles SIGTERM (`hosts.stop_together`), and
-    SIGINT is raised again as SIGTERM.
-    """
-    stop = threading.Event()
-    received: list[signal.Signals] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-        stop.set()
-        # os.write, since the signal may have interrupted a print.
-        with contextlib.suppress(OSError):  # nobody reads it
-            os.write(2, f"\n{received[0].name}: saving after the current round\n".encode())
-        for each in signals:
-            signal.signal(each, before[each])
-        if hosts.several():
-            signal.raise_signal(signal.SIGTERM)
-
-    signals = (signal.SIGINT,) if hosts.several() else (signal.SIGINT, signal.SIGTERM)
-    before = {each: signal.signal(each, handle) for each in signals}
-    try:
-        yield hosts.stop_together(stop), received
-    finally:
-        for each in signals:
-            signal.signal(each, before[each])
 
 
 def require_tensorboard() -> None:

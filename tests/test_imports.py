@@ -48,8 +48,9 @@ ROOMS = [
     {"pictures"},
     {"training"},
     {"costs"},
-    {"page", "preflight"},
-    {"train", "evaluate", "attack", "encode", "export", "import_official", "report", "table"},
+    {"page", "preflight", "wire"},
+    {"train", "evaluate", "attack", "encode", "export", "import_official", "report", "table", "serve"},
+    {"certificates", "join"},
 ]
 
 

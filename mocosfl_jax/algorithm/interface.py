@@ -152,14 +152,28 @@ class Encode(Protocol):
 
 
 class TrainServer(Protocol):
-    """Trains the server alone, on smashed data that it has kept."""
+    """Trains the server alone, on smashed data that it has kept or that arrives over a network."""
 
-    def __call__(self, state: CohortState, smashed: SmashedData) -> tuple[CohortState, StepInfo]:
-        """Train on concatenated smashed data [n, h, w, c] that this cohort has sent in an earlier step."""
+    def __call__(
+        self, state: CohortState, smashed: SmashedData, arrived: Array | None = None
+    ) -> tuple[CohortState, StepInfo]:
+        """Train on concatenated smashed data [n, h, w, c] of this cohort.
+
+        Args:
+          state: The clients in it stay as they are.
+          smashed: From both models of the clients.
+          arrived: [n] bool, the rows that clients have sent; None: all.
+
+        Returns:
+          The new state, and among the outputs the gradient for the clients.
+        """
 
 
 class Replay(NamedTuple):
-    """What an algorithm can do besides, to save communication (the official code's loss_threshold)."""
+    """What an algorithm can do besides: the sides of the cut take their parts of a step separately.
+
+    This saves communication (the official code's loss_threshold), and serves clients over a network.
+    """
 
     keep: Step  # like `step`, but no gradients are sent back; the server can keep the smashed data
     train: TrainServer

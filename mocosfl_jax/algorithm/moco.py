@@ -92,7 +92,8 @@ class QueueAccess(NamedTuple):
     """How the rows of a batch are compared with a queue and added to it."""
 
     similarities: Callable[[MoCoQueue, Array], Array]  # queue, queries [n, D] -> [n, K]
-    enqueue: Callable[[MoCoQueue, Array], MoCoQueue]  # queue, keys [n, D] -> queue
+    # queue, keys [n, D], the rows to take [n] bool or None -> queue
+    enqueue: Callable[[MoCoQueue, Array, Array | None], MoCoQueue]
 
 
 SHARED = QueueAccess(similarities, enqueue)  # feature sharing: one queue for all clients
@@ -115,8 +116,9 @@ def per_client(
     def similarities_(queues: MoCoQueue, query: Array) -> Array:
         return merge(jax.vmap(similarities)(queues, split(query)))
 
-    def enqueue_(queues: MoCoQueue, keys: Array) -> MoCoQueue:
-        return jax.vmap(enqueue)(queues, split(keys), jnp.asarray(real))
+    def enqueue_(queues: MoCoQueue, keys: Array, arrived: Array | None) -> MoCoQueue:
+        rows = jnp.asarray(real) if arrived is None else split(arrived)
+        return jax.vmap(enqueue)(queues, split(keys), rows)
 
     return QueueAccess(similarities_, enqueue_)
 
@@ -130,7 +132,9 @@ def normalise(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
-def info_nce(query: Array, key: Array, negatives: Array, temperature: float) -> tuple[Array, Array]:
+def info_nce(
+    query: Array, key: Array, negatives: Array, temperature: float, real: Array | None = None
+) -> tuple[Array, Array]:
     """InfoNCE of queries against their positive keys and the negatives (He et al. 2020, eq. 1).
 
     Example:
@@ -145,9 +149,10 @@ def info_nce(query: Array, key: Array, negatives: Array, temperature: float) -> 
       key: [n, D], unit rows; row i is the positive of query i.
       negatives: [n, K], similarities of each query to its negatives.
       temperature: T.
+      real: [n] bool, the rows over which both means are taken; None for all of them.
 
     Returns:
-      The loss [], a mean over the n queries, and the contrastive accuracy []: the share of queries whose
+      The loss [], a mean over the queries, and the contrastive accuracy []: the share of queries whose
       positive has the largest logit.
     """
     # Positives and negatives are not concatenated, since the negatives may be sharded over devices.
@@ -156,7 +161,7 @@ def info_nce(query: Array, key: Array, negatives: Array, temperature: float) -> 
     largest = jax.lax.stop_gradient(jnp.maximum(positive, hardest))
     others = jnp.sum(jnp.exp(negatives - largest[:, None]), axis=1)
     losses = largest - positive + jnp.log(jnp.exp(positive - largest) + others)
-    return jnp.mean(losses), jnp.mean(positive >= hardest)
+    return jnp.mean(losses, where=real), jnp.mean(positive >= hardest, where=real)
 
 
 class Contrast(NamedTuple):
@@ -202,12 +207,17 @@ class ContrastFunction(Protocol):
         """
 
 
-def momentum_contrast(temperature: float = 0.1) -> ContrastFunction:
-    """InfoNCE against the keys in the queue (He et al. 2020, eq. 1)."""
+def momentum_contrast(temperature: float = 0.1, real: Array | None = None) -> ContrastFunction:
+    """InfoNCE against the keys in the queue (He et al. 2020, eq. 1).
+
+    Args:
+      temperature: T.
+      real: [n] bool, the rows over which loss and accuracy are averaged; None for all of them.
+    """
 
     def contrast(params: Any, query: Array, key: Array, similarities: Callable[[Array], Array]) -> Contrast:
         query, key = normalise(query), normalise(key)
-        return Contrast(*info_nce(query, key, similarities(query), temperature))
+        return Contrast(*info_nce(query, key, similarities(query), temperature, real))
 
     return contrast
 

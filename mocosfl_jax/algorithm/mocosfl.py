@@ -183,7 +183,7 @@ def mocosfl(
         return state._replace(step=state.step + 1), info
 
     def serve(
-        state: CohortState, merged: SmashedData, shape: tuple[int, int]
+        state: CohortState, merged: SmashedData, shape: tuple[int, int], arrived: Array | None = None
     ) -> tuple[CohortState, Array, Contrast]:
         """The server's half of a step, on the concatenated smashed data of M clients with B rows each."""
 
@@ -199,6 +199,7 @@ def mocosfl(
             optimizer=server_optimizer,
             step=state.step,
             contrast=at_place(contrast),
+            arrived=arrived,
         )
         if moco.feature_sharing or moco.queue_size == 0:
             new, merged_grad, contrasted = train_server(state.server, *merged, queue_access=placement.shared)
@@ -219,10 +220,12 @@ def mocosfl(
             return None
         return lambda params, *others: contrast(placement.gather(params), *others)
 
-    def train_server_alone(state: CohortState, smashed: SmashedData) -> tuple[CohortState, StepInfo]:
+    def train_server_alone(
+        state: CohortState, smashed: SmashedData, arrived: Array | None = None
+    ) -> tuple[CohortState, StepInfo]:
         shape = (size(state), len(smashed.query) // size(state)) if real is None else real.shape
-        state, _, contrasted = serve(state, smashed, shape)
-        info = StepInfo(*contrasted, smashed=None, smashed_grad=None)
+        state, smashed_grad, contrasted = serve(state, smashed, shape, arrived)
+        info = StepInfo(*contrasted, smashed=None, smashed_grad=smashed_grad)
         return state._replace(step=state.step + 1), info
 
     def synchronize(state: CohortState) -> tuple[CohortState, SyncInfo]:

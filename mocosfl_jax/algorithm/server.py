@@ -76,6 +76,7 @@ def train(
     step: Array,
     contrast: ContrastFunction | None = None,
     queue_access: QueueAccess = SHARED,
+    arrived: Array | None = None,
 ) -> tuple[ServerState, Array, Contrast]:
     """One step of MoCo on the concatenated smashed data of the cohort (He et al. 2020, algorithm 1).
 
@@ -90,6 +91,8 @@ def train(
       step: [], training step of the run.
       contrast: What is learned; None: `momentum_contrast` at the temperature in `moco`.
       queue_access: How rows meet the queue: one queue for all clients, or one for each.
+      arrived: [n] bool, the rows that clients have sent. The others have no part in the loss and the queue,
+        and their gradient is zero. Only where the server treats each row by itself. None: all rows.
 
     Returns:
       The new state, the gradient of the loss with respect to `smashed_query` [n, h, w, c], and the contrast.
@@ -102,7 +105,7 @@ def train(
     # The momentum model is updated before any forward pass.
     key_params = momentum_update(state.key_params, state.params, moco.momentum)
 
-    contrast = contrast or momentum_contrast(moco.temperature)
+    contrast = contrast or momentum_contrast(moco.temperature, arrived)
 
     def embed(params: Any, *views: Array) -> Array:
         """Projections [views, n, D]."""
@@ -131,6 +134,6 @@ def train(
     queue = state.queue  # enqueued only now: the loss uses the keys of earlier steps
     if queue is not None:
         for keys_of_view in normalise(keys):
-            queue = queue_access.enqueue(queue, keys_of_view)
+            queue = queue_access.enqueue(queue, keys_of_view, arrived)
     new = state._replace(params=params, key_params=key_params, opt_state=opt_state, queue=queue)
     return new, smashed_grad, contrasted

@@ -21,6 +21,7 @@ from mocosfl_jax.config.fields import (
     Resist,
     Saving,
     Synchronization,
+    Wire,
     quickstart,
 )
 from mocosfl_jax.config.record import differences, from_dict, upgraded
@@ -42,6 +43,7 @@ __all__ = [
     "Resolved",
     "Saving",
     "Synchronization",
+    "Wire",
     "comments",
     "differences",
     "from_dict",

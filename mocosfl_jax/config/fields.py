@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.on_full_disk": ("stop", "continue"),
     "resist.preset": ("corrected", "faithful"),
     "init_parts": ("both", "client", "server"),
+    "wire.dtype": ("exact", "float32", "bfloat16", "int8"),
 }
 
 
@@ -264,6 +265,19 @@ class Mesh:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class Wire:
+    """Clients over a network, of `python -m mocosfl_jax.serve`."""
+
+    # How smashed data and their gradients are sent. exact: as they are computed. int8: with one scale per
+    # array.
+    dtype: str = "exact"
+    # Seconds for which the server waits for a client's answer. Then its step goes on without the client.
+    deadline_s: float = 60.0
+    # The number of clients of the cohort without which no step begins.
+    least: int = 1
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Own:
     """Functions of your own, which only a config file or Python can set. config.json holds their names."""
 
@@ -309,6 +323,7 @@ class Config:
     eval: Eval = dataclasses.field(default_factory=Eval)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    wire: Wire = dataclasses.field(default_factory=Wire)
     own: Own = dataclasses.field(default_factory=Own)
 
 

@@ -23,6 +23,7 @@ from mocosfl_jax.config.fields import (
     Own,
     Resist,
     Saving,
+    Wire,
 )
 from mocosfl_jax.errors import UserError
 
@@ -103,6 +104,7 @@ class Resolved:
     eval: Eval
     checkpoint: Checkpoint
     mesh: Mesh
+    wire: Wire
     own: Own
 
     def as_dict(self) -> dict[str, Any]:
@@ -293,6 +295,8 @@ def _check_values(config: Resolved) -> None:
     _in_range("checkpoint.every", config.checkpoint.every, 1)
     _in_range("checkpoint.keep", config.checkpoint.keep, 1)
     _check_resist(config)
+    _in_range("wire.deadline_s", config.wire.deadline_s, 0.0, open_low=True)
+    _in_range("wire.least", config.wire.least, 1, clients.cohort, "the clients of the cohort")
     _check_init_parts(config)
     for axis in ("data", "model"):
         if getattr(config.mesh, axis) is not None:

@@ -77,7 +77,7 @@ def two_views(
       ((4, 2, 32, 32, 3), dtype('float32'))
 
     Args:
-      rng: PRNG key.
+      rng: PRNG key, or the keys [2, M, B] of the single views that it would be split into.
       images: [M, B, H, W, 3], B images of each of M clients: uint8, or floats in [0, 1]. The values of
         floats are checked where they are in a NumPy array. In a JAX array they may not be known yet.
       size: Height and width of the views.
@@ -156,7 +156,8 @@ def _views_of_each(view: Callable[[Array, Array], Array], rng: Array, images: Ar
     over_batch = jax.vmap(view)
     over_clients = jax.vmap(over_batch)
     over_views = jax.vmap(over_clients, in_axes=(0, None))
-    query, key = over_views(jax.random.split(rng, (2, *images.shape[:2])), images)
+    rngs = jax.random.split(rng, (2, *images.shape[:2])) if rng.ndim == 0 else rng
+    query, key = over_views(rngs, images)
     return Views(query=query, key=key)
 
 

@@ -218,15 +218,31 @@ def epoch_indices(
         _check_batch([parts[client] for client in cohort if batch_sizes[client] == batch_size], batch_size)
     indices = np.empty((steps, len(cohort), int(batch_sizes.max())), np.int32)
     for place, client in enumerate(cohort):
-        part, size = parts[client], int(batch_sizes[client])
-        batches = len(part) // size
-        passes = math.ceil(steps / batches)
-        rng = _generator(seed, _BATCHES, epoch, int(client))
-        shuffled = rng.permuted(np.tile(part, (passes, 1)), axis=1)
-        own = shuffled[:, : batches * size].reshape(-1, size)[:steps]
+        size = int(batch_sizes[client])
+        own = client_indices(parts[client], int(client), size, steps=steps, seed=seed, epoch=epoch)
         indices[:, place, :size] = own
         indices[:, place, size:] = own[:, :1]
     return indices
+
+
+def client_indices(
+    part: np.ndarray, client: int, batch_size: int, *, steps: int, seed: int, epoch: int
+) -> np.ndarray:
+    """The images of one client in an epoch, [S, B], as dealt by `epoch_indices`.
+
+    Args:
+      part: The client's images, at least B of them.
+      client: Its number.
+      batch_size: B.
+      steps: S.
+      seed: Not negative.
+      epoch: Not negative.
+    """
+    batches = len(part) // batch_size
+    passes = math.ceil(steps / batches)
+    rng = _generator(seed, _BATCHES, epoch, client)
+    shuffled = rng.permuted(np.tile(part, (passes, 1)), axis=1)
+    return shuffled[:, : batches * batch_size].reshape(-1, batch_size)[:steps]
 
 
 def _rich_and_poor(rng: np.random.Generator, labels: np.ndarray, fraction: float) -> list[np.ndarray]:

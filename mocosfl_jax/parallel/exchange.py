@@ -249,7 +249,7 @@ def _similarities(mesh: Mesh, queue: MoCoQueue, query: Array) -> Array:
     return at(mesh, moco.similarities(queue, at(mesh, query, P(DATA))), P(DATA, MODEL))
 
 
-def _enqueue(mesh: Mesh, queue: MoCoQueue, keys: Array) -> MoCoQueue:
+def _enqueue(mesh: Mesh, queue: MoCoQueue, keys: Array, real: Array | None) -> MoCoQueue:
     """Keys go to every device, which keeps those that fall into its rows of the queue."""
-    queue = moco.enqueue(queue, at(mesh, keys, P()))
+    queue = moco.enqueue(queue, at(mesh, keys, P()), real)
     return MoCoQueue(at(mesh, queue.keys, P(MODEL)), queue.cursor)

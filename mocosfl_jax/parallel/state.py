@@ -84,9 +84,11 @@ def distribute(algorithm: Algorithm, mesh: Mesh) -> Algorithm:
         return Features(*(whole(x) for x in features))
 
     def of_mesh_replay(replay: Replay) -> Replay:
-        def train(state: CohortState, smashed: SmashedData) -> tuple[CohortState, StepInfo]:
+        def train(
+            state: CohortState, smashed: SmashedData, arrived: Array | None = None
+        ) -> tuple[CohortState, StepInfo]:
             smashed = SmashedData(*(at(mesh, whole(x), CLIENTS) for x in smashed))
-            state, info = replay.train(inside(state), smashed)
+            state, info = replay.train(inside(state), smashed, whole(arrived))
             return at_rest(state), _info(mesh, info)
 
         return Replay(of_mesh(replay.keep), train)

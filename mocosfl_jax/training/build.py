@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -81,11 +82,9 @@ def build(
       The network, and the algorithm with its states on the mesh.
     """
     model = build_model(config, image_size, forms)
-    server_lr, client_lr = learning_rates(config, steps_per_epoch)
+    server_lr, _ = learning_rates(config, steps_per_epoch)
     settings = config.optim
-    client_optimizer = None  # frozen
-    if not isinstance(client_lr, float):
-        client_optimizer = optim.sgd(client_lr, settings.momentum, settings.weight_decay)
+    of_clients = client_optimizer(config, steps_per_epoch)
     arguments: dict[str, Any] = {
         "num_clients": config.clients.num,
         "moco": MomentumContrast(
@@ -106,12 +105,12 @@ def build(
     }
     if config.algorithm == "flmoco":
         make: MakeAlgorithm = _flmoco
-        arguments |= {"optimizer": client_optimizer or optim.sgd(0.0)}
+        arguments |= {"optimizer": of_clients or optim.sgd(0.0)}
     else:
         make = _mocosfl
         arguments |= {
             "batch_sizes": batch_sizes,
-            "client_optimizer": client_optimizer,
+            "client_optimizer": of_clients,
             "server_optimizer": optim.sgd(server_lr, settings.momentum, settings.weight_decay),
         }
         if config.resist.strength:
@@ -228,6 +227,14 @@ def learning_rates(config: Resolved, steps_per_epoch: int) -> tuple[optim.Schedu
         name, settings.client_lr, epochs=epochs, steps_per_epoch=steps_per_decay, decay=0.2
     )
     return server_lr, client_lr
+
+
+def client_optimizer(config: Resolved, steps_per_epoch: int) -> optax.GradientTransformation | None:
+    """Return the optimizer of one client; None for frozen clients."""
+    _, rate = learning_rates(config, steps_per_epoch)
+    if isinstance(rate, float):
+        return None
+    return optim.sgd(rate, config.optim.momentum, config.optim.weight_decay)
 
 
 def network_arguments(config: Resolved, image_size: int) -> dict[str, Any]:

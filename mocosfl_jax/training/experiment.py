@@ -50,6 +50,14 @@ _DATA_FIELDS = {
 }
 
 
+class Loaded(NamedTuple):
+    """The data set of a run, from `load`."""
+
+    dataset: data.Dataset
+    residence: batches.Residence  # where the training images are kept
+    fingerprint: Fingerprint
+
+
 class Run(NamedTuple):
     """The parts of a run that do not change during training."""
 
@@ -70,6 +78,7 @@ class Run(NamedTuple):
     mesh: Mesh  # holds the states of `algorithm`
     forms: Forms  # for the platform of the mesh
     source: Source | None = None  # None: all images are the data set's
+    simulated: bool = True  # False: clients hold their images themselves, so only their numbers are known
 
     @property
     def views(self) -> data.Images:
@@ -154,7 +163,7 @@ def prepare(
     own = Own(network=given.network or config.own.network, algorithm=given.algorithm or config.own.algorithm)
     config = dataclasses.replace(config, own=own)
     check(config, mesh)
-    dataset, data_fingerprint, residence = _load(config, mesh)
+    dataset, residence, data_fingerprint = load(config, mesh)
     pool = config.clients
     with renamed(_FIELDS):
         parts = partition.partition(
@@ -305,7 +314,7 @@ def check(config: Resolved, mesh: Mesh) -> None:
             meshes.check_queue(mesh, config.moco.queue_size)
 
 
-def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, Fingerprint, batches.Residence]:
+def load(config: Resolved, mesh: Mesh) -> Loaded:
     """Load the data set, with its training images in memory if they will be resident on the device."""
     with renamed(_DATA_FIELDS):
         dataset = data.load(
@@ -318,7 +327,8 @@ def _load(config: Resolved, mesh: Mesh) -> tuple[data.Dataset, Fingerprint, batc
     # Before all images are read into memory, so that it does not depend on where they are kept.
     data_fingerprint = fingerprint(dataset)
     with renamed(_DATA_FIELDS):
-        return data.in_memory(dataset) if residence.resident else dataset, data_fingerprint, residence
+        dataset = data.in_memory(dataset) if residence.resident else dataset
+    return Loaded(dataset, residence, data_fingerprint)
 
 
 def _residence(config: Resolved, mesh: Mesh, size: int) -> batches.Residence:

@@ -56,7 +56,17 @@ class Outcome(NamedTuple):
     state: TrainState
 
 
-def train(run: Run, stop: Stop, output: Output, on_epoch: OnEpoch | None = None) -> Outcome:
+# Run, state, key of all augmentations, `make_encode`'s function -> the compiled programs
+MakePrograms = Callable[[Run, TrainState, Array, Encode], Programs]
+
+
+def train(
+    run: Run,
+    stop: Stop,
+    output: Output,
+    on_epoch: OnEpoch | None = None,
+    make_programs: MakePrograms = compile_programs,
+) -> Outcome:
     """Train from the newest checkpoint in the workdir, or from the start.
 
     Args:
@@ -64,6 +74,7 @@ def train(run: Run, stop: Stop, output: Output, on_epoch: OnEpoch | None = None)
       stop: once it returns True, training saves and ends after the current round.
       output: workdir and screen.
       on_epoch: called after each epoch and, with epoch 0, before the first one.
+      make_programs: compiles the programs, those of simulated clients or of others.
 
     Returns:
       Whether the run is finished, and its state.
@@ -76,10 +87,12 @@ def train(run: Run, stop: Stop, output: Output, on_epoch: OnEpoch | None = None)
       UserError: if there are checkpoints but none can be read.
     """
     with jax.default_device(run.mesh.local_devices[0]):
-        return _train(run, stop, output, on_epoch or (lambda metrics, state: False))
+        return _train(run, stop, output, on_epoch or (lambda metrics, state: False), make_programs)
 
 
-def _train(run: Run, stop_asked: Stop, output: Output, on_epoch: OnEpoch) -> Outcome:
+def _train(
+    run: Run, stop_asked: Stop, output: Output, on_epoch: OnEpoch, make_programs: MakePrograms
+) -> Outcome:
     ended_early = collapsed = False
 
     def stop() -> bool:
@@ -130,7 +143,7 @@ def _train(run: Run, stop_asked: Stop, output: Output, on_epoch: OnEpoch) -> Out
         if not ended and not stop():
             clock = time.perf_counter()
             with waiting("compiling the training step", shown=output.writes):
-                programs = compile_programs(run, state, rng_views, encode)
+                programs = make_programs(run, state, rng_views, encode)
             output.say(f"compiled the step in {time.perf_counter() - clock:.1f} s")
             state, progress, features = run_epochs(
                 run, programs, state, progress, store, manager, stop, output, after_epoch
@@ -155,7 +168,7 @@ def start(
 ) -> Progress:
     """Plot the partition, and record the accuracies of the untrained network."""
     names = run.dataset.class_names
-    if output.writes:
+    if output.writes and run.simulated:
         plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
     with waiting("evaluating the untrained network", shown=output.writes):
         metrics = {

@@ -22,7 +22,7 @@ def header(run: Run) -> str:
     """Describe devices, data, clients, both sides of the cut, and the plan of the run; one line each."""
     config, dataset, parts = run.config, run.dataset, run.parts
     pool, sync, optim = config.clients, config.sync, config.optim
-    classes = [len(np.unique(dataset.y_train[part])) for part in parts]
+    classes = [len(np.unique(dataset.y_train[part])) for part in parts] if run.simulated else []
     height, width, channels = dataset.x_train.shape[1:]
     client_params, server_params = jax.eval_shape(run.model.init, jax.random.key(0))
     device = meshes.first_device(run.mesh)
@@ -38,9 +38,12 @@ def header(run: Run) -> str:
         "source": run.source.description if run.source else "",
         "not used": find.counted(dataset.unused) + " (named with -v)" if dataset.unused else "",
         "images": f"{'resident on the device' if run.residence.resident else 'streamed from the host'}: "
-        f"{_bytes(math.prod(run.views.shape))}; {run.residence.why}",
+        f"{_bytes(math.prod(run.views.shape))}; {run.residence.why}"
+        if run.simulated
+        else "held by the clients",
         "clients": f"{pool.num:,}, {'all' if run.whole_pool else f'{run.cohort:,}'} in each epoch; each has "
-        f"{_span([len(part) for part in parts])} images of {_span(classes)} classes, "
+        f"{_span([len(part) for part in parts])} images"
+        f"{f' of {_span(classes)} classes' if classes else ''}, "
         f"batch {_span(run.batch_sizes.tolist())}" + (f"; {run.rich.clients} rich" if run.rich else ""),
     }
     if config.algorithm == "flmoco":

@@ -1,0 +1,1 @@
+"""Real clients: the training of MocoSFL over a network, see docs/clients.md."""

@@ -1,0 +1,350 @@
+"""The programs of a run whose clients are elsewhere. The training loop drives them as the simulation's.
+
+The server holds what the simulation holds: the server-side model, the queue, and, as of the last epoch, the
+state of every client. So its checkpoints are those of the simulation.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from mocosfl_jax.algorithm.interface import CohortState, SyncInfo, TrainState
+from mocosfl_jax.algorithm.messages import SmashedData
+from mocosfl_jax.config import Resolved
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.evaluation.features import Encode
+from mocosfl_jax.models import check_independence
+from mocosfl_jax.training import experiment, rounds
+from mocosfl_jax.training.experiment import Loaded, Run
+from mocosfl_jax.training.programs import Programs
+from mocosfl_jax.wire import codec, messages
+from mocosfl_jax.wire.codec import Misfit
+from mocosfl_jax.wire.contract import Terms, make_contract
+from mocosfl_jax.wire.hub import Hub
+
+# A deep breath between two looks at who is connected.
+_PATIENCE = 0.5  # seconds
+
+
+def check(config: Resolved) -> None:
+    """Raise UserError for what clients over a network cannot do."""
+    allowed: dict[str, tuple[Any, Any]] = {
+        "algorithm": (config.algorithm, "mocosfl"),
+        "own.algorithm": (config.own.algorithm, None),
+        "moco.feature_sharing": (config.moco.feature_sharing, True),
+        "sync.divergence_lambda": (config.sync.divergence_lambda, None),
+        "saving.loss_threshold": (config.saving.loss_threshold, 0.0),
+        "resist.strength": (config.resist.strength, 0.0),
+        "resist.source": (config.resist.source, None),
+        "clients.rich": (config.clients.rich, 0.0),
+    }
+    for field, (found, wanted) in allowed.items():
+        if found != wanted:
+            raise UserError(f"config.{field}: found {found!r}, allowed with real clients: {wanted!r}")
+    if config.moco.head == "mlp_bn":
+        raise UserError(
+            "config.moco.head: found 'mlp_bn', allowed with real clients: linear, mlp; its statistics would "
+            "contain the rows of clients that are left out"
+        )
+    if config.model.cut_layer == 0:
+        raise UserError(
+            "config.model.cut_layer: found 0, allowed with real clients: 1 or more; clients without layers "
+            "would send their images"
+        )
+
+
+def plan(config: Resolved, mesh: Mesh, loaded: Loaded, images: Mapping[int, int]) -> Run:
+    """The run of clients that hold so many images each.
+
+    Args:
+      config: the resolved configuration.
+      mesh: of the server.
+      loaded: the server's own data set. It serves to evaluate, and its mean and standard deviation normalise
+        the images of all clients.
+      images: of each of the N clients.
+
+    Raises:
+      UserError: if a part of the configuration is impossible.
+    """
+    parts = [np.arange(images[client]) for client in range(config.clients.num)]
+    dataset = loaded.dataset._replace(whole=None)  # clients resize their pictures themselves
+    run = experiment.assemble(config, mesh, None, dataset, parts, loaded.residence, loaded.fingerprint)
+    if config.own.network is not None:
+        height, width, channels = dataset.x_train.shape[1:]
+        check_independence(run.model, (height, width, channels))
+    return run._replace(simulated=False)
+
+
+def make_programs(
+    run: Run,
+    state: TrainState,
+    rng_views: Array,
+    encode: Encode,
+    *,
+    hub: Hub,
+    stop: Callable[[], bool],
+    say: Callable[[str], None],
+) -> Programs:
+    """The programs for the training loop. The contract is offered to the clients.
+
+    Args:
+      run: from `plan`.
+      state: the shapes, dtypes and placement of its state.
+      rng_views: key of all augmentations of the run.
+      encode: from `make_encode`.
+      hub: of the clients.
+      stop: whether the run should stop; then a wait for clients ends.
+      say: prints a line.
+    """
+    contract, terms = make_contract(run, rng_views)
+    hub.offer(contract)
+    turn = rounds.make_turn(run.algorithm, state, None if run.whole_pool else run.cohort)
+    server_step = compile_server_step(run, turn.state)
+    settings = run.config.wire
+    config = run.config
+    # The parts of its state that a client sends at a synchronization and at the end of its turn.
+    averaged = [
+        *(() if terms.frozen else ("params",)),
+        *(("key_params",) if config.sync.momentum_models and not terms.frozen else ()),
+        *(("opt_state",) if config.sync.buffers == "average" and not terms.frozen else ()),
+    ]
+    own = [
+        *(("key_params",) if not config.sync.momentum_models and not terms.frozen else ()),
+        *(("opt_state",) if config.sync.buffers == "keep" and not terms.frozen else ()),
+    ]
+
+    def members(state: CohortState) -> list[int]:
+        numbers = range(config.clients.num) if state.cohort is None else jax.device_get(state.cohort)
+        return [int(number) for number in numbers]
+
+    def feed(epoch: int, steps: range) -> Iterator[Any]:
+        """The numbers of the steps: the clients know their images."""
+        for step in steps:
+            yield np.array([epoch * run.steps_per_epoch + step])
+
+    def enter(state: TrainState, cohort: np.ndarray | None) -> CohortState:
+        at_work = turn.enter(state, cohort)
+        await_clients(hub, members(at_work), settings.deadline_s, settings.least, stop, say)
+        return at_work
+
+    def run_steps(state: CohortState, pieces: Iterable[Any]) -> tuple[CohortState, rounds.Curve]:
+        curves = []
+        for piece in pieces:
+            state, curve = step(state, int(piece[0]))
+            curves.append(curve)
+        return state, rounds.joined(curves)
+
+    def step(state: CohortState, number: int) -> tuple[CohortState, rounds.Curve]:
+        cohort = members(state)
+        form = terms.smashed
+        while True:
+            bring_up_to_date(hub, cohort, state, terms)
+            requests = {
+                client: messages.ToClient(forward=messages.Forward(step=number, place=place))
+                for place, client in enumerate(cohort)
+            }
+            answers = hub.ask(requests, settings.deadline_s)
+            found = {
+                client: smashed
+                for client, answer in answers.items()
+                if (smashed := fitting(hub, client, partial(_smashed, answer, form))) is not None
+            }
+            if found:
+                break
+            await_clients(hub, cohort, settings.deadline_s, settings.least, stop, say)
+        rows = form.shape[0]
+        shape = (len(cohort), *form.shape)
+        views = [np.zeros(shape, jnp.dtype(form.dtype)) for _ in range(2)]
+        real = np.zeros((len(cohort), rows), bool)
+        for place, client in enumerate(cohort):
+            if client in found:
+                real[place] = True
+                for view, sent in zip(views, found[client], strict=True):
+                    view[place] = sent
+        merged = SmashedData(*(view.reshape(-1, *form.shape[1:]) for view in views))
+        state, curve, gradient = server_step(state, merged, real.reshape(-1))
+        if not terms.frozen:
+            gradients = np.asarray(jax.device_get(gradient)).reshape(shape)
+            hub.tell(
+                {
+                    client: messages.ToClient(
+                        backward=messages.Backward(gradient=codec.pack(gradients[cohort.index(client)], form))
+                    )
+                    for client in found
+                }
+            )
+        return state, curve
+
+    def sync(state: CohortState) -> tuple[CohortState, SyncInfo]:
+        cohort = members(state)
+        if averaged:
+            state = collect(hub, state, cohort, averaged, terms, settings.deadline_s, fill=True)
+        state, info = turn.sync(state)
+        if averaged:
+            rows = jax.device_get([getattr(state.clients, part) for part in averaged])
+            news = {}
+            for client in range(config.clients.num):  # all receive the average, as in the simulation
+                place = cohort.index(client) if client in cohort else 0
+                row = [[leaf[place] for leaf in jax.tree.leaves(part)] for part in rows]
+                news[client] = messages.ToClient(
+                    load=messages.State(
+                        **{
+                            name: codec.pack_leaves(leaves)
+                            for name, leaves in zip(averaged, row, strict=True)
+                        },
+                        reset=config.sync.buffers == "reset" and client in cohort,
+                    )
+                )
+            hub.tell({client: message for client, message in news.items() if hub.current(client)})
+        return state, info
+
+    def leave(state: CohortState) -> TrainState:
+        if own:
+            state = collect(hub, state, members(state), own, terms, settings.deadline_s, fill=False)
+        return turn.leave(state)
+
+    return Programs(feed, run_steps, None, rounds.Turn(enter, sync, leave, turn.state), encode)
+
+
+def compile_server_step(run: Run, state: CohortState) -> Any:
+    """Compile the server's half of a step.
+
+    Returns:
+      A function (state, smashed data of the cohort [n, h, w, c], which rows have arrived [n] bool) -> state,
+      curve, gradient of the smashed queries [n, h, w, c]. The state is donated.
+    """
+    replay = run.algorithm.replay
+    assert replay is not None
+
+    def server_step(
+        state: CohortState, smashed: SmashedData, real: Array
+    ) -> tuple[CohortState, rounds.Curve, Array]:
+        state, info = replay.train(state, smashed, real)
+        assert info.smashed_grad is not None
+        return state, rounds.Curve([info.loss[None]], [info.top1[None]]), info.smashed_grad
+
+    form = run.smashed
+    smashed = SmashedData(*(jax.ShapeDtypeStruct(form.shape, form.dtype),) * 2)
+    real = jax.ShapeDtypeStruct(form.shape[:1], np.bool_)
+    return jax.jit(server_step, donate_argnums=0).lower(state, smashed, real).compile()
+
+
+def await_clients(
+    hub: Hub,
+    cohort: list[int],
+    seconds: float,
+    least: int,
+    stop: Callable[[], bool],
+    say: Callable[[str], None],
+) -> None:
+    """Wait until the clients of a cohort can be asked: for some seconds all of them, then the least number."""
+    start, told = time.monotonic(), False
+    while len(present := hub.ready() & set(cohort)) < len(cohort):
+        late = time.monotonic() - start > seconds
+        if late and len(present) >= min(least, len(cohort)):
+            break
+        if stop():
+            break
+        if late and not told:
+            say(f"waiting for clients: {len(present)} of {len(cohort)} are there, {least} are needed")
+            told = True
+        hub.wait(_PATIENCE)
+
+
+def bring_up_to_date(hub: Hub, cohort: list[int], state: CohortState, terms: Terms) -> None:
+    """Give the clients that have come, or have missed something, the state that the server has of them."""
+    behind = [client for client in sorted(hub.ready() & set(cohort)) if not hub.current(client)]
+    if not behind:
+        return
+    rows: dict[str, Any] = jax.device_get({part: getattr(state.clients, part) for part in messages.PARTS})
+    for client in behind:
+        place = cohort.index(client)
+        parts = {
+            name: codec.pack_leaves([leaf[place] for leaf in jax.tree.leaves(part)])
+            for name, part in rows.items()
+        }
+        hub.tell({client: messages.ToClient(load=messages.State(**parts))})
+        hub.believe(client)
+
+
+def collect(
+    hub: Hub,
+    state: CohortState,
+    cohort: list[int],
+    parts: list[str],
+    terms: Terms,
+    seconds: float,
+    *,
+    fill: bool,
+) -> CohortState:
+    """Replace parts of the cohort's state by what its clients send.
+
+    Args:
+      hub: of the clients.
+      state: the cohort at work.
+      cohort: numbers of its clients.
+      parts: their names.
+      terms: of the contract.
+      seconds: for which an answer is awaited.
+      fill: a client that does not answer gets the mean of the others, so that it has no part in an average;
+        otherwise it keeps what the server has of it.
+    """
+    request = {part: True for part in parts}
+    current = [client for client in cohort if hub.current(client)]
+    answers = hub.ask(
+        {client: messages.ToClient(collect=messages.Collect(**request)) for client in current}, seconds
+    )
+    found = {
+        client: leaves
+        for client, answer in answers.items()
+        if (leaves := fitting(hub, client, partial(_leaves, answer, parts, terms))) is not None
+    }
+    for client in cohort:
+        if client not in found:
+            hub.doubt(client)
+    if not found:
+        return state
+    members = state.clients
+    for number, name in enumerate(parts):
+        part = getattr(members, name)
+        leaves, structure = jax.tree.flatten(part)
+        new = []
+        for index, leaf in enumerate(leaves):
+            rows = np.array(jax.device_get(leaf))
+            sent = [found[client][number][index] for client in cohort if client in found]
+            if fill and len(sent) < len(cohort):
+                rows[:] = np.mean(np.stack(sent), axis=0)
+            for place, client in enumerate(cohort):
+                if client in found:
+                    rows[place] = found[client][number][index]
+            new.append(jax.device_put(rows, leaf.sharding))
+        members = members._replace(**{name: structure.unflatten(new)})
+    return state._replace(clients=members)
+
+
+def fitting(hub: Hub, client: int, read: Callable[[], Any]) -> Any:
+    """What a client has sent, or None if it does not fit; then its stream is ended."""
+    try:
+        return read()
+    except Misfit as error:
+        hub.drop(client, str(error))
+        return None
+
+
+def _smashed(answer: Any, form: codec.Format) -> list[np.ndarray]:
+    if answer.WhichOneof("content") != "smashed":
+        raise Misfit(f"message: found {answer.WhichOneof('content')}, allowed: smashed")
+    return [codec.unpack(answer.smashed.query, form), codec.unpack(answer.smashed.key, form)]
+
+
+def _leaves(answer: Any, parts: list[str], terms: Terms) -> list[list[np.ndarray]]:
+    if answer.WhichOneof("content") != "state":
+        raise Misfit(f"message: found {answer.WhichOneof('content')}, allowed: state")
+    return [codec.unpack_leaves(getattr(answer.state, part), terms.shapes(part)) for part in parts]
