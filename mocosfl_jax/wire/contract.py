@@ -18,6 +18,7 @@ from jax import Array
 
 from mocosfl_jax.algorithm import clients
 from mocosfl_jax.algorithm.clients import ClientState
+from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.algorithm.messages import Views
 from mocosfl_jax.errors import UserError, one_line
 from mocosfl_jax.models.forms import ACCELERATOR
@@ -90,11 +91,12 @@ class Programs(NamedTuple):
     backward: Callable[..., Any] | None  # None: the clients are frozen
 
 
-def make_contract(run: Run, rng_views: Array) -> tuple[Contract, Terms]:
+def make_contract(run: Run, state: TrainState, rng_views: Array) -> tuple[Contract, Terms]:
     """Export the client's half of a step.
 
     Args:
       run: whose steps per epoch are final.
+      state: the shapes and dtypes of its state.
       rng_views: key of all augmentations of the run.
     """
     config = run.config
@@ -102,7 +104,7 @@ def make_contract(run: Run, rng_views: Array) -> tuple[Contract, Terms]:
     cohort_model = jax.vmap(model.client)
     optimizer = client_optimizer(config, run.steps_per_epoch)
     batch_size = int(run.batch_sizes[0])
-    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    params, _ = jax.eval_shape(run.algorithm.models, state).online
     opt_state = jax.eval_shape(lambda params: () if optimizer is None else optimizer.init(params), params)
     key_data = np.asarray(jax.random.key_data(rng_views))
     of_params, of_opt_state = jax.tree.structure(params), jax.tree.structure(opt_state)
@@ -127,14 +129,16 @@ def make_contract(run: Run, rng_views: Array) -> tuple[Contract, Terms]:
         views = run.make_views(rngs, images[None])
         if config.moco.full_symmetric:
             views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
-        state = member(of_params.unflatten(params), of_params.unflatten(key_params))
+        state = member(jax.tree.unflatten(of_params, params), jax.tree.unflatten(of_params, key_params))
         state, smashed, _ = clients.forward(cohort_model, state, views, config.moco.momentum)
         return leaves(state.key_params), smashed.query[0], smashed.key[0], views.query[0]
 
     def backward(
         params: list, opt_state: list, query: Array, gradient: Array, step: Array
     ) -> tuple[list, list]:
-        state = member(of_params.unflatten(params), opt_state=of_opt_state.unflatten(opt_state))
+        state = member(
+            jax.tree.unflatten(of_params, params), opt_state=jax.tree.unflatten(of_opt_state, opt_state)
+        )
         _, pullback = jax.vjp(lambda params: cohort_model(params, query[None]), state.params)
         assert optimizer is not None
         state = clients.backward(state, lambda grad: pullback(grad)[0], gradient[None], optimizer, step)

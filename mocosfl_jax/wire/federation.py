@@ -103,10 +103,10 @@ def make_programs(
       stop: whether the run should stop; then a wait for clients ends.
       say: prints a line.
     """
-    contract, terms = make_contract(run, rng_views)
+    contract, terms = make_contract(run, state, rng_views)
     hub.offer(contract)
     turn = rounds.make_turn(run.algorithm, state, None if run.whole_pool else run.cohort)
-    server_step = compile_server_step(run, turn.state)
+    server_step = compile_server_step(run, turn.state, terms.smashed)
     settings = run.config.wire
     config = run.config
     # The parts of its state that a client sends at a synchronization and at the end of its turn.
@@ -162,14 +162,14 @@ def make_programs(
         rows = form.shape[0]
         shape = (len(cohort), *form.shape)
         views = [np.zeros(shape, jnp.dtype(form.dtype)) for _ in range(2)]
-        real = np.zeros((len(cohort), rows), bool)
+        arrived = np.zeros((len(cohort), rows), bool)
         for place, client in enumerate(cohort):
             if client in found:
-                real[place] = True
+                arrived[place] = True
                 for view, sent in zip(views, found[client], strict=True):
                     view[place] = sent
-        merged = SmashedData(*(view.reshape(-1, *form.shape[1:]) for view in views))
-        state, curve, gradient = server_step(state, merged, real.reshape(-1))
+        query, key = (view.reshape(-1, *form.shape[1:]) for view in views)
+        state, curve, gradient = server_step(state, (query, key), arrived.reshape(-1))
         if not terms.frozen:
             gradients = np.asarray(jax.device_get(gradient)).reshape(shape)
             hub.tell(
@@ -213,27 +213,32 @@ def make_programs(
     return Programs(feed, run_steps, None, rounds.Turn(enter, sync, leave, turn.state), encode)
 
 
-def compile_server_step(run: Run, state: CohortState) -> Any:
+def compile_server_step(run: Run, state: CohortState, of_client: codec.Format) -> Any:
     """Compile the server's half of a step.
 
+    Args:
+      run: from `plan`.
+      state: the shapes, dtypes and placement of the cohort at work.
+      of_client: how a client sends the smashed data of one kind of view.
+
     Returns:
-      A function (state, smashed data of the cohort [n, h, w, c], which rows have arrived [n] bool) -> state,
-      curve, gradient of the smashed queries [n, h, w, c]. The state is donated.
+      A function (state, smashed queries and keys of the cohort [n, h, w, c] each, which rows have arrived [n]
+      bool) -> state, curve, gradient of the smashed queries [n, h, w, c]. The state is donated.
     """
     replay = run.algorithm.replay
     assert replay is not None
 
     def server_step(
-        state: CohortState, smashed: SmashedData, real: Array
+        state: CohortState, smashed: tuple[Array, Array], arrived: Array
     ) -> tuple[CohortState, rounds.Curve, Array]:
-        state, info = replay.train(state, smashed, real)
+        state, info = replay.train(state, SmashedData(*smashed), arrived)
         assert info.smashed_grad is not None
         return state, rounds.Curve([info.loss[None]], [info.top1[None]]), info.smashed_grad
 
-    form = run.smashed
-    smashed = SmashedData(*(jax.ShapeDtypeStruct(form.shape, form.dtype),) * 2)
-    real = jax.ShapeDtypeStruct(form.shape[:1], np.bool_)
-    return jax.jit(server_step, donate_argnums=0).lower(state, smashed, real).compile()
+    rows, *shape = of_client.shape
+    one = jax.ShapeDtypeStruct((run.cohort * rows, *shape), of_client.dtype)
+    arrived = jax.ShapeDtypeStruct(one.shape[:1], np.bool_)
+    return jax.jit(server_step, donate_argnums=0).lower(state, (one, one), arrived).compile()
 
 
 def await_clients(
@@ -244,7 +249,7 @@ def await_clients(
     stop: Callable[[], bool],
     say: Callable[[str], None],
 ) -> None:
-    """Wait until the clients of a cohort can be asked: for some seconds all of them, then the least number."""
+    """Wait until a cohort can be asked: for some seconds all of it, then the least number of clients."""
     start, told = time.monotonic(), False
     while len(present := hub.ready() & set(cohort)) < len(cohort):
         late = time.monotonic() - start > seconds
@@ -325,7 +330,7 @@ def collect(
                 if client in found:
                     rows[place] = found[client][number][index]
             new.append(jax.device_put(rows, leaf.sharding))
-        members = members._replace(**{name: structure.unflatten(new)})
+        members = members._replace(**{name: jax.tree.unflatten(structure, new)})
     return state._replace(clients=members)
 
 

@@ -210,10 +210,12 @@ def dealer(count: int, client: int, terms: Terms) -> Callable[[int], np.ndarray]
 
 def load(member: Member, message: Any, terms: Terms) -> Member:
     """The client's state with the parts that the server has sent."""
-    for part in messages.PARTS:
-        if message.HasField(part):
-            leaves = codec.unpack_leaves(getattr(message, part), terms.shapes(part))
-            member = member._replace(**{part: leaves})
+    parts: dict[str, Any] = {
+        part: codec.unpack_leaves(getattr(message, part), terms.shapes(part))
+        for part in messages.PARTS
+        if message.HasField(part)
+    }
+    member = member._replace(**parts)
     if message.reset:
         member = member._replace(opt_state=[np.zeros_like(leaf) for leaf in member.opt_state])
     return member
