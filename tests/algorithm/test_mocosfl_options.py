@@ -247,6 +247,29 @@ def test_replay_is_the_servers_half_of_a_step(
     assert replayed.step == state.step + 1
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clients_that_are_left_out_have_no_part_in_a_step(
+    build: Build, toy_model: SplitModel, symmetric: bool
+) -> None:
+    """The server's half on the rows of two of three clients is that of a cohort of these two."""
+    algorithm, state = build(toy_model, symmetric=symmetric)
+    assert algorithm.replay is not None
+    at_rest = algorithm.leave(diverse(state))
+    two, three = (algorithm.enter(at_rest, jnp.array(cohort)) for cohort in ([0, 3], [0, 1, 3]))
+    _, info = algorithm.step(two, random_views(1, 2, B))
+    assert info.smashed is not None
+    expected, alone = algorithm.replay.train(two, info.smashed)
+    missing = jnp.full((B, *info.smashed.query.shape[1:]), 7.0)
+    with_gap = SmashedData(*(jnp.concatenate([x[:B], missing, x[B:]]) for x in info.smashed))
+    arrived = jnp.repeat(jnp.array([True, False, True]), B)
+    found, among = algorithm.replay.train(three, with_gap, arrived)
+    assert_trees_close(found.server, expected.server, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose((among.loss, among.top1), (alone.loss, alone.top1), rtol=1e-6)
+    assert among.smashed_grad is not None and alone.smashed_grad is not None
+    np.testing.assert_allclose(among.smashed_grad[arrived], alone.smashed_grad, rtol=1e-5, atol=1e-9)
+    assert not among.smashed_grad[~arrived].any()
+
+
 # Synchronization.
 
 

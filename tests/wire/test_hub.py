@@ -1,0 +1,257 @@
+"""The server turns away whoever does not fit, and goes on without whoever falls silent."""
+
+import threading
+import time
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import pytest
+
+from mocosfl_jax.wire import hub as hubs
+from mocosfl_jax.wire import messages
+from mocosfl_jax.wire.contract import Contract
+from mocosfl_jax.wire.hub import Hub, Rules, listening
+
+CONTRACT = Contract("{}", b"forward", b"backward")
+LARGEST = 10_000
+
+
+class Stream:
+    """A client that says what a test tells it to say."""
+
+    def __init__(self, port: int, serializer: Any = messages.FromClient.SerializeToString) -> None:
+        self.outgoing: SimpleQueue[Any] = SimpleQueue()
+        self.channel = grpc.insecure_channel(
+            f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+        )
+        call = self.channel.stream_stream(
+            f"/{messages.SERVICE}/Train",
+            request_serializer=serializer,
+            response_deserializer=messages.ToClient.FromString,
+        )
+        self.incoming = call(iter(self.outgoing.get, None))
+
+    def say(self, **content: Any) -> None:
+        self.outgoing.put(messages.FromClient(**content))
+
+    def hear(self, kind: str) -> Any:
+        message = next(self.incoming)
+        assert message.WhichOneof("content") == kind
+        return message
+
+    def join(self, client: int | None = 0, images: int = 5) -> int:
+        self.say(hello=messages.Hello(protocol=messages.PROTOCOL, client_id=client))
+        number: int = self.hear("welcome").welcome.client_id
+        self.say(holding=messages.Holding(images=images))
+        return number
+
+    def accept(self) -> None:
+        self.say(ready=messages.Ready(digest=self.hear("contract").contract.digest))
+
+    def refusal(self) -> tuple[grpc.StatusCode, str]:
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in self.incoming:
+                pass
+        error: Any = caught.value
+        return error.code(), error.details()
+
+    def close(self) -> None:
+        self.outgoing.put(None)
+        self.channel.close()
+
+
+class Server:
+    """A hub that listens, and its streams."""
+
+    def __init__(self, hub: Hub, port: int, said: list[str]) -> None:
+        self.hub, self.port, self.said = hub, port, said
+        self.streams: list[Stream] = []
+
+    def stream(self, **options: Any) -> Stream:
+        self.streams.append(Stream(self.port, **options))
+        return self.streams[-1]
+
+    def ready(self, *clients: int) -> list[Stream]:
+        """Streams of clients that have accepted the contract."""
+        self.hub.offer(CONTRACT)
+        streams = [self.stream() for _ in clients]
+        for client, stream in zip(clients, streams, strict=True):
+            stream.join(client)
+            stream.accept()
+        until(lambda: self.hub.ready() == set(clients))
+        return streams
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    said: list[str] = []
+    hub = Hub(Rules(num_clients=3, batch_size=2, image_size=8, authenticated=False), said.append)
+    with listening(hub, "127.0.0.1:0", None, LARGEST) as port:
+        found = Server(hub, port, said)
+        yield found
+        for stream in found.streams:
+            stream.close()
+
+
+def until(condition: Any, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+def forward(step: int = 0) -> Any:
+    return messages.ToClient(forward=messages.Forward(step=step))
+
+
+def test_answers_are_gathered_by_client(server: Server) -> None:
+    streams = server.ready(0, 2)
+
+    def answer(stream: Stream, data: bytes) -> None:
+        request = stream.hear("forward")
+        smashed = messages.Smashed(query=messages.Array(data=data))
+        stream.say(number=request.number, smashed=smashed)
+
+    threads = [
+        threading.Thread(target=answer, args=(stream, data))
+        for stream, data in zip(streams, (b"zero", b"two"), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    answers = server.hub.ask({0: forward(), 1: forward(), 2: forward()}, 20.0)
+    assert {client: answer.smashed.query.data for client, answer in answers.items()} == {
+        0: b"zero",
+        2: b"two",
+    }
+
+
+def test_a_silent_client_is_left_out_until_it_answers(server: Server) -> None:
+    (stream,) = server.ready(1)
+    assert server.hub.ask({1: forward()}, 0.2) == {}
+    assert server.hub.ready() == set()  # it is still at work
+    assert server.hub.ask({1: forward(1)}, 0.2) == {}  # so it is not asked
+    stream.say(number=stream.hear("forward").number, smashed=messages.Smashed())
+    until(lambda: server.hub.ready() == {1})
+
+
+def test_a_client_that_leaves_ends_the_wait_for_it(server: Server) -> None:
+    (stream,) = server.ready(1)
+    threading.Timer(0.2, stream.close).start()
+    start = time.monotonic()
+    assert server.hub.ask({1: forward()}, 60.0) == {}
+    assert time.monotonic() - start < 30
+    assert any(line.startswith("client 1: ") for line in server.said)
+
+
+@pytest.mark.parametrize(
+    "hello, images, code, reason",
+    [
+        ({"protocol": 99}, 5, "FAILED_PRECONDITION", "protocol: found 99, allowed: 1"),
+        ({"client_id": 3}, 5, "PERMISSION_DENIED", "client_id: found 3, allowed: 0 to 2"),
+        ({}, 1, "FAILED_PRECONDITION", "images: found 1, allowed: 2 or more"),
+    ],
+)
+def test_who_does_not_fit_is_told_why(
+    server: Server, hello: dict[str, int], images: int, code: str, reason: str
+) -> None:
+    stream = server.stream()
+    stream.say(hello=messages.Hello(**{"protocol": messages.PROTOCOL, "client_id": 0} | hello))
+    stream.say(holding=messages.Holding(images=images))
+    found, details = stream.refusal()
+    assert found.name == code and details.startswith(reason)
+    assert not server.hub.images
+
+
+def test_free_numbers_are_given_out_until_there_are_none(server: Server) -> None:
+    assert [server.stream().join(None) for _ in range(3)] == [0, 1, 2] or len(server.hub.images) < 3
+    until(lambda: len(server.hub.images) == 3)
+    late = server.stream()
+    late.say(hello=messages.Hello(protocol=messages.PROTOCOL))
+    assert late.refusal()[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_number_is_connected_once(server: Server) -> None:
+    server.ready(0)
+    twin = server.stream()
+    twin.say(hello=messages.Hello(protocol=messages.PROTOCOL, client_id=0))
+    assert twin.refusal() == (grpc.StatusCode.UNAVAILABLE, "client_id: 0 is connected already")
+    assert server.hub.ready() == {0}
+
+
+def test_a_client_may_not_come_back_with_other_images(server: Server) -> None:
+    (stream,) = server.ready(0)
+    stream.close()
+    until(lambda: server.hub.ready() == set())
+    again = server.stream()
+    again.join(0, images=6)
+    assert again.refusal()[1].startswith("images: found 6, allowed: 5")
+
+
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_an_answer_that_was_not_asked_for_ends_the_stream(server: Server, number: int) -> None:
+    (stream,) = server.ready(0)
+    stream.say(number=number, smashed=messages.Smashed())
+    assert stream.refusal()[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert server.hub.ready() == set()
+
+
+def test_a_repeated_answer_ends_the_stream(server: Server) -> None:
+    (stream,) = server.ready(0)
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(server.hub.ask({0: forward()}, 20.0)))
+    asking.start()
+    number = stream.hear("forward").number
+    for _ in range(2):
+        stream.say(number=number, smashed=messages.Smashed())
+    asking.join()
+    assert list(answers[0]) == [0]
+    assert stream.refusal()[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_bytes_that_are_no_message_end_the_stream(server: Server) -> None:
+    good, bad = server.ready(0)[0], server.stream(serializer=lambda data: data)
+    bad.outgoing.put(b"\xff\xff\xff\xff not a message")
+    with pytest.raises(grpc.RpcError):
+        next(bad.incoming)
+    assert server.hub.ready() == {0}
+    good.close()
+
+
+def test_a_message_that_is_too_large_ends_the_stream(server: Server) -> None:
+    good, bad = server.ready(0, 1)
+    bad.say(number=1, smashed=messages.Smashed(query=messages.Array(data=bytes(LARGEST))))
+    assert bad.refusal()[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    until(lambda: server.hub.ready() == {0})
+    good.close()
+
+
+def test_a_client_that_takes_no_messages_is_given_up(server: Server) -> None:
+    """The queue of a client is bounded, and so is the memory of the server."""
+    server.ready(0)
+    large = messages.ToClient(load=messages.State(params=messages.Leaves(data=[bytes(1 << 20)])))
+    for _ in range(hubs.WAITING + 200):
+        server.hub.tell({0: large})
+        if not server.hub.ready():
+            break
+    assert server.hub.ready() == set()
+
+
+def test_thousands_of_wrong_messages_leave_the_server_as_it_was(server: Server) -> None:
+    server.ready(0)
+    threads = threading.active_count()
+    wrong = [
+        messages.FromClient(),
+        messages.FromClient(number=3, state=messages.State()),
+        messages.FromClient(ready=messages.Ready(digest=b"x")),
+        messages.FromClient(hello=messages.Hello(protocol=7)),
+    ]
+    for attempt in range(500):
+        stream = Stream(server.port)
+        for message in (wrong * 2)[attempt % 4 : attempt % 4 + 4]:
+            stream.outgoing.put(message)
+        stream.refusal()
+        stream.close()
+    assert server.hub.ready() == {0} and set(server.hub.images) == {0}
+    until(lambda: threading.active_count() <= threads + 5)
