@@ -24,18 +24,16 @@ EPOCHS = 3
 
 
 def config(images: str, **sections: Any) -> Config:
-    return Config(
-        **{
-            "data": Data(name="npz", dir=images),
-            "clients": Clients(num=4, batch_size=2, noniid_ratio=0.5),
-            "sync": Synchronization(frequency=3),
-            "own": Own(network=constant_network(make_toy_model())),
-            "moco": Moco(preset="v1", key_dim=8, queue_size=40),
-            "optim": Optim(server_lr=0.03, schedule="cosine"),
-            "epochs": EPOCHS,
-        }
-        | sections
-    )
+    given: dict[str, Any] = {
+        "data": Data(name="npz", dir=images),
+        "clients": Clients(num=4, batch_size=2, noniid_ratio=0.5),
+        "sync": Synchronization(frequency=3),
+        "own": Own(network=constant_network(make_toy_model())),
+        "moco": Moco(preset="v1", key_dim=8, queue_size=40),
+        "optim": Optim(server_lr=0.03, schedule="cosine"),
+        "epochs": EPOCHS,
+    }
+    return Config(**given | sections)
 
 
 def in_float64(state: Any) -> Any:

@@ -1,0 +1,241 @@
+"""The commands serve, join and certificates: a federation of processes, kills, and mistakes in one line."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mocosfl_jax import certificates, join, serve
+from tests.support.processes import FIELDS, ROOT, free_port
+from tests.support.small_run import metrics, write_images
+from tests.support.toy import IMAGE, last_arrays, with_toy
+from tests.support.training import prepare
+
+EPOCHS = 6
+
+
+def fields(data: str) -> list[str]:
+    given = FIELDS | {"data.dir": data, "epochs": EPOCHS, "clients.num": 3, "clients.cohort": 3}
+    given |= {"mesh.data": 1, "wire.deadline_s": 20.0}
+    return [f"--config.{name}={value}" for name, value in given.items()]
+
+
+class Federation:
+    """A server and clients, each a process with a log."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.data = write_images(folder / "set.npz", IMAGE)
+        self.port = free_port()
+        self.workdir = folder / "run"
+        self.arguments = [*fields(self.data), f"--workdir={self.workdir}"]
+        config, *_ = serve.parse(with_toy(["serve", *self.arguments, "--listen=127.0.0.1:1", "--insecure"]))
+        self.simulated = prepare(config)
+        for client, part in enumerate(self.simulated.parts):
+            np.savez(folder / f"{client}.npz", images=np.asarray(self.simulated.dataset.x_train[part]))
+        self.tls = folder / "tls"
+        assert certificates.main(["certificates", f"--tls={self.tls}", "--clients=3"]) == 0
+        self.running: list[subprocess.Popen] = []
+
+    def start(self, name: str, module: str, arguments: Sequence[str]) -> subprocess.Popen:
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments], stdout=log, stderr=log, env=env, cwd=ROOT
+            )
+        self.running.append(process)
+        return process
+
+    def serve(self) -> subprocess.Popen:
+        arguments = [*self.arguments, f"--listen=127.0.0.1:{self.port}", f"--tls={self.tls}"]
+        return self.start("serve", "mocosfl_jax.serve", with_toy(["serve", *arguments])[1:])
+
+    def join(self, client: int) -> subprocess.Popen:
+        where = [f"--server=localhost:{self.port}", f"--tls={self.tls / f'client-{client}'}"]
+        data = f"--data={self.folder / f'{client}.npz'}"
+        return self.start(f"join-{client}", "mocosfl_jax.join", [*where, data, "--patience=60"])
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def until(self, condition: Callable[[], Any], seconds: float = 120.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, self.log("serve")
+            time.sleep(0.02)
+
+    def epochs(self) -> int:
+        """How many epochs are in metrics.jsonl."""
+        path = self.workdir / "metrics.jsonl"
+        return len(path.read_text().splitlines()) - 1 if path.exists() else -1
+
+
+@pytest.fixture
+def federation(tmp_path: pathlib.Path) -> Iterator[Federation]:
+    found = Federation(tmp_path)
+    yield found
+    for process in found.running:
+        process.kill()
+        process.wait()
+
+
+def test_processes_train_what_the_simulation_trains(federation: Federation) -> None:
+    """Also if the server and a client are killed on the way: both go on from the last checkpoint."""
+    server = federation.serve()
+    clients = [federation.join(client) for client in range(3)]
+    federation.until(lambda: federation.epochs() >= 1)
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    server = federation.serve()
+    federation.until(lambda: federation.epochs() >= 3)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(60) in (143, 0)
+    clients[1].send_signal(signal.SIGKILL)
+    clients[1] = federation.join(1)
+    server = federation.serve()
+    assert server.wait(120) == 0, federation.log("serve")
+    for number, client in enumerate(clients):
+        assert client.wait(60) == 0, federation.log(f"join-{number}")
+        assert "the training is finished" in federation.log(f"join-{number}")
+
+    simulated = federation.folder / "simulated"
+    argv = ["train", *fields(federation.data), f"--workdir={simulated}"]
+    assert federation.start("train", "mocosfl_jax.train", with_toy(argv)[1:]).wait(120) == 0
+    found, expected = metrics(federation.workdir), metrics(simulated)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    losses, wanted = ([line["loss"] for line in lines if "loss" in line] for lines in (found, expected))
+    np.testing.assert_allclose(losses, wanted, rtol=1e-4)
+    for ours, theirs in zip(last_arrays(argv, federation.workdir), last_arrays(argv, simulated), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert json.loads((federation.workdir / "clients.json").read_text()) == {
+        str(client): len(part) for client, part in enumerate(federation.simulated.parts)
+    }
+
+
+def test_a_client_of_another_authority_is_refused(federation: Federation) -> None:
+    federation.serve()
+    federation.until(lambda: "listening" in federation.log("serve"))
+    federation.join(0)
+    federation.until(lambda: "client 0: " in federation.log("serve"))
+    federation.tls = federation.folder / "other"
+    assert certificates.main(["certificates", f"--tls={federation.tls}", "--clients=3"]) == 0
+    stranger = federation.join(1)
+    assert stranger.wait(60) == 2
+    (line,) = [line for line in federation.log("join-1").splitlines() if line.startswith("error: ")]
+    assert "certificates" in line
+    assert "client 1: " not in federation.log("serve")
+
+
+def test_a_certificate_is_for_one_number_only(federation: Federation) -> None:
+    federation.serve()
+    federation.until(lambda: "listening" in federation.log("serve"))
+    where = [f"--server=localhost:{federation.port}", f"--data={federation.folder / '0.npz'}"]
+    for name in ("client-1.pem", "client-1.key"):
+        (federation.tls / "client-1" / name).rename(federation.tls / "client-1" / name.replace("1", "2"))
+    thief = federation.start(
+        "thief",
+        "mocosfl_jax.join",
+        [*where, f"--tls={federation.tls / 'client-1'}", "--client_id=2", "--patience=0"],
+    )
+    assert thief.wait(60) == 2
+    assert "client_id: found 2, allowed: 1, as in the certificate" in federation.log("thief")
+
+
+LOCAL = ["--listen=127.0.0.1:8000", "--insecure"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--listen is missing"),
+        (["--listen=8000", "--insecure"], "--listen: found '8000', allowed: HOST:PORT"),
+        (["--listen=127.0.0.1:8000"], "found neither --tls nor --insecure"),
+        (
+            ["--listen=0.0.0.0:8000", "--insecure"],
+            "--insecure: found 0.0.0.0:8000, allowed: an address of this",
+        ),
+        (["--listen=127.0.0.1:8000", "--tls=nowhere"], "--tls: "),
+        (
+            [*LOCAL, "--config.algorithm=flmoco"],
+            "config.algorithm: found 'flmoco', allowed with",
+        ),
+        ([*LOCAL, "--config.model.cut_layer=0"], "config.model.cut_layer: found 0"),
+        ([*LOCAL, "--config.moco.head=mlp_bn"], "config.moco.head: found 'mlp_bn'"),
+        ([*LOCAL, "--config.moco.feature_sharing=False"], "config.moco.feature_sharing: found False"),
+        ([*LOCAL, "--config.wire.dtype=int4"], "config.wire.dtype: found 'int4', allowed: exact, float32"),
+        ([*LOCAL, "--config.wire.least=0"], "config.wire.least: found 0, allowed: 1 to"),
+    ],
+)
+def test_mistakes_of_the_server_are_one_line(
+    arguments: list[str], message: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert serve.main(["serve", f"--workdir={tmp_path / 'run'}", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_of_a_client_are_one_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    np.savez(tmp_path / "floats.npz", images=np.zeros((3, 4, 4, 3)))
+    np.savez(tmp_path / "other.npz", labels=np.zeros(3))
+    (tmp_path / "broken.npz").write_bytes(b"PK nothing")
+    (tmp_path / "empty").mkdir()
+    local = "--server=127.0.0.1:1"
+    for arguments, message in (
+        ([local, "--insecure"], "--data is missing"),
+        (["--server=example.org:1", "--insecure", "--data=."], "--insecure: found example.org:1"),
+        ([local, "--insecure", "--data=nowhere"], "--data: found no nowhere"),
+        ([local, f"--tls={tmp_path}", f"--data={tmp_path}"], "has keys of 0 clients, allowed: 1"),
+        (
+            [local, "--insecure", f"--data={tmp_path}", "--patience=0"],
+            "--server: 127.0.0.1:1 was away for 0 s",
+        ),
+    ):
+        assert join.main(["join", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    for name, message in (
+        ("floats.npz", "has images (3, 4, 4, 3) of float64, allowed: images"),
+        ("other.npz", "has no array images or x_train"),
+        ("broken.npz", "is no npz file that can be read"),
+        ("empty", "holds no picture that can be read"),
+    ):
+        with pytest.raises(ValueError, match="--data") as caught:
+            join.read_pictures(tmp_path / name, 4)
+        assert message in str(caught.value)
+
+
+def test_a_folder_of_pictures_is_resized(tmp_path: pathlib.Path) -> None:
+    from PIL import Image
+
+    for number, size in enumerate((8, 16)):
+        Image.new("RGB", (size, size), (10 * number, 20, 30)).save(tmp_path / f"{number}.png")
+    (tmp_path / "note.txt").write_text("no picture")
+    pictures = join.read_pictures(tmp_path, 4)
+    assert pictures.shape == (2, 4, 4, 3) and pictures.dtype == np.uint8
+    assert pictures[1, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_certificates_are_made_once_and_private(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "tls"
+    command = ["certificates", f"--tls={folder}", "--clients=2", "--hosts=example.org,10.0.0.1"]
+    assert certificates.main(command) == 0
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*.key")} == {0o600}
+    assert sorted(path.name for path in (folder / "client-1").iterdir()) == [
+        "authority.pem",
+        "client-1.key",
+        "client-1.pem",
+    ]
+    capsys.readouterr()
+    assert certificates.main(command) == 2
+    assert "is not empty, allowed: a new folder" in capsys.readouterr().err
