@@ -12,6 +12,7 @@
   host      what the host does for pools of 1,000 to 1,000,000 clients
   limit     FLOP/s of a training step, compared with a matrix product on this machine
   eval      features and kNN, compared with PyTorch
+  wire      a step with 5 to 100 clients over a network, compared with simulated ones
 
 Each case prints a line of JSON to stdout. A table of all cases follows on stderr. Seconds are medians over
 --repeats (default 5), where the contenders take turns. ratio is baseline_s / ours_s: above 1, mocosfl_jax is
@@ -44,6 +45,7 @@ MODULES = {  # each has NEEDS, the further packages it needs, and results(repeat
     "host": "benchmarks.host",
     "limit": "benchmarks.limit",
     "eval": "benchmarks.evaluation",
+    "wire": "benchmarks.wire",
 }
 
 
@@ -99,7 +101,8 @@ def load(name: str) -> Any:
     module = importlib.import_module(MODULES[name])
     for package in module.NEEDS:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{name}: found no {package}, allowed: pip install -e '.[bench]'")
+            extra = "wire" if name == "wire" else "bench"
+            raise UserError(f"{name}: found no {package}, allowed: pip install -e '.[{extra}]'")
     return module
 
 

@@ -266,13 +266,17 @@ class Hub:
         return wish
 
     async def _serve(self, peer: Peer, context: Any) -> None:
-        ended = asyncio.ensure_future(context.read())  # a client that leaves while it waits
+        answer = asyncio.ensure_future(context.read())
         offered = asyncio.ensure_future(self._offered.wait())
+        given_up = asyncio.ensure_future(peer.outgoing.get())
+        waiting = {answer, offered, given_up}
         try:
-            await asyncio.wait({ended, offered}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if given_up.done():
+                raise given_up.result()
             contract = self._contract
             if contract is None:
-                self._expect(ended.result(), None)
+                self._expect(answer.result(), None)
                 raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "message: found one before the contract")
             offer = messages.Contract(
                 terms=contract.terms,
@@ -281,13 +285,16 @@ class Hub:
                 digest=contract.digest,
             )
             await self._write(context, messages.ToClient(contract=offer))
-            answer = await asyncio.wait_for(ended, READY_SECONDS)
-        except TimeoutError as error:
-            raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "contract: not answered in time") from error
+            await asyncio.wait({answer, given_up}, timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if given_up.done():
+                raise given_up.result()
+            if not answer.done():
+                raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "contract: not answered in time")
+            ready = self._expect(answer.result(), "ready").ready
         finally:
-            offered.cancel()
-            ended.cancel()
-        if self._expect(answer, "ready").ready.digest != contract.digest:
+            for task in waiting:
+                task.cancel()
+        if ready.digest != contract.digest:
             raise Refused(grpc.StatusCode.FAILED_PRECONDITION, "contract: found another digest")
         peer.ready = True
         self._changed.set()

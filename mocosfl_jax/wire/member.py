@@ -11,7 +11,7 @@ import grpc
 import jax
 import numpy as np
 
-from mocosfl_jax.errors import UserError, one_line
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.feed.partition import client_indices
 from mocosfl_jax.wire import codec, messages
 from mocosfl_jax.wire.contract import Programs, Terms, read_contract
@@ -19,7 +19,7 @@ from mocosfl_jax.wire.contract import Programs, Terms, read_contract
 Say = Callable[[str], None]
 ReadImages = Callable[[int], np.ndarray]  # the size in pixels -> [n, size, size, 3] uint8
 
-_LONGEST_PAUSE = 30.0  # seconds between two attempts to reach the server
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts to reach the server
 _KEEPALIVE_MS = 20_000
 # What the server says of a client that will never do; it is not asked again.
 _FINAL = {
@@ -62,24 +62,31 @@ def take_part(access: Access, read: ReadImages, client: int | None, say: Say) ->
     Raises:
       UserError: if the server refuses this client, or is away for too long.
     """
-    pause, last = 0.5, time.monotonic()
     read = lru_cache(1)(read)
+    number, here = client, False
+
+    def welcomed(given: int) -> None:
+        nonlocal number, here
+        number, here = given, True
+
+    pause, last = _SHORTEST_PAUSE, time.monotonic()
     while True:
+        here = False
         try:
-            client, finished = stay(access, read, client, say)
-            if finished:
+            if stay(access, read, number, welcomed, say):
                 return
-            pause, last = 0.5, time.monotonic()
             reason = "the server has ended the stream"
         except grpc.RpcError as error:
-            code, details = error.code(), error.details() or ""
+            code, details = error.code(), " ".join((error.details() or "").split())
             if code in _FINAL:
                 raise UserError(f"{access.address}: {details}") from error
             if "handshake" in details.lower() or "certificate" in details.lower():
                 raise UserError(
                     f"--tls: {access.address} and this client refuse each other's certificates ({details})"
                 ) from error
-            reason = one_line(Exception(details)).removeprefix("Exception: ")
+            reason = details or code.name
+        if here:  # it was there until now
+            pause, last = _SHORTEST_PAUSE, time.monotonic()
         if time.monotonic() - last > access.patience:
             raise UserError(f"--server: {access.address} was away for {access.patience:.0f} s ({reason})")
         say(f"{reason}; trying again in {pause:.1f} s")
@@ -87,11 +94,24 @@ def take_part(access: Access, read: ReadImages, client: int | None, say: Say) ->
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def stay(access: Access, read: ReadImages, client: int | None, say: Say) -> tuple[int | None, bool]:
+def stay(
+    access: Access, read: ReadImages, client: int | None, welcomed: Callable[[int], None], say: Say
+) -> bool:
     """Serve one stream until it ends.
 
+    Args:
+      access: of the server.
+      read: as for `take_part`.
+      client: the wanted number.
+      welcomed: receives the number that the server gives.
+      say: prints a line.
+
     Returns:
-      The client's number, as far as it is known, and whether the training is finished.
+      Whether the training is finished.
+
+    Raises:
+      grpc.RpcError: if the connection breaks, or the server refuses this client.
+      UserError: if the client cannot do what the server asks for.
     """
     options = [
         ("grpc.max_receive_message_length", -1),
@@ -115,15 +135,20 @@ def stay(access: Access, read: ReadImages, client: int | None, say: Say) -> tupl
         hello = messages.Hello(protocol=messages.PROTOCOL, client_id=client)
         outgoing.put(messages.FromClient(hello=hello))
         try:
-            return follow(train(iter(outgoing.get, None)), outgoing.put, read, client, say)
+            return follow(train(iter(outgoing.get, None)), outgoing.put, read, welcomed, say)
         finally:
             outgoing.put(None)
 
 
 def follow(
-    incoming: Iterator[Any], send: Callable[[Any], None], read: ReadImages, client: int | None, say: Say
-) -> tuple[int | None, bool]:
+    incoming: Iterator[Any],
+    send: Callable[[Any], None],
+    read: ReadImages,
+    welcomed: Callable[[int], None],
+    say: Say,
+) -> bool:
     """Do what the server's messages say, in their order; see `stay`."""
+    client = 0
     programs: Programs | None = None
     terms: Terms | None = None
     member = Member([], [], [])
@@ -133,6 +158,7 @@ def follow(
         kind = message.WhichOneof("content")
         if kind == "welcome":
             client = int(message.welcome.client_id)
+            welcomed(client)
             images = read(message.welcome.image_size)
             if len(images) < message.welcome.batch_size:
                 least = message.welcome.batch_size
@@ -141,12 +167,12 @@ def follow(
             say(f"this is client {client}, with {len(images):,} images; waiting for the others")
         elif kind == "contract":
             contract, terms, programs = read_contract(message.contract)
-            deal = dealer(len(images), client or 0, terms)
+            deal = dealer(len(images), client, terms)
             say(summary(terms, contract.digest))
             send(messages.FromClient(ready=messages.Ready(digest=contract.digest)))
         elif kind == "goodbye":
             say(message.goodbye.text)
-            return client, True  # which ends the stream
+            return True
         elif programs is None or terms is None or deal is None:
             raise UserError(f"server: sent {kind} before a contract")
         elif kind == "load":
@@ -184,7 +210,7 @@ def follow(
             send(messages.FromClient(number=message.number, state=messages.State(**parts)))
         else:
             raise UserError(f"server: sent {kind}, which this version does not know")
-    return client, False
+    return False
 
 
 def dealer(count: int, client: int, terms: Terms) -> Callable[[int], np.ndarray]:

@@ -1,18 +1,28 @@
-"""Clients and a server of a federation, in threads of one process."""
+"""Clients and a server of a federation: in threads of one process, or each in a process of its own."""
 
 import contextlib
+import os
+import pathlib
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from mocosfl_jax import certificates, serve
 from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.training.experiment import Run
 from mocosfl_jax.training.programs import Programs
 from mocosfl_jax.wire.hub import Hub, Rules, listening
 from mocosfl_jax.wire.member import Access, take_part
+from tests.support.processes import FIELDS, ROOT, free_port
+from tests.support.small_run import write_images
+from tests.support.toy import IMAGE, with_toy
+from tests.support.training import prepare
 
 LARGEST = 1 << 22  # bytes of a message
 
@@ -54,3 +64,59 @@ def train(programs: Programs, run: Run, state: TrainState, epochs: int) -> tuple
             at_work, _ = programs.turn.sync(at_work)
         state = programs.turn.leave(at_work)
     return state, np.concatenate(losses).tolist()
+
+
+def fields(data: str, epochs: int) -> list[str]:
+    given = FIELDS | {"data.dir": data, "epochs": epochs, "clients.num": 3, "clients.cohort": 3}
+    given |= {"mesh.data": 1, "wire.deadline_s": 20.0}
+    return [f"--config.{name}={value}" for name, value in given.items()]
+
+
+class Federation:
+    """A server and clients, each a process with a log."""
+
+    def __init__(self, folder: pathlib.Path, epochs: int) -> None:
+        self.folder = folder
+        self.data = write_images(folder / "set.npz", IMAGE)
+        self.port = free_port()
+        self.workdir = folder / "run"
+        self.arguments = [*fields(self.data, epochs), f"--workdir={self.workdir}"]
+        config, *_ = serve.parse(with_toy(["serve", *self.arguments, "--listen=127.0.0.1:1", "--insecure"]))
+        self.simulated = prepare(config)
+        for client, part in enumerate(self.simulated.parts):
+            np.savez(folder / f"{client}.npz", images=np.asarray(self.simulated.dataset.x_train[part]))
+        self.tls = folder / "tls"
+        assert certificates.main(["certificates", f"--tls={self.tls}", "--clients=3"]) == 0
+        self.running: list[subprocess.Popen] = []
+
+    def start(self, name: str, module: str, arguments: Sequence[str]) -> subprocess.Popen:
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments], stdout=log, stderr=log, env=env, cwd=ROOT
+            )
+        self.running.append(process)
+        return process
+
+    def serve(self) -> subprocess.Popen:
+        arguments = [*self.arguments, f"--listen=127.0.0.1:{self.port}", f"--tls={self.tls}"]
+        return self.start("serve", "mocosfl_jax.serve", with_toy(["serve", *arguments])[1:])
+
+    def join(self, client: int) -> subprocess.Popen:
+        where = [f"--server=localhost:{self.port}", f"--tls={self.tls / f'client-{client}'}"]
+        data = f"--data={self.folder / f'{client}.npz'}"
+        return self.start(f"join-{client}", "mocosfl_jax.join", [*where, data, "--patience=60"])
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def until(self, condition: Callable[[], Any], seconds: float = 120.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, self.log("serve")
+            time.sleep(0.02)
+
+    def epochs(self) -> int:
+        """How many epochs are in metrics.jsonl."""
+        path = self.workdir / "metrics.jsonl"
+        return len(path.read_text().splitlines()) - 1 if path.exists() else -1

@@ -1,86 +1,24 @@
 """The commands serve, join and certificates: a federation of processes, kills, and mistakes in one line."""
 
 import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from mocosfl_jax import certificates, join, serve
-from tests.support.processes import FIELDS, ROOT, free_port
-from tests.support.small_run import metrics, write_images
-from tests.support.toy import IMAGE, last_arrays, with_toy
-from tests.support.training import prepare
+from tests.support.federation import Federation, fields
+from tests.support.small_run import metrics
+from tests.support.toy import last_arrays, with_toy
 
 EPOCHS = 6
 
 
-def fields(data: str) -> list[str]:
-    given = FIELDS | {"data.dir": data, "epochs": EPOCHS, "clients.num": 3, "clients.cohort": 3}
-    given |= {"mesh.data": 1, "wire.deadline_s": 20.0}
-    return [f"--config.{name}={value}" for name, value in given.items()]
-
-
-class Federation:
-    """A server and clients, each a process with a log."""
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
-        self.data = write_images(folder / "set.npz", IMAGE)
-        self.port = free_port()
-        self.workdir = folder / "run"
-        self.arguments = [*fields(self.data), f"--workdir={self.workdir}"]
-        config, *_ = serve.parse(with_toy(["serve", *self.arguments, "--listen=127.0.0.1:1", "--insecure"]))
-        self.simulated = prepare(config)
-        for client, part in enumerate(self.simulated.parts):
-            np.savez(folder / f"{client}.npz", images=np.asarray(self.simulated.dataset.x_train[part]))
-        self.tls = folder / "tls"
-        assert certificates.main(["certificates", f"--tls={self.tls}", "--clients=3"]) == 0
-        self.running: list[subprocess.Popen] = []
-
-    def start(self, name: str, module: str, arguments: Sequence[str]) -> subprocess.Popen:
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-        with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments], stdout=log, stderr=log, env=env, cwd=ROOT
-            )
-        self.running.append(process)
-        return process
-
-    def serve(self) -> subprocess.Popen:
-        arguments = [*self.arguments, f"--listen=127.0.0.1:{self.port}", f"--tls={self.tls}"]
-        return self.start("serve", "mocosfl_jax.serve", with_toy(["serve", *arguments])[1:])
-
-    def join(self, client: int) -> subprocess.Popen:
-        where = [f"--server=localhost:{self.port}", f"--tls={self.tls / f'client-{client}'}"]
-        data = f"--data={self.folder / f'{client}.npz'}"
-        return self.start(f"join-{client}", "mocosfl_jax.join", [*where, data, "--patience=60"])
-
-    def log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()
-
-    def until(self, condition: Callable[[], Any], seconds: float = 120.0) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, self.log("serve")
-            time.sleep(0.02)
-
-    def epochs(self) -> int:
-        """How many epochs are in metrics.jsonl."""
-        path = self.workdir / "metrics.jsonl"
-        return len(path.read_text().splitlines()) - 1 if path.exists() else -1
-
-
 @pytest.fixture
 def federation(tmp_path: pathlib.Path) -> Iterator[Federation]:
-    found = Federation(tmp_path)
+    found = Federation(tmp_path, EPOCHS)
     yield found
     for process in found.running:
         process.kill()
@@ -107,7 +45,7 @@ def test_processes_train_what_the_simulation_trains(federation: Federation) -> N
         assert "the training is finished" in federation.log(f"join-{number}")
 
     simulated = federation.folder / "simulated"
-    argv = ["train", *fields(federation.data), f"--workdir={simulated}"]
+    argv = ["train", *fields(federation.data, EPOCHS), f"--workdir={simulated}"]
     assert federation.start("train", "mocosfl_jax.train", with_toy(argv)[1:]).wait(120) == 0
     found, expected = metrics(federation.workdir), metrics(simulated)
     assert [line["step"] for line in found] == [line["step"] for line in expected]

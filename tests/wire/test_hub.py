@@ -7,12 +7,16 @@ from queue import SimpleQueue
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.wire import hub as hubs
 from mocosfl_jax.wire import messages
 from mocosfl_jax.wire.contract import Contract
 from mocosfl_jax.wire.hub import Hub, Rules, listening
+from mocosfl_jax.wire.member import Access, take_part
+from tests.support.processes import free_port
 
 CONTRACT = Contract("{}", b"forward", b"backward")
 LARGEST = 10_000
@@ -253,3 +257,34 @@ def test_thousands_of_wrong_messages_leave_the_server_as_it_was(server: Server) 
         stream.close()
     assert server.hub.ready() == {0} and set(server.hub.images) == {0}
     until(lambda: threading.active_count() <= threads + 5)
+
+
+def test_a_client_keeps_its_number_and_its_patience_over_breaks() -> None:
+    """Its patience is for one absence of the server. Three of them together take longer."""
+    port, patience = free_port(), 2.0
+    said: list[str] = []
+    errors: list[str] = []
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+
+    def run() -> None:
+        try:
+            access = Access(f"127.0.0.1:{port}", None, patience)
+            take_part(access, lambda size: images, None, said.append)
+        except UserError as error:
+            errors.append(str(error))
+
+    rules = Rules(num_clients=3, batch_size=2, image_size=8, authenticated=False)
+    client = threading.Thread(target=run)
+    numbers = []
+    for there in range(3):
+        hub = Hub(rules, lambda line: None)
+        hub.images |= {0: 5} if there == 0 else {}  # later, 0 would be free too
+        with listening(hub, f"127.0.0.1:{port}", None, LARGEST):
+            if there == 0:
+                client.start()
+            until(lambda: len(hub.images) > (there == 0))  # noqa: B023
+            numbers.append(max(hub.images))
+            time.sleep(patience / 2)
+    assert not errors and numbers == [1, 1, 1]
+    client.join(30)
+    assert errors[0].startswith(f"--server: 127.0.0.1:{port} was away for 2 s")
