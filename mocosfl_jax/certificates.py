@@ -19,7 +19,7 @@ from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.paths import user_path
-from mocosfl_jax.serve import require_wire
+from mocosfl_jax.wire.endpoint import require_wire
 
 USAGE = "--tls=FOLDER, --clients=N, --hosts=NAME,NAME, --help"
 

@@ -28,7 +28,7 @@ from mocosfl_jax.commandline import say
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.paths import user_path
 from mocosfl_jax.runtime import compiler
-from mocosfl_jax.serve import checked_address, checked_tls, require_wire
+from mocosfl_jax.wire.endpoint import checked_address, checked_tls, require_wire
 
 USAGE = (
     "--server=HOST:PORT, --data=FOLDER_OR_NPZ, --tls=FOLDER, --client_id=NUMBER, --patience=SECONDS, "

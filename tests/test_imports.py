@@ -49,8 +49,8 @@ ROOMS = [
     {"training"},
     {"costs"},
     {"page", "preflight", "wire"},
-    {"train", "evaluate", "attack", "encode", "export", "import_official", "report", "table", "serve"},
-    {"certificates", "join"},
+    {"train", "evaluate", "attack", "encode", "export", "import_official", "report", "table"}
+    | {"serve", "join", "certificates"},
 ]
 
 

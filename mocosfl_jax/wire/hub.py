@@ -68,6 +68,7 @@ class Hub:
         self.rules = rules
         self.images: dict[int, int] = {}  # of each client that has ever joined
         self.traffic: Counter[str] = Counter()  # bytes of messages, by direction and kind
+        self.arrays: Counter[str] = Counter()  # bytes of the arrays in them
         self._say = say
         self._peers: dict[int, Peer] = {}
         self._contract: Contract | None = None
@@ -353,7 +354,9 @@ class Hub:
         return message
 
     def _count(self, direction: str, message: Any) -> None:
-        self.traffic[f"{direction} {message.WhichOneof('content')}"] += message.ByteSize()
+        kind = f"{direction} {message.WhichOneof('content')}"
+        self.traffic[kind] += message.ByteSize()
+        self.arrays[kind] += messages.array_bytes(message)
 
 
 def _idle(peer: Peer) -> bool:

@@ -30,3 +30,16 @@ Array, Leaves = _message("Array"), _message("Leaves")
 
 # The parts of a client's state: fields of `State`, of `Collect` and of `ClientState`.
 PARTS = ("params", "key_params", "opt_state")
+
+
+def array_bytes(message: Any) -> int:
+    """Bytes of the arrays in a message of either side; the rest is names of fields, numbers and lengths."""
+    kind = message.WhichOneof("content")
+    content = getattr(message, kind)
+    if kind == "smashed":
+        return len(content.query.data) + len(content.key.data)
+    if kind == "backward":
+        return len(content.gradient.data)
+    if kind in ("load", "state"):
+        return sum(len(data) for part in PARTS for data in getattr(content, part).data)
+    return 0

@@ -309,10 +309,13 @@ def test_settings_unsupported_with_several_processes_are_refused(monkeypatch: py
     )
 
 
-@pytest.mark.parametrize("name", ["one_node.sh", "slurm.sh", "tpu_pod.sh"])
-def test_launch_scripts_are_valid_shell(name: str) -> None:
+@pytest.mark.parametrize(
+    "name, command",
+    [("one_node.sh", "train"), ("slurm.sh", "train"), ("tpu_pod.sh", "train"), ("clients.sh", "serve")],
+)
+def test_launch_scripts_are_valid_shell(name: str, command: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / "launch" / name)], check=True)
-    assert "python -m mocosfl_jax.train" in (ROOT / "launch" / name).read_text()
+    assert f"python -m mocosfl_jax.{command}" in (ROOT / "launch" / name).read_text()
 
 
 def test_launch_of_gke_is_valid_yaml() -> None:

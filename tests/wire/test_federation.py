@@ -1,6 +1,9 @@
 """Clients over a network compute what simulated clients compute."""
 
+import contextlib
 import pathlib
+import socket
+import threading
 from functools import partial
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax.config import Clients, Config, Data, Moco, Optim, Own, Synchronization, resolve
+from mocosfl_jax.costs.accounting import Plan, costs
 from mocosfl_jax.evaluation.features import make_encode
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.training import experiment
@@ -83,3 +87,86 @@ def test_training_is_that_of_simulated_clients(case: str, tmp_path: pathlib.Path
     assert found.step == EPOCHS * run.steps_per_epoch
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-9)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, expected)
+
+
+class Proxy:
+    """Passes connections on to a port, and counts the bytes."""
+
+    def __init__(self, port: int) -> None:
+        self.target, self.bytes = port, 0
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with self.listening, contextlib.suppress(OSError):
+            while True:
+                one, _ = self.listening.accept()
+                threading.Thread(target=self.connect, args=(one,), daemon=True).start()
+
+    def connect(self, one: socket.socket) -> None:
+        with one, socket.create_connection(("127.0.0.1", self.target)) as other:
+            back = threading.Thread(target=self.copy, args=(other, one))
+            back.start()
+            self.copy(one, other)
+            back.join()
+
+    def copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.bytes += len(data)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.listening.shutdown(socket.SHUT_RDWR)
+
+
+def test_bytes_on_the_wire_are_those_of_costs(tmp_path: pathlib.Path) -> None:
+    """Smashed data, gradients and averages are what `costs` counts. The rest is stated in docs/clients.md."""
+    resolved = resolve(config(write_images(tmp_path / "set.npz", IMAGE)))
+    mesh = meshes.make_mesh(resolved.mesh, jax.devices()[:1])
+    simulated = experiment.prepare(resolved, mesh)
+    rng_init, rng_views = jax.random.split(jax.random.key(0))
+    state = jax.jit(simulated.algorithm.init)(rng_init)
+    encode = make_encode(simulated.algorithm, simulated.dataset.mean, simulated.dataset.std)
+    images = [np.asarray(simulated.dataset.x_train[part]) for part in simulated.parts]
+    counts = dict(enumerate(map(len, images)))
+    run = federation.plan(resolved, mesh, experiment.load(resolved, mesh), counts)
+    with hub_of(run) as (hub, access):
+        proxy = Proxy(int(access.address.rpartition(":")[2]))
+        threads = joined(access._replace(address=f"127.0.0.1:{proxy.port}"), images)
+        programs = federation.make_programs(
+            run, state, rng_views, encode, hub=hub, stop=lambda: False, say=lambda line: None
+        )
+        train(programs, run, state, EPOCHS)
+        hub.tell(dict.fromkeys(counts, messages.ToClient(goodbye=messages.Goodbye(text="done"))))
+        for thread in threads:
+            thread.join(30)
+    proxy.close()
+    rounds = -(-run.steps_per_epoch // run.steps_per_round)
+    plan = Plan(
+        image_size=IMAGE[0],
+        images=sum(counts.values()),
+        num_clients=4,
+        cohort=4,
+        batch_size=2,
+        epochs=EPOCHS,
+        steps=run.steps_per_epoch,
+        syncs=rounds,
+        queue_size=40,
+        symmetric=False,
+    )
+    server = costs(run.model, plan).server
+    params = 4 * 15  # bytes of a client's kernel
+    at_first, at_ends = 4 * 3 * params, 4 * EPOCHS * 2 * params  # three parts; momentum models and buffers
+    assert hub.arrays["up smashed"] + hub.arrays["up state"] == server.up.run + at_ends
+    assert hub.arrays["down backward"] + hub.arrays["down load"] == server.down.run + at_first
+    assert hub.arrays["down load"] == 4 * EPOCHS * rounds * params + at_first
+    messages_sent = 4 * EPOCHS * (3 * run.steps_per_epoch + 2 * rounds + 2)
+    envelopes = sum(hub.traffic.values()) - sum(hub.arrays.values()) - hub.traffic["down contract"]
+    assert envelopes < 30 * messages_sent
+    assert (
+        sum(hub.traffic.values()) < proxy.bytes < sum(hub.traffic.values()) + 60 * messages_sent + 4 * 2_000
+    )
