@@ -28,6 +28,7 @@ READY_SECONDS = 600.0  # a client compiles meanwhile
 WAITING = 8
 # Streams beyond one for each client, such as of clients that come back before their old stream has ended.
 SPARE_STREAMS = 16
+_GRACE = 5.0  # seconds for streams to end when the server stops
 # A connection over which nothing comes for so long is tried, and then given up.
 KEEPALIVE_MS = 20_000
 
@@ -410,6 +411,15 @@ def listening(
         await server.start()
         return server, port
 
+    async def stop(server: Any) -> None:
+        """End all streams, so that none is destroyed in the middle of its work."""
+        for peer in list(hub._peers.values()):
+            hub._end(peer, "the server stops", grpc.StatusCode.UNAVAILABLE)
+        await server.stop(_GRACE)
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        if rest:
+            await asyncio.wait(rest, timeout=_GRACE)
+
     thread = threading.Thread(target=hub._loop.run_forever, name="gRPC", daemon=True)
     thread.start()
     try:
@@ -420,7 +430,7 @@ def listening(
         yield port
     finally:
         if started is not None:
-            hub._run(started.stop(2))
+            hub._run(stop(started))
         hub._loop.call_soon_threadsafe(hub._loop.stop)
         thread.join()
         hub._loop.close()

@@ -44,6 +44,9 @@ def test_processes_train_what_the_simulation_trains(federation: Federation) -> N
         assert client.wait(60) == 0, federation.log(f"join-{number}")
         assert "the training is finished" in federation.log(f"join-{number}")
 
+    for name in ("serve", "join-0", "join-1", "join-2"):
+        assert "Traceback" not in federation.log(name)
+
     simulated = federation.folder / "simulated"
     argv = ["train", *fields(federation.data, EPOCHS), f"--workdir={simulated}"]
     assert federation.start("train", "mocosfl_jax.train", with_toy(argv)[1:]).wait(120) == 0
