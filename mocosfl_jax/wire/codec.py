@@ -32,10 +32,10 @@ def pack(array: np.ndarray, form: Format) -> Any:
     """The message of an array. As int8, the largest absolute value becomes 127.
 
     Example:
-      >>> form = Format((2,), "float32", "int8")
-      >>> message = pack(np.array([1.0, -2.0], np.float32), form)
-      >>> message.data, unpack(message, form).round(2).tolist()
-      (b'@\\x81', [1.01, -2.0])
+      >>> form = Format((3,), "float32", "int8")
+      >>> message = pack(np.array([127.0, -63.9, 0.0], np.float32), form)
+      >>> len(message.data), unpack(message, form).tolist()
+      (3, [127.0, -64.0, 0.0])
     """
     if form.sent_as != "int8":
         return messages.Array(data=_little(array.astype(form.sent_as)).tobytes())
