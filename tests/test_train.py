@@ -490,12 +490,13 @@ def test_workdir_is_named_after_the_config_file() -> None:
             ["frozen", "0 B down", "a client takes part in 0.75 epochs on average, for config.epochs 1;"],
         ),
         (["algorithm=flmoco", "clients.local_epochs=2"], ["FL-MoCo", "whole resnet18"]),
+        (["moco.concatenate=False"], ["queue of 20 keys; a step for each client, one after another"]),
         (
             ["clients.num=1", "clients.batch_size=6", "clients.noniid_ratio=1.0", "model.cut_layer=0"],
             ["up to cut layer 0: 0 parameters"],
         ),
     ],
-    ids=["heterogeneous", "frozen", "flmoco", "centralised"],
+    ids=["heterogeneous", "frozen", "flmoco", "without concatenation", "centralised"],
 )
 def test_kinds_of_run(
     images: str,

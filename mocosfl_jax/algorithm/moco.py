@@ -24,6 +24,9 @@ class MomentumContrast(NamedTuple):
     full_symmetric: bool = False
     # One queue for all clients. Without it each client has a queue of K // N keys. Not in FL-MoCo.
     feature_sharing: bool = True
+    # Vector concatenation: the rows of the cohort are one batch of the server. Without it the rows of each
+    # client are a step of the server by themselves. Not in FL-MoCo.
+    concatenate: bool = True
 
 
 def check(moco: MomentumContrast) -> None:

@@ -1,6 +1,6 @@
 """MocoSFL: split federated learning with momentum contrast (Li et al., ICLR 2023, algorithm 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from mocosfl_jax.algorithm.messages import SmashedData, Views
 from mocosfl_jax.algorithm.moco import (
     Contrast,
     ContrastFunction,
+    MoCoQueue,
     MomentumContrast,
     init_queue,
     init_queues,
@@ -33,6 +34,7 @@ from mocosfl_jax.algorithm.moco import (
 )
 from mocosfl_jax.algorithm.moco import check as check_moco
 from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
+from mocosfl_jax.algorithm.server import ServerState
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import Features, SplitModel
 
@@ -80,7 +82,8 @@ def mocosfl(
       contrast: What the server learns from queries and keys. None: InfoNCE at the temperature in `moco`.
       client_loss: A further term of each client's loss, of its parameters and of those that it had after the
         last synchronization, such as a proximal term. Its gradient is added to the one from the server, which
-        is that of a mean over all rows of the cohort. None: there is none.
+        is that of a mean over all rows of the cohort, or of the client without concatenation. None: there is
+        none.
       adversary: Is trained against the clients, such as a decoder that reconstructs images from smashed
         queries (`decoder_adversary`). It takes its step before the server does, and its gradient is added to
         the one from the server. None: there is none.
@@ -114,6 +117,10 @@ def mocosfl(
     frozen = client_optimizer is None
     if adversary is not None and frozen:
         raise ValueError("adversary: found one of frozen clients, allowed: None with client_optimizer None")
+    if not moco.concatenate:
+        for argument, given in (("batch_sizes", batch_sizes), ("adversary", adversary)):
+            if given is not None:
+                raise UserError(f"moco.concatenate: found False with {argument}, allowed: True")
     own_optimizer = optax.identity() if client_optimizer is None else client_optimizer
     if not moco.feature_sharing and 0 < moco.queue_size < num_clients:
         raise UserError(
@@ -185,7 +192,10 @@ def mocosfl(
     def serve(
         state: CohortState, merged: SmashedData, shape: tuple[int, int], arrived: Array | None = None
     ) -> tuple[CohortState, Array, Contrast]:
-        """The server's half of a step, on the concatenated smashed data of M clients with B rows each."""
+        """The server's half of a step, on the smashed data of M clients with B rows each.
+
+        They are one batch or, without concatenation, one batch after another.
+        """
 
         def project(params: Any, smashed: Array) -> Array:
             params = placement.gather(params)
@@ -201,6 +211,8 @@ def mocosfl(
             contrast=at_place(contrast),
             arrived=arrived,
         )
+        if not moco.concatenate:
+            return serve_one_by_one(train_server, state, merged, shape)
         if moco.feature_sharing or moco.queue_size == 0:
             new, merged_grad, contrasted = train_server(state.server, *merged, queue_access=placement.shared)
             return state._replace(server=new), merged_grad, contrasted
@@ -213,6 +225,35 @@ def mocosfl(
         new, merged_grad, contrasted = train_server(with_queues, *merged, queue_access=own_queues)
         members = state.clients._replace(queue=new.queue)
         return state._replace(clients=members, server=new._replace(queue=None)), merged_grad, contrasted
+
+    def serve_one_by_one(
+        train_server: Callable[..., tuple[ServerState, Array, Contrast]],
+        state: CohortState,
+        merged: SmashedData,
+        shape: tuple[int, int],
+    ) -> tuple[CohortState, Array, Contrast]:
+        """Without vector concatenation: the rows of each client are a step of the server, in cohort order.
+
+        All of these steps have the learning rate of the training step that they are part of.
+        """
+
+        def serve_client(
+            at_server: ServerState, of_client: tuple[SmashedData, MoCoQueue | None]
+        ) -> tuple[ServerState, tuple[Array, Contrast, MoCoQueue | None]]:
+            smashed, queue = of_client
+            if queue is None:  # the server's, or none
+                at_server, grad, contrasted = train_server(at_server, *smashed, queue_access=placement.shared)
+                return at_server, (grad, contrasted, None)
+            at_server, grad, contrasted = train_server(at_server._replace(queue=queue), *smashed)
+            return at_server._replace(queue=None), (grad, contrasted, at_server.queue)
+
+        everywhere = partial(jax.tree.map, placement.everywhere)
+        rows = SmashedData(*(concatenation.split(x, shape) for x in everywhere(merged)))
+        at_server, (grads, contrasted, queues) = jax.lax.scan(
+            serve_client, state.server, (rows, everywhere(state.clients.queue))
+        )
+        state = state._replace(server=at_server, clients=state.clients._replace(queue=queues))
+        return state, concatenation.merge(grads), Contrast(*map(jnp.mean, contrasted))
 
     def at_place(contrast: ContrastFunction | None) -> ContrastFunction | None:
         """The same contrast, on the server's parameters where they are used."""

@@ -28,6 +28,8 @@ class Placement(NamedTuple):
     merge: Callable[..., Array] = concatenation.merge
     # concatenated batch [n, ...], (M, B), mask of the real rows -> [M, B, ...], zeros elsewhere
     split: Callable[..., Array] = concatenation.split
+    # An array -> a copy of it on every device
+    everywhere: Callable[[Array], Array] = lambda x: x
     # The server's parameters at rest -> the same parameters where they are used
     gather: Callable[[Any], Any] = lambda params: params
     # A model that treats each row of a batch by itself -> the same model on several views [views, n, ...],

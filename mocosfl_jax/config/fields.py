@@ -161,6 +161,10 @@ class Moco:
     full_symmetric: bool = False
     # True: one queue for all clients. False: one queue of K // N keys for each client.
     feature_sharing: bool = True
+    # True: vector concatenation, the rows of all clients are one batch of the server. False: the rows of each
+    # client are a step of the server by themselves, one client after another, and a client receives the
+    # gradient of the mean over its own rows. Not with rich clients or a config.resist.strength.
+    concatenate: bool = True
     # K, the number of keys in the queue.
     queue_size: int = 6000
     # Temperature of InfoNCE.

@@ -48,6 +48,7 @@ _ADDED: dict[tuple[str, ...], Any] = {
     ("own",): {"network": None, "algorithm": None},
     ("clients", "seed"): None,  # the seed of the run
     ("eval", "stop_on_collapse"): False,
+    ("moco", "concatenate"): True,
 }
 
 

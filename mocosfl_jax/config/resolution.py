@@ -66,6 +66,7 @@ class ResolvedMoco:
     augmentation: str
     full_symmetric: bool
     feature_sharing: bool
+    concatenate: bool
     queue_size: int
     temperature: float
     momentum: float
@@ -272,7 +273,7 @@ def _check_values(config: Resolved) -> None:
     largest = clients.batch_size * (clients.rich_batch if clients.rich else 1)
     if config.own.algorithm:  # which may not need a queue
         _in_range("moco.queue_size", moco.queue_size, 0)
-    elif config.algorithm == "flmoco":
+    elif config.algorithm == "flmoco" or (moco.feature_sharing and not moco.concatenate):
         _in_range("moco.queue_size", moco.queue_size, largest * views, why="a client's keys of one step")
     elif not moco.feature_sharing:
         keys = clients.num * largest * views
@@ -301,6 +302,8 @@ def _check_values(config: Resolved) -> None:
     for axis in ("data", "model"):
         if getattr(config.mesh, axis) is not None:
             _in_range(f"mesh.{axis}", getattr(config.mesh, axis), 1)
+    if not moco.concatenate:
+        _check_one_by_one(config)
     if config.algorithm == "flmoco":
         _only_mocosfl(config)
     elif clients.local_epochs != 1:
@@ -362,7 +365,7 @@ def _check_batch_norm(config: Resolved) -> None:
     clients, moco = config.clients, config.moco
     rows = clients.batch_size * (2 if moco.full_symmetric else 1)
     what = "a client"
-    if config.algorithm != "flmoco":
+    if config.algorithm != "flmoco" and moco.concatenate:
         what = "the cohort"
         rows *= clients.cohort
     if rows == 1:
@@ -372,11 +375,19 @@ def _check_batch_norm(config: Resolved) -> None:
         )
 
 
+def _check_one_by_one(config: Resolved) -> None:
+    """Refuses what cannot be without vector concatenation."""
+    for field, value in (("clients.rich", config.clients.rich), ("resist.strength", config.resist.strength)):
+        if value:
+            raise UserError(f"config.moco.concatenate: found False, allowed: True with a config.{field}")
+
+
 def _only_mocosfl(config: Resolved) -> None:
     """Refuses options that FL-MoCo does not have, since it trains no server."""
     for field, value, allowed in (
         ("clients.rich", config.clients.rich, 0.0),
         ("moco.feature_sharing", config.moco.feature_sharing, True),
+        ("moco.concatenate", config.moco.concatenate, True),
         ("moco.full_symmetric", config.moco.full_symmetric, False),
         ("saving.loss_threshold", config.saving.loss_threshold, 0.0),
         ("model.bottleneck", config.model.bottleneck, None),

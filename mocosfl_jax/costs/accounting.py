@@ -310,6 +310,7 @@ def from_config(config: Resolved, images: int | None = None, image_size: int | N
     for field, value, allowed in (
         ("algorithm", config.algorithm, "mocosfl"),
         ("clients.rich", clients.rich, 0),
+        ("moco.concatenate", moco.concatenate, True),
         # With a threshold, the traffic of a run depends on its loss.
         ("saving.loss_threshold", config.saving.loss_threshold, 0),
         ("resist.strength", config.resist.strength, 0),

@@ -200,7 +200,8 @@ def split_model(
         and smashed data are bfloat16, while parameters, statistics of norms, pooled features and the
         projection head stay float32. If JAX's float64 is enabled, "float32" computes in float64. On a CPU
         bfloat16 can be slower.
-      stacked_server: Whether the server will be vmapped over stacked parameters too, as clients are.
+      stacked_server: Whether the server will be vmapped over stacked parameters too, as clients are, or
+        called in a loop of the program, as without vector concatenation.
       forms: Forms of the platform on which the model will run, from `models.forms.forms`. They differ in
         speed, not in the numbers.
 

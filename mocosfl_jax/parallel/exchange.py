@@ -33,6 +33,7 @@ def make_placement(mesh: Mesh, forms: Forms) -> Placement:
         put_back=partial(_put_back, mesh),
         merge=partial(_merge, mesh),
         split=partial(_split, mesh),
+        everywhere=partial(_everywhere, mesh),
         gather=partial(_gather, mesh),
         over_rows=partial(_over_rows, mesh),
         shared=QueueAccess(partial(_similarities, mesh), partial(_enqueue, mesh)),
@@ -147,6 +148,10 @@ def _split(mesh: Mesh, x: Array, shape: tuple[int, int], real: np.ndarray | None
     back = [Leg(-leg.by, leg.arrive, leg.leave) for leg in _legs(real, mesh.size)]
     rows = _carry(mesh, pad(x, mesh.size), back, share(places, mesh.size) * batch)
     return at(mesh, rows.reshape(-1, batch, *x.shape[1:])[:places], CLIENTS)
+
+
+def _everywhere(mesh: Mesh, x: Array) -> Array:
+    return at(mesh, x, P())
 
 
 def _in_place(mesh: Mesh, shape: tuple[int, ...], real: np.ndarray | None) -> bool:

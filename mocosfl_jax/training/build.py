@@ -94,6 +94,7 @@ def build(
             symmetric=config.moco.symmetric,
             full_symmetric=config.moco.full_symmetric,
             feature_sharing=config.moco.feature_sharing,
+            concatenate=config.moco.concatenate,
         ),
         "sync": Sync(
             weights=np.array(images, np.float32) if config.sync.weighted else None,
@@ -264,7 +265,7 @@ def network_record(config: Resolved, image_size: int) -> dict[str, Any]:
 def build_model(config: Resolved, image_size: int, forms: Forms = ACCELERATOR) -> SplitModel:
     """Build the network of a configuration, for images of `image_size` pixels."""
     if config.own.network is None:
-        stacked_server = config.algorithm == "flmoco"
+        stacked_server = config.algorithm == "flmoco" or not config.moco.concatenate
         with renamed(FIELDS):
             return split_model(
                 **network_arguments(config, image_size), stacked_server=stacked_server, forms=forms

@@ -67,7 +67,8 @@ def header(run: Run) -> str:
             keys = f"{pool.num:,} queues of {config.moco.queue_size // pool.num:,} keys"
         rows |= {
             "client side": f"{', '.join(network)}: {_params(client_params)} per client",
-            "server side": f"{_params(server_params)}; {keys}",
+            "server side": f"{_params(server_params)}; {keys}"
+            + ("" if config.moco.concatenate else "; a step for each client, one after another"),
             "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "
             "down per step",
         }

@@ -39,6 +39,7 @@ def check(config: Resolved) -> None:
         "algorithm": (config.algorithm, "mocosfl"),
         "own.algorithm": (config.own.algorithm, None),
         "moco.feature_sharing": (config.moco.feature_sharing, True),
+        "moco.concatenate": (config.moco.concatenate, True),
         "sync.divergence_lambda": (config.sync.divergence_lambda, None),
         "saving.loss_threshold": (config.saving.loss_threshold, 0.0),
         "resist.strength": (config.resist.strength, 0.0),

@@ -192,6 +192,8 @@ def test_a_queue_below_the_keys_of_a_step_of_rich_and_poor_is_refused() -> None:
         ("flmoco", Clients(num=50), {}, None),  # two images
         ("mocosfl", Clients(num=100), {}, None),
         ("mocosfl", Clients(num=100, cohort=1), {}, "where the cohort has one image in a step"),
+        ("mocosfl", Clients(num=100), {"concatenate": False}, "where a client has one image in a step"),
+        ("mocosfl", Clients(num=50), {"concatenate": False}, None),
         ("mocosfl", Clients(num=1, batch_size=1), {"preset": "v2", "head": "mlp_bn"}, "the cohort has one"),
         (
             "mocosfl",
@@ -215,11 +217,36 @@ def test_batch_norm_over_one_row_is_refused(
     assert refused in str(error.value)
 
 
+def test_without_concatenation_a_queue_holds_the_keys_of_a_client() -> None:
+    config = Config(clients=Clients(num=20), moco=Moco(concatenate=False, queue_size=10))
+    assert resolve(config).moco.queue_size == 10  # two views of five images
+    config.moco.queue_size = 9
+    with pytest.raises(UserError, match=r"queue_size: found 9, allowed: 10 or more \(a client's keys of one"):
+        resolve(config)
+    config.moco.feature_sharing = False
+    with pytest.raises(
+        UserError, match=r"queue_size: found 9, allowed: 200 or more \(the keys of one step in"
+    ):
+        resolve(config)
+
+
+@pytest.mark.parametrize("path", ["clients.rich", "resist.strength"])
+def test_what_needs_concatenation_is_refused_without(path: str) -> None:
+    config = Config()
+    setter(path, 0.2)(config)
+    resolve(config)
+    config.moco.concatenate = False
+    message = rf"^config\.moco\.concatenate: found False, allowed: True with a config\.{path}$"
+    with pytest.raises(UserError, match=message):
+        resolve(config)
+
+
 @pytest.mark.parametrize(
     "path, value",
     [
         ("clients.rich", 0.2),
         ("moco.feature_sharing", False),
+        ("moco.concatenate", False),
         ("moco.full_symmetric", True),
         ("saving.loss_threshold", 0.1),
         ("model.bottleneck", "C4S2"),

@@ -334,6 +334,15 @@ def test_the_configuration_of_frozen_clients_has_the_traffic_of_table_1() -> Non
         accounting.from_config(expert)
 
 
+def test_costs_without_concatenation_are_refused() -> None:
+    config = quickstart()
+    config.moco.concatenate = False
+    with pytest.raises(
+        UserError, match=r"config\.moco\.concatenate: found False, allowed: True \(other costs"
+    ):
+        accounting.from_config(resolve(config))
+
+
 def test_a_configuration_gives_the_plan_of_its_run() -> None:
     """This includes the size of the data set, which is not read here."""
     config = quickstart()

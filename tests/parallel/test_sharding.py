@@ -107,9 +107,16 @@ CASES = {
     "rich and poor": Case(5, batch=3, moco={"full_symmetric": True}, options=UNEVEN),
     "queues per client": Case(10, moco={"feature_sharing": False}),
     "one client": Case(1, batch=12),
+    # Batch norm over two rows is a step function, in which rounding grows.
+    "without concatenation": Case(10, batch=4, moco={"concatenate": False}),
+    "without concatenation, queues per client": Case(
+        9, 5, 3, {"concatenate": False, "feature_sharing": False, "symmetric": False}
+    ),
 }
 QUICK = [(name, *mesh) for name in list(CASES)[1:4] for mesh in MESHES]
 QUICK += [("whole pool", 8, 1), ("whole pool", 2, 4), ("FL-MoCo", 4, 2)]
+# Here the smashed data of the whole cohort go to every device.
+GATHERED = [("without concatenation", 4, 2), ("without concatenation, queues per client", 8, 1)]
 ALL = [(name, *mesh) for name in CASES for mesh in MESHES]
 
 
@@ -212,9 +219,15 @@ def test_a_mesh_equals_one_device_and_gathers_nothing_large(name: str, data: int
     assert_nothing_large_is_gathered(name, data, model)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name, data, model", GATHERED)
+def test_a_mesh_without_concatenation_equals_one_device(name: str, data: int, model: int) -> None:
+    assert_equals_one_device(name, data, model)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name, data, model", [case for case in ALL if case not in QUICK])
+@pytest.mark.parametrize("name, data, model", [case for case in ALL if case not in QUICK + GATHERED])
 def test_every_mesh_equals_one_device(name: str, data: int, model: int) -> None:
     assert_equals_one_device(name, data, model)
 

@@ -111,6 +111,7 @@ LOCAL = ["--listen=127.0.0.1:8000", "--insecure"]
         ([*LOCAL, "--config.model.cut_layer=0"], "config.model.cut_layer: found 0"),
         ([*LOCAL, "--config.moco.head=mlp_bn"], "config.moco.head: found 'mlp_bn'"),
         ([*LOCAL, "--config.moco.feature_sharing=False"], "config.moco.feature_sharing: found False"),
+        ([*LOCAL, "--config.moco.concatenate=False"], "config.moco.concatenate: found False"),
         ([*LOCAL, "--config.wire.dtype=int4"], "config.wire.dtype: found 'int4', allowed: exact, float32"),
         ([*LOCAL, "--config.wire.least=0"], "config.wire.least: found 0, allowed: 1 to"),
     ],
