@@ -17,10 +17,11 @@ from mocosfl_jax.errors import CollapsedError, DiskFullError, NonFiniteError, Us
 from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.features import Encode, make_encode
 from mocosfl_jax.feed.batches import Feed
+from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.pictures.curves import plot_curves
 from mocosfl_jax.pictures.features import plot_features
 from mocosfl_jax.pictures.partition import plot_partition
-from mocosfl_jax.runtime import hosts
+from mocosfl_jax.runtime import compiler, hosts
 from mocosfl_jax.runtime.waiting import waiting
 from mocosfl_jax.training import (
     build,
@@ -106,7 +107,8 @@ def _train(
     rng_init, rng_views, rng_probe = jax.random.split(jax.random.key(run.config.seed), 3)
     output.say(report.header(run))
     with waiting("compiling the initialization", shown=output.writes):
-        init: Any = jax.jit(run.algorithm.init).lower(rng_init).compile()
+        options = compiler.options(meshes.platform(run.mesh))
+        init: Any = jax.jit(run.algorithm.init).lower(rng_init).compile(compiler_options=options)
     dataset, folder = run.dataset, output.folder
     head = build.whole_head(run.config, run.model, run.algorithm, run.mesh)
     encode = make_encode(run.algorithm, dataset.mean, dataset.std, head)

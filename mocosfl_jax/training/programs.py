@@ -13,6 +13,7 @@ from mocosfl_jax.evaluation.features import Encode
 from mocosfl_jax.feed import batches
 from mocosfl_jax.feed.batches import Feed
 from mocosfl_jax.parallel import mesh as meshes
+from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import rounds
 from mocosfl_jax.training.experiment import Run
 
@@ -46,6 +47,7 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
         state=turn.state,
         images=piece(run, size),
         spread=spread,
+        options=compiler.options(meshes.platform(run.mesh)),
     )
     replay = run.algorithm.replay if run.config.saving.loss_threshold else None
     replaying = rounds.make_replaying(replay, run.make_views, rng_views, spread) if replay else None

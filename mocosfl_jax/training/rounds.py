@@ -4,7 +4,7 @@ They are jitted only here, and their state is donated.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -148,6 +148,7 @@ def make_run_steps(
     state: CohortState,
     images: jax.ShapeDtypeStruct,
     spread: Spread = _identity,
+    options: Mapping[str, str | bool] = {},
 ) -> RunSteps:
     """Compile the function that runs some steps of training.
 
@@ -161,6 +162,7 @@ def make_run_steps(
       images: [s, M, B, H, W, 3] uint8, shape and sharding of most pieces. If s > 1, the steps of a piece run
         as one program (see `Forms.scan_rounds`).
       spread: places a step's images on several devices, from `parallel.mesh.make_spread`.
+      options: of the compiler.
 
     Returns:
       A function (state, pieces of images) -> state, Curve. Each piece has s steps or one. The state is
@@ -170,9 +172,9 @@ def make_run_steps(
 
     run_one, run_several = round_programs(algorithm, make_views, spread)
     if piece_steps > 1:
-        run_several = run_several.lower(state, images, rng).compile()
+        run_several = run_several.lower(state, images, rng).compile(compiler_options=dict(options))
     else:
-        run_one = run_one.lower(state, images, rng).compile()
+        run_one = run_one.lower(state, images, rng).compile(compiler_options=dict(options))
 
     def run(state: CohortState, pieces: Iterable[Array]) -> tuple[CohortState, Curve]:
         curves: list[Curve] = []

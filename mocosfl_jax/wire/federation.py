@@ -21,6 +21,8 @@ from mocosfl_jax.config import Resolved
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.evaluation.features import Encode
 from mocosfl_jax.models import check_independence
+from mocosfl_jax.parallel import mesh as meshes
+from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import experiment, rounds
 from mocosfl_jax.training.experiment import Loaded, Run
 from mocosfl_jax.training.programs import Programs
@@ -239,7 +241,11 @@ def compile_server_step(run: Run, state: CohortState, of_client: codec.Format) -
     rows, *shape = of_client.shape
     one = jax.ShapeDtypeStruct((run.cohort * rows, *shape), of_client.dtype)
     arrived = jax.ShapeDtypeStruct(one.shape[:1], np.bool_)
-    return jax.jit(server_step, donate_argnums=0).lower(state, (one, one), arrived).compile()
+    return (
+        jax.jit(server_step, donate_argnums=0)
+        .lower(state, (one, one), arrived)
+        .compile(compiler_options=compiler.options(meshes.platform(run.mesh)))
+    )
 
 
 def await_clients(
