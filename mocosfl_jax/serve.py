@@ -142,8 +142,12 @@ def serve(options: Options) -> list[Any]:
         run = federation.plan(config, mesh, loaded, hub.images)
         programs = functools.partial(federation.make_programs, hub=hub, stop=stop, say=say)
         output = journal.Output(options.folder, say, lambda metrics: None)
-        outcome = loop.train(run, stop, output, make_programs=programs)
-        if outcome.finished:
+        try:
+            finished = loop.train(run, stop, output, make_programs=programs).finished
+        except federation.Abandoned as error:
+            say(str(error))
+            return received
+        if finished:
             goodbye = messages.ToClient(goodbye=messages.Goodbye(text="the training is finished"))
             hub.tell(dict.fromkeys(range(clients.num), goodbye))
             hub.wait_until_left(_GOODBYE_SECONDS)

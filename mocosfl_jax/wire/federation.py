@@ -31,8 +31,12 @@ from mocosfl_jax.wire.codec import Misfit
 from mocosfl_jax.wire.contract import Terms, make_contract
 from mocosfl_jax.wire.hub import Hub
 
-# A deep breath between two looks at who is connected.
+# Between two looks at who is connected.
 _PATIENCE = 0.5  # seconds
+
+
+class Abandoned(Exception):
+    """The run was to stop, and no client was there to end the round."""
 
 
 def check(config: Resolved) -> None:
@@ -152,6 +156,7 @@ def make_programs(
             requests = {
                 client: messages.ToClient(forward=messages.Forward(step=number, place=place))
                 for place, client in enumerate(cohort)
+                if hub.current(client)
             }
             answers = hub.ask(requests, settings.deadline_s)
             found = {
@@ -161,6 +166,8 @@ def make_programs(
             }
             if found:
                 break
+            if stop():
+                raise Abandoned("the round has no clients; it is taken up from the newest checkpoint")
             await_clients(hub, cohort, settings.deadline_s, settings.least, stop, say)
         rows = form.shape[0]
         shape = (len(cohort), *form.shape)

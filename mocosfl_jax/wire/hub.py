@@ -257,10 +257,10 @@ class Hub:
                 raise Refused(denied, f"client_id: found {wish}, allowed: {number}, as in the certificate")
             wish = int(number)
         if wish is None:
-            free = [client for client in range(self.rules.num_clients) if client not in self.images]
-            if not free:
+            away = [client for client in range(self.rules.num_clients) if client not in self._peers]
+            if not away:
                 raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "client_id: found none, and all are taken")
-            return free[0]
+            return min(away, key=lambda client: client in self.images)  # first those that never came
         if wish >= self.rules.num_clients:
             raise Refused(denied, f"client_id: found {wish}, allowed: 0 to {self.rules.num_clients - 1}")
         if not self.rules.authenticated and wish in self._peers:
