@@ -32,7 +32,7 @@ COUNTS = (5, 20, 100)
 
 
 def _clients(port: int, images: list[np.ndarray]) -> None:
-    access = Access(f"127.0.0.1:{port}", None, patience=60.0)
+    access = Access(f"127.0.0.1:{port}", None, jax.devices()[0].platform, patience=60.0)
 
     def client(number: int) -> None:
         take_part(access, lambda size: images[number], number, lambda line: None)

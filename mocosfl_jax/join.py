@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -68,7 +69,7 @@ def join(argv: Sequence[str]) -> None:
     from mocosfl_jax.wire.member import Access, take_part
 
     credentials = None if tls is None else client_credentials(tls, values.client_id)
-    access = Access(address, credentials, values.patience)
+    access = Access(address, credentials, jax.devices()[0].platform, values.patience)
     take_part(access, lambda size: read_pictures(data, size), values.client_id, say)
 
 

@@ -22,6 +22,7 @@ from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.algorithm.messages import Views
 from mocosfl_jax.errors import UserError, one_line
 from mocosfl_jax.models.forms import ACCELERATOR
+from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training.build import build_model, client_optimizer, network_record
 from mocosfl_jax.training.experiment import Run
 from mocosfl_jax.wire import messages
@@ -182,11 +183,12 @@ def make_contract(run: Run, state: TrainState, rng_views: Array) -> tuple[Contra
     return Contract(json.dumps(dataclasses.asdict(terms), sort_keys=True), forwards, backwards), terms
 
 
-def read_contract(message: Any) -> tuple[Contract, Terms, Programs]:
+def read_contract(message: Any, platform: str) -> tuple[Contract, Terms, Programs]:
     """Check the contract that a server has sent.
 
     Args:
       message: a `Contract` of schema.proto.
+      platform: on which the programs will run, as in `jax.Device.platform`.
 
     Raises:
       UserError: if it is damaged, of another version, or needs what this process lacks.
@@ -200,7 +202,7 @@ def read_contract(message: Any) -> tuple[Contract, Terms, Programs]:
         raise UserError(f"contract: found terms of another version ({one_line(error)})") from error
     if terms.x64 != jax.config.values["jax_enable_x64"]:
         raise UserError(f"JAX_ENABLE_X64: found {not terms.x64}, allowed: {terms.x64}, as at the server")
-    programs = [_load(name, contract) for name in ("forward", "backward")]
+    programs = [_load(name, contract, platform) for name in ("forward", "backward")]
     if programs[0] is None:
         raise UserError("contract: found no forward program, allowed: one")
     return contract, terms, Programs(programs[0], programs[1])
@@ -210,7 +212,7 @@ def _export(function: Callable[..., Any], *arguments: Any) -> bytes:
     return bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments).serialize())
 
 
-def _load(name: str, contract: Contract) -> Callable[..., Any] | None:
+def _load(name: str, contract: Contract, platform: str) -> Callable[..., Any] | None:
     data: bytes = getattr(contract, name)
     if not data:
         return None
@@ -222,7 +224,8 @@ def _load(name: str, contract: Contract) -> Callable[..., Any] | None:
         ) from error
     if exported.disabled_safety_checks:
         raise UserError("contract: found a program with disabled safety checks, allowed: one without")
-    return jax.jit(exported.call)
+    # As the simulation's programs are compiled, so that both round alike.
+    return jax.jit(exported.call, compiler_options=compiler.options(platform))
 
 
 def _shapes(tree: Any) -> Shapes:

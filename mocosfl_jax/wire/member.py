@@ -47,6 +47,7 @@ class Access(NamedTuple):
 
     address: str  # HOST:PORT
     credentials: grpc.ChannelCredentials | None  # None: without encryption
+    platform: str  # of the device that computes, as in `jax.Device.platform`
     patience: float  # seconds for which the server may be away
 
 
@@ -134,8 +135,9 @@ def stay(
         )
         hello = messages.Hello(protocol=messages.PROTOCOL, client_id=client)
         outgoing.put(messages.FromClient(hello=hello))
+        incoming = train(iter(outgoing.get, None))
         try:
-            return follow(train(iter(outgoing.get, None)), outgoing.put, read, welcomed, say)
+            return follow(incoming, outgoing.put, read, access.platform, welcomed, say)
         finally:
             outgoing.put(None)
 
@@ -144,6 +146,7 @@ def follow(
     incoming: Iterator[Any],
     send: Callable[[Any], None],
     read: ReadImages,
+    platform: str,
     welcomed: Callable[[int], None],
     say: Say,
 ) -> bool:
@@ -166,7 +169,7 @@ def follow(
             send(messages.FromClient(holding=messages.Holding(images=len(images))))
             say(f"this is client {client}, with {len(images):,} images; waiting for the others")
         elif kind == "contract":
-            contract, terms, programs = read_contract(message.contract)
+            contract, terms, programs = read_contract(message.contract, platform)
             deal = dealer(len(images), client, terms)
             say(summary(terms, contract.digest))
             send(messages.FromClient(ready=messages.Ready(digest=contract.digest)))

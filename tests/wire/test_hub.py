@@ -268,7 +268,7 @@ def test_a_client_keeps_its_number_and_its_patience_over_breaks() -> None:
 
     def run() -> None:
         try:
-            access = Access(f"127.0.0.1:{port}", None, patience)
+            access = Access(f"127.0.0.1:{port}", None, "cpu", patience)
             take_part(access, lambda size: images, None, said.append)
         except UserError as error:
             errors.append(str(error))
