@@ -134,7 +134,7 @@ def test_the_own_loop_logs_stops_early_and_tunes(
     config.eval.knn_k, config.eval.every = 5, 1
     config.mesh.data = config.mesh.model = 1
     arrays: dict[str, Any] = dict(np.load(images))
-    accuracy = main(config, tmp_path, arrays, share=0.5, epochs=200)
+    accuracy = main(config, tmp_path, arrays, share=1.0, epochs=200)
     assert accuracy > 0.8  # four classes of distinct colours
     epochs = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") - 1
     assert 3 <= epochs < 30
