@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -202,7 +203,7 @@ def read_contract(message: Any, platform: str) -> tuple[Contract, Terms, Program
         raise UserError(f"contract: found terms of another version ({one_line(error)})") from error
     if terms.x64 != jax.config.values["jax_enable_x64"]:
         raise UserError(f"JAX_ENABLE_X64: found {not terms.x64}, allowed: {terms.x64}, as at the server")
-    programs = [_load(name, contract, platform) for name in ("forward", "backward")]
+    programs = [_load(name, getattr(contract, name), platform) for name in ("forward", "backward")]
     if programs[0] is None:
         raise UserError("contract: found no forward program, allowed: one")
     return contract, terms, Programs(programs[0], programs[1])
@@ -212,8 +213,8 @@ def _export(function: Callable[..., Any], *arguments: Any) -> bytes:
     return bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments).serialize())
 
 
-def _load(name: str, contract: Contract, platform: str) -> Callable[..., Any] | None:
-    data: bytes = getattr(contract, name)
+@lru_cache(4)  # a client that comes back does not compile again
+def _load(name: str, data: bytes, platform: str) -> Callable[..., Any] | None:
     if not data:
         return None
     try:

@@ -388,7 +388,9 @@ def listening(
         ("grpc.max_concurrent_streams", hub.rules.num_clients + SPARE_STREAMS),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+        # Clients try a quiet connection as often as the server does; by default that would be too often.
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.so_reuseport", 0),
     ]
     started: Any = None
