@@ -3,6 +3,16 @@
 The network is the quickstart's. The clients are threads of one further process, on loopback without
 encryption, and run the exported programs. clients_s is the time in which the server waits for smashed data,
 from its request to the last answer. The rest is the server's own step, and sending gradients.
+
+Last results: two cores of an AMD EPYC, jax 0.10.2, grpcio 1.85.3, 2026-11-26, --repeats=1
+
+                         ours_s  baseline_s   ratio  clients_s  megabytes
+    5 clients, exact      0.135     0.08688  0.6434    0.05396      13.11
+    5 clients, int8      0.1137      0.0845  0.7432    0.04193      3.277
+    20 clients, exact    0.1327     0.07256  0.5469    0.04955      13.11
+    20 clients, int8     0.1235     0.07604  0.6159    0.04631      3.277
+    100 clients, exact   0.2291     0.07319  0.3194     0.1365      13.11
+    100 clients, int8    0.2725     0.07823  0.2871     0.1698       3.28
 """
 
 import contextlib
