@@ -14,7 +14,6 @@ writes what mocosfl_jax.train writes, and the same command resumes it; clients c
 
 import contextlib
 import functools
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ USAGE = (
 )
 # Bytes of a message besides its arrays: names of fields, lengths and numbers.
 _ENVELOPE = 64 * 1024
+_GOODBYE_SECONDS = 5.0  # for clients to leave when the training is finished
 
 
 class Options(NamedTuple):
@@ -113,7 +113,7 @@ def serve(options: Options) -> list[Any]:
     # Imported lazily, so that argument errors precede slow imports.
     from mocosfl_jax.parallel import mesh as meshes
     from mocosfl_jax.runtime.signals import stop_on_signals
-    from mocosfl_jax.training import experiment, journal, loop, session
+    from mocosfl_jax.training import experiment, journal, loop, session, workdir
     from mocosfl_jax.wire import certificates, federation, messages
     from mocosfl_jax.wire.hub import Hub, Rules, listening
 
@@ -131,14 +131,14 @@ def serve(options: Options) -> list[Any]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(session.claimed(run, options.folder, say, accept_other_data=False))
         stop, received = stack.enter_context(stop_on_signals())
-        hub.images |= read_images(options.folder)
+        hub.images |= workdir.read_clients(options.folder)
         largest = largest_message(run) + _ENVELOPE
         port = stack.enter_context(listening(hub, options.listen, credentials, largest))
         host = options.listen.rpartition(":")[0]
         say(f"listening on {host}:{port}, {'TLS' if credentials else 'without encryption'}")
         if not registered(hub, clients.num, stop):
             return received
-        write_images(options.folder, hub.images)
+        workdir.write_clients(options.folder, hub.images)
         run = federation.plan(config, mesh, loaded, hub.images)
         programs = functools.partial(federation.make_programs, hub=hub, stop=stop, say=say)
         output = journal.Output(options.folder, say, lambda metrics: None)
@@ -155,9 +155,6 @@ def serve(options: Options) -> list[Any]:
     return received
 
 
-_GOODBYE_SECONDS = 5.0
-
-
 def registered(hub: Any, count: int, stop: Callable[[], bool]) -> bool:
     """Wait until all clients have joined once; False if the run was stopped."""
     if len(hub.images) < count:
@@ -165,28 +162,6 @@ def registered(hub: Any, count: int, stop: Callable[[], bool]) -> bool:
     while len(hub.images) < count and not stop():
         hub.wait(0.5)
     return not stop()
-
-
-def read_images(folder: Path) -> dict[int, int]:
-    """Return how many images each client holds, as of the start of the run; empty before it.
-
-    Raises:
-      UserError: if the file is damaged.
-    """
-    path = folder / "clients.json"
-    if not path.exists():
-        return {}
-    try:
-        return {int(client): int(images) for client, images in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: found no numbers of images, allowed: those that serve wrote") from error
-
-
-def write_images(folder: Path, images: dict[int, int]) -> None:
-    """Write how many images each client holds."""
-    temporary = folder / "clients.json.tmp"
-    temporary.write_text(json.dumps({str(client): images[client] for client in sorted(images)}) + "\n")
-    temporary.replace(folder / "clients.json")
 
 
 def largest_message(run: Any) -> int:

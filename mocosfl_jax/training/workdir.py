@@ -1,4 +1,4 @@
-"""The JSON files of a run: config.json, preprocessing.json, metrics.jsonl and evaluation.json."""
+"""The JSON files of a run: config.json, preprocessing.json, metrics.jsonl, evaluation.json, clients.json."""
 
 import contextlib
 import errno
@@ -155,7 +155,7 @@ def _was_trained(workdir: Path) -> bool:
 def _empty(workdir: Path) -> None:
     """Remove what a run has written before its first step."""
     shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-    for name in ("config.json", "preprocessing.json", "metrics.jsonl"):
+    for name in ("config.json", "preprocessing.json", "metrics.jsonl", "clients.json"):
         (workdir / name).unlink(missing_ok=True)
     for name in ("partition.png", "curves.png", "neighbours.png", "embedding.png"):
         (workdir / name).unlink(missing_ok=True)
@@ -310,6 +310,26 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def read_clients(workdir: Path) -> dict[int, int]:
+    """Read how many images each client over a network holds; empty before they have all joined.
+
+    Raises:
+      UserError: if the file is damaged.
+    """
+    path = workdir / "clients.json"
+    if not path.exists():
+        return {}
+    try:
+        return {int(client): int(images) for client, images in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: found no numbers of images, allowed: those that serve wrote") from error
+
+
+def write_clients(workdir: Path, images: Mapping[int, int]) -> None:
+    """Write how many images each client holds."""
+    _write_json(workdir / "clients.json", {str(client): images[client] for client in sorted(images)})
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

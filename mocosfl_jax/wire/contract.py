@@ -43,6 +43,7 @@ class Terms:
     image_size: int  # pixels a side
     normalisation: dict[str, list[float]]  # mean and std of each channel, for images in [0, 1]
     augmentation: dict[str, Any]  # version and min_crop_scale
+    rng: list[int]  # key data of all augmentations of the run
     num_clients: int  # N
     cohort: int  # M
     batch_size: int  # B
@@ -164,8 +165,8 @@ def make_contract(run: Run, state: TrainState, rng_views: Array) -> tuple[Contra
         augmentation={
             "version": config.moco.augmentation,
             "min_crop_scale": config.moco.min_crop_scale,
-            "rng": key_data.tolist(),
         },
+        rng=key_data.tolist(),
         num_clients=config.clients.num,
         cohort=run.cohort,
         batch_size=batch_size,

@@ -116,6 +116,7 @@ def make_programs(
     server_step = compile_server_step(run, turn.state, terms.smashed)
     settings = run.config.wire
     config = run.config
+    shares = np.array([len(part) if config.sync.weighted else 1 for part in run.parts])
     # The parts of its state that a client sends at a synchronization and at the end of its turn.
     averaged = [
         *(() if terms.frozen else ("params",)),
@@ -152,7 +153,8 @@ def make_programs(
         cohort = members(state)
         form = terms.smashed
         while True:
-            bring_up_to_date(hub, cohort, state, terms)
+            await_clients(hub, cohort, 0.0, settings.least, stop, say)
+            bring_up_to_date(hub, cohort, state)
             requests = {
                 client: messages.ToClient(forward=messages.Forward(step=number, place=place))
                 for place, client in enumerate(cohort)
@@ -168,7 +170,6 @@ def make_programs(
                 break
             if stop():
                 raise Abandoned("the round has no clients; it is taken up from the newest checkpoint")
-            await_clients(hub, cohort, settings.deadline_s, settings.least, stop, say)
         rows = form.shape[0]
         shape = (len(cohort), *form.shape)
         views = [np.zeros(shape, jnp.dtype(form.dtype)) for _ in range(2)]
@@ -185,9 +186,10 @@ def make_programs(
             hub.tell(
                 {
                     client: messages.ToClient(
-                        backward=messages.Backward(gradient=codec.pack(gradients[cohort.index(client)], form))
+                        backward=messages.Backward(gradient=codec.pack(gradients[place], form))
                     )
-                    for client in found
+                    for place, client in enumerate(cohort)
+                    if client in found
                 }
             )
         return state, curve
@@ -195,7 +197,7 @@ def make_programs(
     def sync(state: CohortState) -> tuple[CohortState, SyncInfo]:
         cohort = members(state)
         if averaged:
-            state = collect(hub, state, cohort, averaged, terms, settings.deadline_s, fill=True)
+            state = collect(hub, state, cohort, averaged, terms, settings.deadline_s, shares)
         state, info = turn.sync(state)
         if averaged:
             rows = jax.device_get([getattr(state.clients, part) for part in averaged])
@@ -217,7 +219,7 @@ def make_programs(
 
     def leave(state: CohortState) -> TrainState:
         if own:
-            state = collect(hub, state, members(state), own, terms, settings.deadline_s, fill=False)
+            state = collect(hub, state, members(state), own, terms, settings.deadline_s)
         return turn.leave(state)
 
     return Programs(feed, run_steps, None, rounds.Turn(enter, sync, leave, turn.state), encode)
@@ -277,7 +279,7 @@ def await_clients(
         hub.wait(_PATIENCE)
 
 
-def bring_up_to_date(hub: Hub, cohort: list[int], state: CohortState, terms: Terms) -> None:
+def bring_up_to_date(hub: Hub, cohort: list[int], state: CohortState) -> None:
     """Give the clients that have come, or have missed something, the state that the server has of them."""
     behind = [client for client in sorted(hub.ready() & set(cohort)) if not hub.current(client)]
     if not behind:
@@ -300,8 +302,7 @@ def collect(
     parts: list[str],
     terms: Terms,
     seconds: float,
-    *,
-    fill: bool,
+    shares: np.ndarray | None = None,
 ) -> CohortState:
     """Replace parts of the cohort's state by what its clients send.
 
@@ -312,8 +313,8 @@ def collect(
       parts: their names.
       terms: of the contract.
       seconds: for which an answer is awaited.
-      fill: a client that does not answer gets the mean of the others, so that it has no part in an average;
-        otherwise it keeps what the server has of it.
+      shares: [N], the weights of an average that follows. Then a client that does not answer gets the average
+        of the others, so that it has no part in it. None: it keeps what the server has of it.
     """
     request = {part: True for part in parts}
     current = [client for client in cohort if hub.current(client)]
@@ -337,9 +338,9 @@ def collect(
         new = []
         for index, leaf in enumerate(leaves):
             rows = np.array(jax.device_get(leaf))
-            sent = [found[client][number][index] for client in cohort if client in found]
-            if fill and len(sent) < len(cohort):
-                rows[:] = np.mean(np.stack(sent), axis=0)
+            if shares is not None and len(found) < len(cohort):
+                sent = np.stack([leaves[number][index] for leaves in found.values()])
+                rows[:] = np.average(sent, axis=0, weights=shares[list(found)])
             for place, client in enumerate(cohort):
                 if client in found:
                     rows[place] = found[client][number][index]

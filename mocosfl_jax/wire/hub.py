@@ -48,6 +48,7 @@ class Peer:
 
     client: int
     outgoing: asyncio.Queue
+    ended: asyncio.Future  # a `Refused`, once the client is given up
     ready: bool = False  # it has accepted the contract
     current: bool = False  # it holds the state that the server believes it to hold
     number: int = 0  # of the last request
@@ -72,6 +73,7 @@ class Hub:
         self.arrays: Counter[str] = Counter()  # bytes of the arrays in them
         self._say = say
         self._peers: dict[int, Peer] = {}
+        self._coming: set[int] = set()  # numbers of clients that are being admitted
         self._contract: Contract | None = None
         self._offered = asyncio.Event()
         self._changed = threading.Event()
@@ -190,9 +192,8 @@ class Hub:
             self._say(f"client {peer.client}: {reason}; {len(self._peers)} are connected")
         if peer.answer is not None and not peer.answer.done():
             peer.answer.cancel()
-        while not peer.outgoing.empty():
-            peer.outgoing.get_nowait()
-        peer.outgoing.put_nowait(Refused(code, reason))
+        if not peer.ended.done():
+            peer.ended.set_result(Refused(code, reason))
         self._changed.set()
 
     async def train(self, _: Any, context: Any) -> None:
@@ -202,16 +203,13 @@ class Hub:
             before = self._peers.get(client)
             if before is not None:
                 self._end(before, "comes back")
-            peer = self._peers[client] = Peer(client, asyncio.Queue(WAITING))
+            peer = self._peers[client] = Peer(client, asyncio.Queue(WAITING), self._loop.create_future())
             self._say(f"client {client}: {self.images[client]:,} images; {len(self._peers)} are connected")
             self._changed.set()
             try:
                 await self._serve(peer, context)
-            except Refused as error:
-                self._end(peer, error.reason)
-                raise
             except Exception as error:
-                self._end(peer, one_line(error))
+                self._end(peer, error.reason if isinstance(error, Refused) else one_line(error))
                 raise
             finally:
                 self._end(peer, "left")
@@ -228,6 +226,16 @@ class Hub:
                 f"protocol: found {hello.protocol}, allowed: {messages.PROTOCOL}; update the older side",
             )
         client = self._number(hello, context)
+        self._coming.add(client)
+        try:
+            self.images[client] = await self._holding(client, context)
+        finally:
+            self._coming.discard(client)
+        return client
+
+    async def _holding(self, client: int, context: Any) -> int:
+        """How many images an admitted client holds."""
+        precondition = grpc.StatusCode.FAILED_PRECONDITION
         size, batch_size = self.rules.image_size, self.rules.batch_size
         welcome = messages.Welcome(client_id=client, image_size=size, batch_size=batch_size)
         await self._write(context, messages.ToClient(welcome=welcome))
@@ -240,8 +248,8 @@ class Hub:
                 precondition,
                 f"images: found {holding.images}, allowed: {known}, as when the training began",
             )
-        self.images[client] = holding.images
-        return client
+        images: int = holding.images
+        return images
 
     def _number(self, hello: Any, context: Any) -> int:
         """The number of a client: by its certificate, by its wish, or the first that is free."""
@@ -257,25 +265,22 @@ class Hub:
                 raise Refused(denied, f"client_id: found {wish}, allowed: {number}, as in the certificate")
             wish = int(number)
         if wish is None:
-            away = [client for client in range(self.rules.num_clients) if client not in self._peers]
+            taken = self._coming.union(self._peers)
+            away = [client for client in range(self.rules.num_clients) if client not in taken]
             if not away:
                 raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "client_id: found none, and all are taken")
             return min(away, key=lambda client: client in self.images)  # first those that never came
         if wish >= self.rules.num_clients:
             raise Refused(denied, f"client_id: found {wish}, allowed: 0 to {self.rules.num_clients - 1}")
-        if not self.rules.authenticated and wish in self._peers:
+        if not self.rules.authenticated and wish in self._coming.union(self._peers):
             raise Refused(grpc.StatusCode.UNAVAILABLE, f"client_id: {wish} is connected already")
         return wish
 
     async def _serve(self, peer: Peer, context: Any) -> None:
         answer = asyncio.ensure_future(context.read())
         offered = asyncio.ensure_future(self._offered.wait())
-        given_up = asyncio.ensure_future(peer.outgoing.get())
-        waiting = {answer, offered, given_up}
         try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if given_up.done():
-                raise given_up.result()
+            await self._first(peer, answer, offered)
             contract = self._contract
             if contract is None:
                 self._expect(answer.result(), None)
@@ -287,15 +292,13 @@ class Hub:
                 digest=contract.digest,
             )
             await self._write(context, messages.ToClient(contract=offer))
-            await asyncio.wait({answer, given_up}, timeout=READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if given_up.done():
-                raise given_up.result()
+            await self._first(peer, answer, seconds=READY_SECONDS)
             if not answer.done():
                 raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "contract: not answered in time")
             ready = self._expect(answer.result(), "ready").ready
         finally:
-            for task in waiting:
-                task.cancel()
+            answer.cancel()
+            offered.cancel()
         if ready.digest != contract.digest:
             raise Refused(grpc.StatusCode.FAILED_PRECONDITION, "contract: found another digest")
         peer.ready = True
@@ -304,20 +307,24 @@ class Hub:
             asyncio.ensure_future(work) for work in (self._answers(peer, context), self._news(peer, context))
         ]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await self._first(peer, *tasks)
+            for task in tasks:
+                if task.done():
+                    task.result()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _first(self, peer: Peer, *work: asyncio.Future, seconds: float | None = None) -> None:
+        """Wait until some of the work is done, or for some seconds, unless the client is given up."""
+        await asyncio.wait({*work, peer.ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if peer.ended.done():
+            raise peer.ended.result()
+
     async def _news(self, peer: Peer, context: Any) -> None:
         while True:
-            message = await peer.outgoing.get()
-            if isinstance(message, Refused):
-                raise message
-            await self._write(context, message)
+            await self._write(context, await peer.outgoing.get())
 
     async def _answers(self, peer: Peer, context: Any) -> None:
         while True:

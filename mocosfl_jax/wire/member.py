@@ -26,7 +26,6 @@ _FINAL = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
@@ -187,7 +186,7 @@ def follow(
                 member.params,
                 member.key_params,
                 images[deal(step)],
-                np.array(terms.augmentation["rng"], np.uint32),
+                np.array(terms.rng, np.uint32),
                 np.int32(step),
                 np.int32(place),
             )

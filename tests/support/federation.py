@@ -116,6 +116,9 @@ class Federation:
             assert time.monotonic() < end, self.log("serve")
             time.sleep(0.02)
 
+    def until_after(self, epoch: int, seconds: float) -> None:
+        self.until(lambda: self.epochs() > epoch, seconds)
+
     def epochs(self) -> int:
         """How many epochs are in metrics.jsonl."""
         path = self.workdir / "metrics.jsonl"

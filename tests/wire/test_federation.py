@@ -5,6 +5,7 @@ import pathlib
 import socket
 import threading
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mocosfl_jax.algorithm.clients import ClientState
+from mocosfl_jax.algorithm.fedavg import average
+from mocosfl_jax.algorithm.interface import CohortState
 from mocosfl_jax.config import Clients, Config, Data, Moco, Optim, Own, Synchronization, resolve
 from mocosfl_jax.costs.accounting import Plan, costs
 from mocosfl_jax.evaluation.features import make_encode
@@ -20,6 +24,7 @@ from mocosfl_jax.training import experiment
 from mocosfl_jax.training.build import constant_network
 from mocosfl_jax.training.programs import compile_programs
 from mocosfl_jax.wire import federation, messages
+from mocosfl_jax.wire.codec import pack_leaves
 from tests.support.federation import hub_of, joined, train
 from tests.support.small_run import write_images
 from tests.support.toy import IMAGE, make_toy_model
@@ -87,6 +92,56 @@ def test_training_is_that_of_simulated_clients(case: str, tmp_path: pathlib.Path
     assert found.step == EPOCHS * run.steps_per_epoch
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-9)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, expected)
+
+
+class Answering:
+    """Stands for a hub: some clients answer with the given parameters, the others are silent."""
+
+    def __init__(self, params: dict[int, np.ndarray]) -> None:
+        self.params = params
+        self.doubted: list[int] = []
+
+    def current(self, client: int) -> bool:
+        return True
+
+    def doubt(self, client: int) -> None:
+        self.doubted.append(client)
+
+    def ask(self, requests: dict[int, Any], seconds: float) -> dict[int, Any]:
+        return {
+            client: messages.FromClient(state=messages.State(params=pack_leaves([self.params[client]])))
+            for client in requests
+            if client in self.params
+        }
+
+
+@pytest.mark.parametrize("shares", [[1, 1, 1, 1], [3, 5, 1, 2]])
+def test_a_silent_client_has_no_part_in_the_average(shares: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    sent = {client: rng.normal(size=3).astype(np.float32) for client in (0, 1, 3)}
+    hub: Any = Answering(sent)
+    clients = ClientState({"kernel": jnp.full((4, 3), 9.0)}, None, None, None, None)
+    state = CohortState(jnp.zeros((), jnp.int32), clients, None, None, None)
+    terms: Any = SimpleNamespace(shapes=lambda part: [((3,), "float32")])
+    cohort = [0, 1, 2, 3]
+    weights = np.array(shares)
+    found = federation.collect(hub, state, cohort, ["params"], terms, 1.0, weights)
+    mean = average(found.clients.params, jnp.asarray(weights, jnp.float32))["kernel"]
+    expected = np.average([sent[c] for c in (0, 1, 3)], axis=0, weights=[shares[c] for c in (0, 1, 3)])
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    assert hub.doubted == [2]
+    kept = federation.collect(hub, state, cohort, ["params"], terms, 1.0).clients.params["kernel"]
+    np.testing.assert_array_equal(kept, np.stack([sent[0], sent[1], np.full(3, 9.0), sent[3]]))
+
+
+def test_no_step_begins_with_fewer_clients_than_the_least() -> None:
+    there = iter([{0}, {0}, {0, 5}, {0, 2}])
+    waits: list[float] = []
+    said: list[str] = []
+    hub: Any = SimpleNamespace(ready=lambda: next(there), wait=waits.append)
+    federation.await_clients(hub, [0, 1, 2], 0.0, 2, lambda: False, said.append)
+    assert len(waits) == 3 and next(there, None) is None
+    assert said == ["waiting for clients: 1 of 3 are there, 2 are needed"]
 
 
 class Proxy:
