@@ -52,10 +52,15 @@ def read(text: str, trips: int) -> Program:
     computations, entry = _computations(text)
     operations: list[Operation] = []
     collectives: Counter[str] = Counter()
+    channels: set[str] = set()  # of the collectives that are counted
     for instruction, names, times in _walk(computations, entry, 1, trips):
         kind = _DONE.sub("", instruction.opcode).removesuffix("-start")
         if kind in COLLECTIVES and not _DONE.search(instruction.opcode):
-            collectives[kind] += times * _received(instruction)
+            # A TPU carries one collective through many fusions, each of which repeats it.
+            channel = re.search(r"channel_id=\d+", instruction.line)
+            if channel is None or channel[0] not in channels:
+                collectives[kind] += times * _received(instruction)
+            channels |= {channel[0]} if channel else set()
         if instruction.fused or instruction.opcode in _FREE:
             continue
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.line)

@@ -52,6 +52,16 @@ def test_collectives_count_what_arrives() -> None:
     assert hlo.read(TEXT, trips=5).collectives == {"all-gather": 5 * 32 * 4 * 4, "all-reduce": 8 * 4}
 
 
+def test_a_collective_that_several_fusions_carry_counts_once() -> None:
+    """As in the programs of a TPU: each fusion repeats it, with the same channel."""
+    carried = TEXT.replace("all-reduce(%p),", "all-reduce(%p), channel_id=8,").replace(
+        "  ROOT %fusion.2", "  %fusion.3 = f32[8]{0} fusion(%a), calls=%fused_reduce\n  ROOT %fusion.2"
+    )
+    assert hlo.read(carried, trips=5).collectives["all-reduce"] == 8 * 4
+    two = carried.replace("channel_id=8, ", "")  # without a channel they are two
+    assert hlo.read(two, trips=5).collectives["all-reduce"] == 2 * 8 * 4
+
+
 @pytest.mark.parametrize(
     "shapes, size",
     [("pred[3]{0}", 3), ("s4[6]", 3), ("(u8[2,3], (f64[], bf16[5]))", 6 + 8 + 10), ("token[]", 0)],
