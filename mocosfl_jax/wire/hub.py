@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +28,8 @@ READY_SECONDS = 600.0  # a client compiles meanwhile
 WAITING = 8
 # Streams beyond one for each client, such as of clients that come back before their old stream has ended.
 SPARE_STREAMS = 16
+# How often the holder of a certificate may open a stream, and in how many seconds. More are turned away.
+STREAMS, STREAM_SECONDS = 30, 60.0
 _GRACE = 5.0  # seconds for streams to end when the server stops
 # A connection over which nothing comes for so long is tried, and then given up.
 KEEPALIVE_MS = 20_000
@@ -74,6 +76,7 @@ class Hub:
         self._say = say
         self._peers: dict[int, Peer] = {}
         self._coming: set[int] = set()  # numbers of clients that are being admitted
+        self._opened: dict[int, deque[float]] = {}  # when each certificate opened its latest streams
         self._contract: Contract | None = None
         self._offered = asyncio.Event()
         self._changed = threading.Event()
@@ -219,13 +222,16 @@ class Hub:
     async def _admit(self, context: Any) -> int:
         """The number of a client that has said who it is and how many images it holds."""
         precondition = grpc.StatusCode.FAILED_PRECONDITION
+        certified = self._certified(context) if self.rules.authenticated else None
+        if certified is not None:
+            self._limit(certified)
         hello = (await self._read(context, "hello", HELLO_SECONDS)).hello
         if hello.protocol != messages.PROTOCOL:
             raise Refused(
                 precondition,
                 f"protocol: found {hello.protocol}, allowed: {messages.PROTOCOL}; update the older side",
             )
-        client = self._number(hello, context)
+        client = self._number(hello, certified)
         self._coming.add(client)
         try:
             self.images[client] = await self._holding(client, context)
@@ -251,19 +257,37 @@ class Hub:
         images: int = holding.images
         return images
 
-    def _number(self, hello: Any, context: Any) -> int:
+    def _certified(self, context: Any) -> int:
+        """The number in the name of a client's certificate."""
+        names = context.auth_context().get("x509_common_name", [b""])
+        name = printable(names[0].decode("utf-8", "replace"))
+        kind, _, number = name.partition("-")
+        if kind != "client" or not number.isdecimal():
+            raise Refused(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"certificate: found the name {name!r}, allowed: client-NUMBER",
+            )
+        return int(number)
+
+    def _limit(self, certified: int) -> None:
+        """Turn away a client that opens streams all the time."""
+        now = time.monotonic()
+        opened = self._opened.setdefault(certified, deque(maxlen=STREAMS))
+        if len(opened) == STREAMS and now - opened[0] < STREAM_SECONDS:
+            raise Refused(
+                grpc.StatusCode.UNAVAILABLE,
+                f"client {certified} has come {STREAMS} times within {STREAM_SECONDS:.0f} s",
+            )
+        opened.append(now)
+
+    def _number(self, hello: Any, certified: int | None) -> int:
         """The number of a client: by its certificate, by its wish, or the first that is free."""
         denied = grpc.StatusCode.PERMISSION_DENIED
         wish = hello.client_id if hello.HasField("client_id") else None
-        if self.rules.authenticated:
-            names = context.auth_context().get("x509_common_name", [b""])
-            name = printable(names[0].decode("utf-8", "replace"))
-            kind, _, number = name.partition("-")
-            if kind != "client" or not number.isdecimal():
-                raise Refused(denied, f"certificate: found the name {name!r}, allowed: client-NUMBER")
-            if wish is not None and wish != int(number):
-                raise Refused(denied, f"client_id: found {wish}, allowed: {number}, as in the certificate")
-            wish = int(number)
+        if certified is not None:
+            if wish is not None and wish != certified:
+                raise Refused(denied, f"client_id: found {wish}, allowed: {certified}, as in the certificate")
+            wish = certified
         if wish is None:
             taken = self._coming.union(self._peers)
             away = [client for client in range(self.rules.num_clients) if client not in taken]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,27 +66,33 @@ def train(programs: Programs, run: Run, state: TrainState, epochs: int) -> tuple
     return state, np.concatenate(losses).tolist()
 
 
-def fields(data: str, epochs: int) -> list[str]:
+def toy_fields(folder: pathlib.Path, epochs: int) -> dict[str, Any]:
+    """Of a configuration for three clients with the toy network."""
+    data = write_images(folder / "set.npz", IMAGE)
     given = FIELDS | {"data.dir": data, "epochs": epochs, "clients.num": 3, "clients.cohort": 3}
-    given |= {"mesh.data": 1, "wire.deadline_s": 20.0}
-    return [f"--config.{name}={value}" for name, value in given.items()]
+    return given | {"mesh.data": 1, "wire.deadline_s": 20.0}
 
 
 class Federation:
-    """A server and clients, each a process with a log."""
+    """A server and clients, each a process with a log.
 
-    def __init__(self, folder: pathlib.Path, epochs: int) -> None:
+    Attributes:
+      arguments: of a command that has the same configuration and another workdir.
+    """
+
+    def __init__(self, folder: pathlib.Path, fields: Mapping[str, Any], *, toy: bool = True) -> None:
         self.folder = folder
-        self.data = write_images(folder / "set.npz", IMAGE)
         self.port = free_port()
         self.workdir = folder / "run"
-        self.arguments = [*fields(self.data, epochs), f"--workdir={self.workdir}"]
-        config, *_ = serve.parse(with_toy(["serve", *self.arguments, "--listen=127.0.0.1:1", "--insecure"]))
+        self.arguments = [f"--config.{name}={value}" for name, value in fields.items()]
+        self.arguments = with_toy(["", *self.arguments])[1:] if toy else self.arguments
+        config, *_ = serve.parse(["serve", *self.arguments, "--listen=127.0.0.1:1", "--insecure"])
         self.simulated = prepare(config)
         for client, part in enumerate(self.simulated.parts):
             np.savez(folder / f"{client}.npz", images=np.asarray(self.simulated.dataset.x_train[part]))
         self.tls = folder / "tls"
-        assert certificates.main(["certificates", f"--tls={self.tls}", "--clients=3"]) == 0
+        count = f"--clients={config.clients.num}"
+        assert certificates.main(["certificates", f"--tls={self.tls}", count]) == 0
         self.running: list[subprocess.Popen] = []
 
     def start(self, name: str, module: str, arguments: Sequence[str]) -> subprocess.Popen:
@@ -99,8 +105,8 @@ class Federation:
         return process
 
     def serve(self) -> subprocess.Popen:
-        arguments = [*self.arguments, f"--listen=127.0.0.1:{self.port}", f"--tls={self.tls}"]
-        return self.start("serve", "mocosfl_jax.serve", with_toy(["serve", *arguments])[1:])
+        where = [f"--workdir={self.workdir}", f"--listen=127.0.0.1:{self.port}", f"--tls={self.tls}"]
+        return self.start("serve", "mocosfl_jax.serve", [*self.arguments, *where])
 
     def join(self, client: int) -> subprocess.Popen:
         where = [f"--server=localhost:{self.port}", f"--tls={self.tls / f'client-{client}'}"]

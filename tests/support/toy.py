@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from mocosfl_jax import SplitModel, Views, train
+from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.training import checkpoint
 from tests.support.training import prepare
 
@@ -49,10 +50,15 @@ def with_toy(argv: Sequence[str]) -> list[str]:
 
 def last_arrays(argv: Sequence[str], folder: pathlib.Path) -> list[np.ndarray]:
     """All arrays of the newest checkpoint of a run with the toy network, restored on one device."""
-    config, *_ = train.parse(with_toy(argv))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(last_state(with_toy(argv), folder))]
+
+
+def last_state(argv: Sequence[str], folder: pathlib.Path) -> TrainState:
+    """The newest checkpoint of a run, restored on one device."""
+    config, *_ = train.parse(argv)
     run = prepare(config)
     state, _ = checkpoint.restore(folder / "checkpoints", None, run.algorithm, jax.devices()[0])
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    return state
 
 
 def random_views(seed: int, clients: int, batch: int) -> Views:

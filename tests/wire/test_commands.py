@@ -1,28 +1,42 @@
 """The commands serve, join and certificates: a federation of processes, kills, and mistakes in one line."""
 
+import contextlib
+import functools
 import json
 import pathlib
 import signal
 from collections.abc import Iterator
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from mocosfl_jax import certificates, join, serve
-from tests.support.federation import Federation, fields
+from mocosfl_jax.data import load
+from tests.support.federation import Federation, toy_fields
 from tests.support.small_run import metrics
-from tests.support.toy import last_arrays, with_toy
+from tests.support.toy import last_state
 
 EPOCHS = 6
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+@contextlib.contextmanager
+def ended(federation: Federation) -> Iterator[Federation]:
+    """End all processes of a federation in the end."""
+    try:
+        yield federation
+    finally:
+        for process in federation.running:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture
 def federation(tmp_path: pathlib.Path) -> Iterator[Federation]:
-    found = Federation(tmp_path, EPOCHS)
-    yield found
-    for process in found.running:
-        process.kill()
-        process.wait()
+    with ended(Federation(tmp_path, toy_fields(tmp_path, EPOCHS))) as found:
+        yield found
 
 
 def test_processes_train_what_the_simulation_trains(federation: Federation) -> None:
@@ -50,17 +64,53 @@ def test_processes_train_what_the_simulation_trains(federation: Federation) -> N
         assert "Traceback" not in federation.log(name)
 
     simulated = federation.folder / "simulated"
-    argv = ["train", *fields(federation.data, EPOCHS), f"--workdir={simulated}"]
-    assert federation.start("train", "mocosfl_jax.train", with_toy(argv)[1:]).wait(120) == 0
+    argv = ["train", *federation.arguments, f"--workdir={simulated}"]
+    assert federation.start("train", "mocosfl_jax.train", argv[1:]).wait(120) == 0
     found, expected = metrics(federation.workdir), metrics(simulated)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     losses, wanted = ([line["loss"] for line in lines if "loss" in line] for lines in (found, expected))
     np.testing.assert_allclose(losses, wanted, rtol=1e-4)
-    for ours, theirs in zip(last_arrays(argv, federation.workdir), last_arrays(argv, simulated), strict=True):
+    states = [last_state(argv, folder) for folder in (federation.workdir, simulated)]
+    for ours, theirs in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
     assert json.loads((federation.workdir / "clients.json").read_text()) == {
         str(client): len(part) for client, part in enumerate(federation.simulated.parts)
     }
+
+
+@pytest.mark.slow
+def test_five_processes_train_the_quickstarts_network(tmp_path: pathlib.Path) -> None:
+    """In float32, where clients and simulation round differently; in float64 see test_federation.py."""
+    sample = load("fashion_mnist_sample", "data", image_size=None)
+    images: dict[str, Any] = {name: np.asarray(getattr(sample, name)[:200]) for name in ARRAYS}
+    np.savez(tmp_path / "set.npz", **images)
+    given = {
+        "epochs": 3,
+        "clients.num": 5,
+        "data.name": "npz",
+        "data.dir": tmp_path / "set.npz",
+        "mesh.data": 1,
+    }
+    with ended(Federation(tmp_path, given, toy=False)) as federation:
+        server = federation.serve()
+        clients = [federation.join(client) for client in range(5)]
+        simulated = tmp_path / "simulated"
+        argv = ["train", *federation.arguments, f"--workdir={simulated}"]
+        assert federation.start("train", "mocosfl_jax.train", argv[1:]).wait(600) == 0
+        assert server.wait(600) == 0, federation.log("serve")
+        assert [client.wait(60) for client in clients] == [0] * 5
+    folders = (federation.workdir, simulated)
+    found, expected = ([line["loss"] for line in metrics(folder) if "loss" in line] for folder in folders)
+    assert len(found) == 3
+    for epoch, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6 * 10**epoch)  # two steps each
+    states = [last_state(argv, folder) for folder in folders]
+    models = [
+        (state.pool.shared.params, state.pool.own.key_params, state.server.params, state.server.key_params)
+        for state in states
+    ]
+    assert states[0].step == states[1].step == 6
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=5e-4), *models)
 
 
 def test_a_client_of_another_authority_is_refused(federation: Federation) -> None:

@@ -1,6 +1,7 @@
 """Clients over a network compute what simulated clients compute."""
 
 import contextlib
+import dataclasses
 import pathlib
 import socket
 import threading
@@ -16,7 +17,7 @@ import pytest
 from mocosfl_jax.algorithm.clients import ClientState
 from mocosfl_jax.algorithm.fedavg import average
 from mocosfl_jax.algorithm.interface import CohortState
-from mocosfl_jax.config import Clients, Config, Data, Moco, Optim, Own, Synchronization, resolve
+from mocosfl_jax.config import Clients, Config, Data, Moco, Optim, Own, Synchronization, quickstart, resolve
 from mocosfl_jax.costs.accounting import Plan, costs
 from mocosfl_jax.evaluation.features import make_encode
 from mocosfl_jax.parallel import mesh as meshes
@@ -57,13 +58,27 @@ CASES: dict[str, dict[str, Any]] = {
     "symmetric": {"moco": Moco(preset="v2", key_dim=8, queue_size=40)},
     "full symmetric": {"moco": Moco(preset="v1", key_dim=8, queue_size=40, full_symmetric=True)},
     "frozen": {"optim": Optim(server_lr=0.03, client_lr=0.0)},
+    "the quickstart's network": {
+        "own": Own(),
+        "model": quickstart().model,
+        "moco": dataclasses.replace(quickstart().moco, queue_size=40),
+        "optim": quickstart().optim,
+        "clients": Clients(num=5, batch_size=2, noniid_ratio=0.5),
+    },
 }
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if case == "the quickstart's network" else case
+        for case in CASES
+    ],
+)
 def test_training_is_that_of_simulated_clients(case: str, tmp_path: pathlib.Path) -> None:
-    resolved = resolve(config(write_images(tmp_path / "set.npz", IMAGE), **CASES[case]))
+    size = IMAGE if "own" not in CASES[case] else (32, 32, 3)
+    resolved = resolve(config(write_images(tmp_path / "set.npz", size), **CASES[case]))
     mesh = meshes.make_mesh(resolved.mesh, jax.devices()[:1])
     simulated = experiment.prepare(resolved, mesh)
     rng_init, rng_views = jax.random.split(jax.random.key(0))

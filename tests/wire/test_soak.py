@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.support.federation import Federation
+from tests.support.federation import Federation, toy_fields
 from tests.support.small_run import metrics
 
 KILLS = 50
@@ -18,7 +18,7 @@ EPOCHS = 600
 @pytest.mark.soak
 def test_fifty_kills(tmp_path: pathlib.Path) -> None:
     rng = random.Random(0)
-    federation = Federation(tmp_path, EPOCHS)
+    federation = Federation(tmp_path, toy_fields(tmp_path, EPOCHS))
     running = {"serve": federation.serve()} | {f"join-{i}": federation.join(i) for i in range(3)}
     try:
         federation.until(lambda: federation.epochs() >= 0)
