@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from mocosfl_jax.evaluation.features import Rows
-from mocosfl_jax.pictures.figure import label, save
+from mocosfl_jax.pictures.figure import COLOURS, class_colours, label, save
 
 IMAGES = 1000  # at most
-CLASSES = 20  # at most: there are no more colours that differ well
 _LEAST = 4  # images for an embedding
 _EQUAL = 1e-6  # standard deviation of unit vectors below which they are all equal
 
@@ -28,15 +27,12 @@ def plot_embedding(path: Path, test: Rows, labels: np.ndarray, names: Sequence[s
     """
 
     def draw(figure: Any) -> None:
-        from matplotlib import colormaps
-
         rows, classes = chosen(labels)
         places = embed(np.asarray(test)[rows])
         axes = figure.subplots()
-        colours = colormaps["tab10" if len(classes) <= 10 else "tab20"]
-        for place, number in enumerate(classes):
+        for number, colour in class_colours(classes.tolist(), len(names)).items():
             mine = places[labels[rows] == number]
-            axes.scatter(*mine.T, s=9, color=colours(place), label=label(names[number]), linewidths=0)
+            axes.scatter(*mine.T, s=9, color=colour, label=label(names[number]), linewidths=0)
         some = f", {len(classes)} of {len(names)} classes" if len(classes) < len(np.unique(labels)) else ""
         axes.set(title=f"Features of {len(rows):,} test images by t-SNE{some}", xticks=[], yticks=[])
         handles, _ = axes.get_legend_handles_labels()
@@ -58,8 +54,8 @@ def chosen(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       Indices of at most 1,000 images, ascending, and their classes, at most 20.
     """
     classes = np.unique(labels)
-    if len(classes) > CLASSES:
-        classes = classes[np.linspace(0, len(classes) - 1, CLASSES).astype(int)]
+    if len(classes) > COLOURS:
+        classes = classes[np.linspace(0, len(classes) - 1, COLOURS).astype(int)]
     rows = np.flatnonzero(np.isin(labels, classes))
     rows = rows[np.linspace(0, len(rows) - 1, min(IMAGES, len(rows))).astype(int)]
     return rows, classes

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from absl import logging
 
 from mocosfl_jax.errors import one_line, printable
 
+COLOURS = 20  # classes at most that have colours of their own
 Draw = Callable[[Any], None]  # draws on the `matplotlib.figure.Figure` that it gets
 
 
@@ -61,6 +62,26 @@ def save(path: Path, size: tuple[float, float], draw: Draw) -> None:
         return
     if warning:
         logging.warning("%s: %s", path, warning)
+
+
+def class_colours(shown: Sequence[int], count: int) -> dict[int, Any]:
+    """Return a colour for each class in a picture, by its number.
+
+    Up to 20 colours differ well. A class of so small a set has the same colour in all pictures; if more than
+    20 are shown, colours are alike.
+
+    Args:
+      shown: numbers of the classes in the picture, ascending.
+      count: classes of the data set.
+    """
+    from matplotlib import colormaps
+
+    if len(shown) > COLOURS:
+        return {number: colormaps["hsv"](place / len(shown)) for place, number in enumerate(shown)}
+    numbers = range(count) if count <= COLOURS else shown
+    palette = colormaps["tab10" if len(numbers) <= 10 else "tab20"]
+    colours = {number: palette(place) for place, number in enumerate(numbers)}
+    return {number: colours[number] for number in shown}
 
 
 def label(name: str, longest: int = 30) -> str:

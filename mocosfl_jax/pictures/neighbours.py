@@ -8,12 +8,12 @@ import numpy as np
 from mocosfl_jax.data import Dataset
 from mocosfl_jax.evaluation.features import Rows
 from mocosfl_jax.evaluation.knn import nearest
-from mocosfl_jax.pictures.figure import label, save
+from mocosfl_jax.pictures.figure import class_colours, label, save
 
 IMAGES = 12  # test images, a row each
 NEIGHBOURS = 8  # of each
-# Frames. Blue and orange differ for readers who cannot tell green from red.
-SAME_CLASS, OTHER_CLASS = "#1f77b4", "#ff7f0e"
+SAME_CLASS: Any = "solid"  # the line of a frame
+OTHER_CLASS: Any = (0, (1.5, 1.0))
 _CELL = (0.78, 0.95)  # inches: width and height of an image with its label
 _LONGEST_LABEL = 13  # characters of a class name
 
@@ -21,8 +21,8 @@ _LONGEST_LABEL = 13  # characters of a class name
 def plot_neighbours(path: Path, dataset: Dataset, train: Rows, test: Rows) -> None:
     """Plot a dozen test images, each in a row with its eight nearest training images.
 
-    Nearest is by cosine similarity of the features. A neighbour's frame says whether its class is that of the
-    test image. Only the images in the picture are read.
+    Nearest is by cosine similarity of the features. A frame has the colour of its image's class. It is dashed
+    where that is not the class of the test image. Only the images in the picture are read.
 
     Args:
       path: the PNG file.
@@ -37,24 +37,28 @@ def plot_neighbours(path: Path, dataset: Dataset, train: Rows, test: Rows) -> No
         chosen = spread_over_classes(dataset.y_test, IMAGES)
         neighbours = nearest(train, test[chosen], min(NEIGHBOURS, len(dataset.y_train)))
         axes = figure.subplots()
+        present = np.union1d(dataset.y_test[chosen], dataset.y_train[neighbours.ravel()])
+        colours = class_colours(present.tolist(), len(dataset.class_names))
         for row, query in enumerate(chosen):
-            cells: list[tuple[Any, Any, str | None]] = [
-                (dataset.x_test[query : query + 1][0], dataset.y_test[query], None)
-            ]
+            cells = [(dataset.x_test[query : query + 1][0], int(dataset.y_test[query]))]
             for image, each in zip(dataset.x_train[neighbours[row]], neighbours[row], strict=True):
-                same = dataset.y_train[each] == dataset.y_test[query]
-                cells.append((image, dataset.y_train[each], SAME_CLASS if same else OTHER_CLASS))
-            for column, (image, number, colour) in enumerate(cells):
+                cells.append((image, int(dataset.y_train[each])))
+            for column, (image, number) in enumerate(cells):
                 # A gap of a third of an image separates the test image from its neighbours.
                 left, top = column + (column > 0) / 3, row * _CELL[1] / _CELL[0]
                 axes.imshow(
                     image, extent=(left + 0.08, left + 0.92, top + 0.84, top), interpolation="nearest"
                 )
-                if colour:
-                    frame = Rectangle(
-                        (left + 0.08, top), 0.84, 0.84, fill=False, edgecolor=colour, linewidth=3
-                    )
-                    axes.add_patch(frame)
+                frame = Rectangle(
+                    (left + 0.08, top),
+                    0.84,
+                    0.84,
+                    fill=False,
+                    edgecolor=colours[number],
+                    linewidth=3,
+                    linestyle=SAME_CLASS if number == dataset.y_test[query] else OTHER_CLASS,
+                )
+                axes.add_patch(frame)
                 name = label(dataset.class_names[number], _LONGEST_LABEL)
                 axes.text(left + 0.5, top + 0.91, name, ha="center", va="top", fontsize=6, parse_math=False)
         width = 1 + 1 / 3 + neighbours.shape[1]
@@ -64,8 +68,8 @@ def plot_neighbours(path: Path, dataset: Dataset, train: Rows, test: Rows) -> No
         axes.text(4 / 3 + neighbours.shape[1] / 2, -0.15, "nearest training images", ha="center", fontsize=8)
         figure.legend(
             handles=[
-                Patch(fill=False, edgecolor=SAME_CLASS, linewidth=3, label="class of the test image"),
-                Patch(fill=False, edgecolor=OTHER_CLASS, linewidth=3, label="another class"),
+                Patch(fill=False, linestyle=SAME_CLASS, linewidth=2, label="class of the test image"),
+                Patch(fill=False, linestyle=OTHER_CLASS, linewidth=2, label="another class"),
             ],
             loc="outside lower center",
             ncols=2,

@@ -16,6 +16,7 @@ from mocosfl_jax.pictures import embedding, figure, neighbours
 from mocosfl_jax.pictures.features import plot_features
 
 CLASSES = ("$a$", "<b>", "a very long name of a class")
+COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c"]
 
 
 def make(train: int = 60, test: int = 30) -> tuple[Dataset, Extracted, Extracted]:
@@ -93,25 +94,31 @@ def test_the_picture_has_these_images_with_the_right_frames(
             assert pixel((left + right) / 2, (top + bottom) / 2) == (int(image[0, 0, 0]),) * 3
             name = next(names)
             assert name.get_text() == figure.label(CLASSES[number], 13) and not name.get_parse_math()
-            if place:
-                same = number == dataset.y_test[query]
-                expected["same" if same else "other"] += 1
-                next(frames)
+            same = number == dataset.y_test[query]
+            expected["same" if same else "other"] += 1
+            frame = next(frames)
+            assert line_colour(frame) == COLOURS[number]
+            assert frame.get_linestyle() == (neighbours.SAME_CLASS if same else neighbours.OTHER_CLASS)
+            if not place:
                 found = pixel(left, (top + bottom) / 2)
-                assert found == ((0x1F, 0x77, 0xB4) if same else (0xFF, 0x7F, 0x0E))
+                assert "#" + bytes(found).hex() == COLOURS[number]
+    assert next(frames, None) is None
     assert min(expected.values()) > 10
     (legend,) = drawn[0].legends
-    for handle, text, colour in zip(
-        legend.legend_handles,
-        ("class of the test image", "another class"),
-        (neighbours.SAME_CLASS, neighbours.OTHER_CLASS),
-        strict=True,
-    ):
-        assert handle is not None and handle.get_label() == text
-        assert figure_colour(handle) == colour
+    handles: Any = legend.legend_handles
+    assert [handle.get_label() for handle in handles] == ["class of the test image", "another class"]
 
 
-def figure_colour(patch: Any) -> str:
+def test_up_to_twenty_classes_have_colours_of_their_own() -> None:
+    few = figure.class_colours([0, 2], 3)
+    assert few[2] == figure.class_colours([2], 3)[2] != few[0]
+    twenty = figure.class_colours(range(20), 20)
+    assert len(set(twenty.values())) == 20
+    assert list(figure.class_colours([5, 70, 900], 1000)) == [5, 70, 900]
+    assert len(set(figure.class_colours(range(50), 1000).values())) == 50
+
+
+def line_colour(patch: Any) -> str:
     from matplotlib.colors import to_hex
 
     return to_hex(patch.get_edgecolor())
