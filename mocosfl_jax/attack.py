@@ -48,6 +48,7 @@ from absl import flags
 from tqdm import tqdm
 
 from mocosfl_jax import commandline, data
+from mocosfl_jax.algorithm.noise import Noise
 from mocosfl_jax.commandline import say
 from mocosfl_jax.config import Data
 from mocosfl_jax.data import download
@@ -71,6 +72,7 @@ class Material(NamedTuple):
     victims_std: Sequence[float] | None  # the official protocol's, where it is another
     source: str
     data_name: str
+    noise: Noise | None = None  # what the clients add to their smashed data
 
 
 def main(argv: Sequence[str]) -> int:
@@ -163,6 +165,7 @@ def attack(argv: Sequence[str]) -> None:
             settings=settings,
             forms=forms(jax.devices()[0].platform),
             victims_std=material.victims_std,
+            noise=material.noise,
             bar=_bar,
         )
         say(f"{name}\n{report.table(results[name])}")
@@ -188,6 +191,7 @@ def _of_run(values: flags.FlagValues) -> Material:
     from mocosfl_jax.algorithm.pool import online_model
     from mocosfl_jax.parallel.mesh import one_device
     from mocosfl_jax.training import checkpoint, experiment
+    from mocosfl_jax.training.build import noise_of
 
     device = jax.devices()[0]
     run = experiment.prepare(config, one_device(device))
@@ -205,6 +209,7 @@ def _of_run(values: flags.FlagValues) -> Material:
         _victims_std(config.data.name),
         f"checkpoint {progress.step:,} of {folder}",
         config.data.name,
+        noise_of(config),
     )
 
 

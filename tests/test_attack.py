@@ -47,6 +47,18 @@ def test_a_run_is_attacked_at_queries_and_keys(run: pathlib.Path, capsys: pytest
     assert captured.err == ""
 
 
+def test_the_noise_of_a_run_is_in_what_is_attacked(run: pathlib.Path) -> None:
+    def error_of_ridge(**privacy: float) -> float:
+        config = json.loads((run / "config.json").read_text())
+        config["privacy"] |= privacy
+        (run / "config.json").write_text(json.dumps(config))
+        assert attack.main(["attack", f"--workdir={run}", "--attackers=ridge", "--victims=20"]) == 0
+        return next(row["relative_mse"] for row in rows(run) if row["smashed"] == "query")
+
+    without = error_of_ridge()
+    assert without < error_of_ridge(noise=0.3) < error_of_ridge(noise=30.0) < 1.2
+
+
 def test_the_client_of_an_export_is_that_of_the_run(
     run: pathlib.Path, images: str, tmp_path: pathlib.Path
 ) -> None:

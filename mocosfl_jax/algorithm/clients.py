@@ -23,6 +23,8 @@ from mocosfl_jax.errors import UserError
 CohortModel = Callable[[Any, Array], Array]
 # A term of a client's loss: its parameters, and those after its last synchronization -> []
 ClientLoss = Callable[[Any, Any], Array]
+# Smashed data [M, B, h, w, c], and 0 for queries or 1 for keys -> as they leave the clients
+Disturb = Callable[[Array, int], Array]
 Pullback = Callable[[Array], Any]  # gradient of smashed queries [M, B, h, w, c] -> gradient of params
 Stacked = TypeVar("Stacked")  # a tree whose leaves have a leading client axis
 
@@ -104,7 +106,11 @@ def put_back(pool: Stacked, members: Stacked, cohort: Array | None) -> Stacked:
 
 
 def forward(
-    cohort_model: CohortModel, state: ClientState, views: Views, momentum: float
+    cohort_model: CohortModel,
+    state: ClientState,
+    views: Views,
+    momentum: float,
+    disturb: Disturb | None = None,
 ) -> tuple[ClientState, SmashedData, Pullback]:
     """Run every client's online model on its query views, and its momentum model on its key views.
 
@@ -115,14 +121,20 @@ def forward(
       state: Of the cohort, leaves [M, ...].
       views: [M, B, H, W, 3] each.
       momentum: tau of the momentum models.
+      disturb: What clients do to smashed data before they leave; None: nothing.
 
     Returns:
       The state with new momentum models, the smashed data [M, B, h, w, c], and the pullback that maps the
       gradient of the smashed queries to the gradient of the parameters.
     """
-    query, pullback = jax.vjp(lambda params: cohort_model(params, views.query), state.params)
+
+    def smash(params: Any, images: Array, kind: int) -> Array:
+        smashed = cohort_model(params, images)
+        return smashed if disturb is None else disturb(smashed, kind)
+
+    query, pullback = jax.vjp(lambda params: smash(params, views.query, 0), state.params)
     key_params = momentum_update(state.key_params, state.params, momentum)
-    key = cohort_model(key_params, views.key)
+    key = smash(key_params, views.key, 1)
     return state._replace(key_params=key_params), SmashedData(query, key), lambda grad: pullback(grad)[0]
 
 

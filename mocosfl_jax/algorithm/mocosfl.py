@@ -33,6 +33,8 @@ from mocosfl_jax.algorithm.moco import (
     per_client,
 )
 from mocosfl_jax.algorithm.moco import check as check_moco
+from mocosfl_jax.algorithm.noise import Noise, disturb
+from mocosfl_jax.algorithm.noise import check as check_noise
 from mocosfl_jax.algorithm.placement import ONE_DEVICE, Placement
 from mocosfl_jax.algorithm.server import ServerState
 from mocosfl_jax.errors import UserError
@@ -50,6 +52,7 @@ def mocosfl(
     contrast: ContrastFunction | None = None,
     client_loss: ClientLoss | None = None,
     adversary: Adversary | None = None,
+    noise: Noise | None = None,
     sync: Sync = FEDAVG,
     placement: Placement = ONE_DEVICE,
 ) -> Algorithm:
@@ -87,6 +90,8 @@ def mocosfl(
       adversary: Is trained against the clients, such as a decoder that reconstructs images from smashed
         queries (`decoder_adversary`). It takes its step before the server does, and its gradient is added to
         the one from the server. None: there is none.
+      noise: What clients add to their smashed data in training, after a bound; `encode` adds nothing. None:
+        there is none.
       sync: How the clients are averaged.
       placement: Where arrays live. `ONE_DEVICE` runs on any single device; `one_device(forms("cpu"))` is
         faster on a CPU; `parallel.exchange.make_placement` is for several devices.
@@ -114,6 +119,8 @@ def mocosfl(
     real = None if batch_sizes is None else concatenation.real_rows(batch_sizes)
     if moco.full_symmetric and real is not None:
         real = np.concatenate([real, real], axis=1)
+    if noise is not None:
+        check_noise(noise)
     frozen = client_optimizer is None
     if adversary is not None and frozen:
         raise ValueError("adversary: found one of frozen clients, allowed: None with client_optimizer None")
@@ -164,7 +171,11 @@ def mocosfl(
             views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
         shape = (views.query.shape[0], views.query.shape[1])
         members, smashed, pullback = clients.forward(
-            placement.over_clients(model.client), state.clients, views, moco.momentum
+            placement.over_clients(model.client),
+            state.clients,
+            views,
+            moco.momentum,
+            None if noise is None else lambda smashed, kind: disturb(smashed, noise, state.step, kind),
         )
 
         merged = SmashedData(*(placement.merge(x, real) for x in smashed))  # vector concatenation

@@ -229,6 +229,16 @@ class Resist:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class Privacy:
+    """Noise that clients add to smashed data in training."""
+
+    # Standard deviation of the Gaussian noise in each value, in terms of `clip`. 0: neither noise nor bound.
+    noise: float = 0.0
+    # Root mean square to which the smashed data of an image are scaled down if theirs is larger.
+    clip: float = 1.0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class Eval:
     """kNN evaluation during training, and the linear probe after it."""
 
@@ -324,6 +334,7 @@ class Config:
     moco: Moco = dataclasses.field(default_factory=Moco)
     optim: Optim = dataclasses.field(default_factory=Optim)
     resist: Resist = dataclasses.field(default_factory=Resist)
+    privacy: Privacy = dataclasses.field(default_factory=Privacy)
     eval: Eval = dataclasses.field(default_factory=Eval)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)

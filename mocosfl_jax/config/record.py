@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mocosfl_jax.config.fields import Config, Own, Resist, Wire
+from mocosfl_jax.config.fields import Config, Own, Privacy, Resist, Wire
 from mocosfl_jax.config.resolution import Resolved, name_of, resolve
 from mocosfl_jax.errors import UserError
 
@@ -44,6 +44,7 @@ _ADDED: dict[tuple[str, ...], Any] = {
     ("init_from",): None,
     ("init_parts",): "both",
     ("resist",): dataclasses.asdict(Resist()),
+    ("privacy",): dataclasses.asdict(Privacy()),
     ("wire",): dataclasses.asdict(Wire()),
     ("own",): {"network": None, "algorithm": None},
     ("clients", "seed"): None,  # the seed of the run

@@ -21,6 +21,7 @@ from mocosfl_jax.config.fields import (
     Mesh,
     Model,
     Own,
+    Privacy,
     Resist,
     Saving,
     Wire,
@@ -102,6 +103,7 @@ class Resolved:
     moco: ResolvedMoco
     optim: ResolvedOptim
     resist: Resist
+    privacy: Privacy
     eval: Eval
     checkpoint: Checkpoint
     mesh: Mesh
@@ -296,6 +298,8 @@ def _check_values(config: Resolved) -> None:
     _in_range("checkpoint.every", config.checkpoint.every, 1)
     _in_range("checkpoint.keep", config.checkpoint.keep, 1)
     _check_resist(config)
+    _in_range("privacy.noise", config.privacy.noise, 0.0)
+    _in_range("privacy.clip", config.privacy.clip, 0.0, open_low=True)
     _in_range("wire.deadline_s", config.wire.deadline_s, 0.0, open_low=True)
     _in_range("wire.least", config.wire.least, 1, clients.cohort, "the clients of the cohort")
     _check_init_parts(config)
@@ -391,6 +395,7 @@ def _only_mocosfl(config: Resolved) -> None:
         ("moco.full_symmetric", config.moco.full_symmetric, False),
         ("saving.loss_threshold", config.saving.loss_threshold, 0.0),
         ("model.bottleneck", config.model.bottleneck, None),
+        ("privacy.noise", config.privacy.noise, 0.0),
     ):
         if value != allowed:
             raise UserError(f"config.{field}: found {value}, allowed: {allowed} for flmoco")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mocosfl_jax.algorithm.noise import Noise, disturb
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.decoders import make_decoder, read_family
 from mocosfl_jax.models.forms import Forms
@@ -133,6 +134,7 @@ def attack(
     settings: Settings,
     forms: Forms,
     victims_std: Sequence[float] | None = None,
+    noise: Noise | None = None,
     bar: Bar = no_bar,
 ) -> list[Result]:
     """Attack the smashed data of one client.
@@ -146,6 +148,8 @@ def attack(
       settings: what the attackers do.
       forms: of the platform.
       victims_std: the official protocol's wrong standard deviation of the victims' images; None: `std`.
+      noise: what clients add to smashed data. The attackers' own smashed data have it too; each image's is
+        drawn once.
       bar: shows progress; `bar(name, total)` is entered, and what it gives is called `total` times.
 
     Returns:
@@ -185,8 +189,11 @@ def attack(
         predictors |= {f"means of {b}x{b} blocks": trivial.block_means(truth, b) for b in blocks}
         results = [result(name, "", None, np.asarray(found)[None]) for name, found in predictors.items()]
 
-    smashed_victims = {name: protocol.smash(client, given.inputs) for name, client in views.items()}
-    stacked = Stacked(views, images, smashed_victims, mean, std, settings, forms)
+    smashed_victims = {
+        name: _disturbed(protocol.smash(client, given.inputs), noise, 0, number)
+        for number, (name, client) in enumerate(views.items())
+    }
+    stacked = Stacked(views, images, smashed_victims, mean, std, settings, forms, noise)
     few = _official_images(settings, len(images))
     runs: list[tuple[str, str, int, Callable[..., np.ndarray]]] = [
         ("ridge", "ridge", few, _ridge),
@@ -222,6 +229,11 @@ def without(images: np.ndarray, victims: np.ndarray) -> np.ndarray:
     return images if all(keep) else images[np.array(keep)]
 
 
+def _disturbed(smashed: np.ndarray, noise: Noise | None, *numbers: int) -> np.ndarray:
+    """Smashed data [n, h, w, c] as clients send them. The numbers tell draws apart."""
+    return smashed if noise is None else np.asarray(disturb(jax.numpy.asarray(smashed), noise, *numbers))
+
+
 class Stacked(NamedTuple):
     """What the trained attackers of one client share. They are stacked: seeds, and the views of each."""
 
@@ -232,6 +244,7 @@ class Stacked(NamedTuple):
     std: Sequence[float]
     settings: Settings
     forms: Forms
+    noise: Noise | None
 
     def draw(self, count: int) -> tuple[jax.Array, np.ndarray, np.ndarray, np.ndarray]:
         """Keys [A], smashed data [A, n, ...], targets [A, n, H, W, 3] and victims [A, m, ...].
@@ -246,9 +259,10 @@ class Stacked(NamedTuple):
         for seed in range(settings.seed, settings.seed + settings.seeds):
             rows = np.random.default_rng(seed).permutation(len(self.images))[:count]
             given = give(self.images[rows], self.mean, self.std)
-            for view, client in self.views.items():
+            for number, (view, client) in enumerate(self.views.items()):
                 rngs.append(jax.random.key(seed))
-                smashed.append(protocol.smash(client, given.inputs))
+                found = protocol.smash(client, given.inputs)
+                smashed.append(_disturbed(found, self.noise, 1, seed, number))
                 targets.append(given.truth)
                 victims.append(self.victims[view])
         return jax.numpy.stack(rngs), np.stack(smashed), np.stack(targets), np.stack(victims)

@@ -20,6 +20,7 @@ from mocosfl_jax.algorithm.flmoco import flmoco
 from mocosfl_jax.algorithm.interface import Algorithm, TrainState
 from mocosfl_jax.algorithm.moco import MomentumContrast
 from mocosfl_jax.algorithm.mocosfl import mocosfl
+from mocosfl_jax.algorithm.noise import Noise
 from mocosfl_jax.config import Resolved, name_of
 from mocosfl_jax.errors import UserError, one_line, renamed
 from mocosfl_jax.evaluation.features import Head
@@ -49,6 +50,8 @@ FIELDS = {
 
 # The fields that give the arguments of `make_decoder`.
 RESIST_FIELDS = {"decoder": "config.resist.decoder"}
+
+_NOISE_KEY = 1 << 30  # sets the draws of the noise apart from the run's others; no epoch has this number
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of each channel
 NOT_NORMALISED: Statistics = ((0.0,) * 3, (1.0,) * 3)
@@ -114,6 +117,8 @@ def build(
             "client_optimizer": of_clients,
             "server_optimizer": optim.sgd(server_lr, settings.momentum, settings.weight_decay),
         }
+        if (noise := noise_of(config)) is not None:
+            arguments["noise"] = noise
         if config.resist.strength:
             arguments["adversary"] = _adversary(config, model, forms, image_size, steps_per_epoch, statistics)
     if config.own.algorithm is not None:
@@ -124,6 +129,14 @@ def build(
         found = type(algorithm).__name__
         raise UserError(f"config.own.algorithm: found a function that returns {found}, allowed: Algorithm")
     return model, state.distribute(algorithm, mesh)
+
+
+def noise_of(config: Resolved) -> Noise | None:
+    """Return the noise in the clients' smashed data; None if there is none."""
+    settings = config.privacy
+    if not settings.noise:
+        return None
+    return Noise(jax.random.fold_in(jax.random.key(config.seed), _NOISE_KEY), settings.noise, settings.clip)
 
 
 def _adversary(

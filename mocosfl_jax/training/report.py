@@ -77,6 +77,11 @@ def header(run: Run) -> str:
             f"decoder {config.resist.decoder}, {config.resist.preset}; lambda {resist:g}, SSIM target "
             f"{config.resist.ssim_target:g}"
         )
+    if noise := config.privacy.noise:
+        rows["noise"] = (
+            f"standard deviation {noise:g} of the bound on smashed data, a root mean square of "
+            f"{config.privacy.clip:g}"
+        )
     epochs = "1 epoch" if config.total_epochs == 1 else f"{config.total_epochs:,} epochs"
     interval = "step" if run.steps_per_round == 1 else f"{run.steps_per_round:,} steps"
     rows["plan"] = (

@@ -50,6 +50,7 @@ def check(config: Resolved) -> None:
         "saving.loss_threshold": (config.saving.loss_threshold, 0.0),
         "resist.strength": (config.resist.strength, 0.0),
         "resist.source": (config.resist.source, None),
+        "privacy.noise": (config.privacy.noise, 0.0),  # the server's programs would draw it
         "clients.rich": (config.clients.rich, 0.0),
     }
     for field, (found, wanted) in allowed.items():

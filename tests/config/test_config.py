@@ -74,6 +74,8 @@ def setter(path: str, value: object) -> Callable[[Config], None]:
             199,
             "config.moco.queue_size: found 199, allowed: 200 or more (the keys of one step)",
         ),
+        ("privacy.noise", -1.0, "config.privacy.noise: found -1.0, allowed: 0.0 or more"),
+        ("privacy.clip", 0.0, "config.privacy.clip: found 0.0, allowed: more than 0"),
         ("moco.temperature", 0.0, "config.moco.temperature: found 0.0, allowed: more than 0"),
         ("moco.momentum", 1.01, "config.moco.momentum: found 1.01, allowed: 0.0 to 1.0"),
         ("moco.min_crop_scale", 0.0, "config.moco.min_crop_scale: found 0.0"),

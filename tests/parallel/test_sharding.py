@@ -27,6 +27,7 @@ from mocosfl_jax import (
     one_device,
 )
 from mocosfl_jax.algorithm.clients import Sync
+from mocosfl_jax.algorithm.noise import Noise
 from mocosfl_jax.algorithm.pool import online_model
 from mocosfl_jax.config import Clients, Config, Data, Eval, Mesh, Moco, Model
 from mocosfl_jax.errors import UserError
@@ -107,6 +108,7 @@ CASES = {
     "rich and poor": Case(5, batch=3, moco={"full_symmetric": True}, options=UNEVEN),
     "queues per client": Case(10, moco={"feature_sharing": False}),
     "one client": Case(1, batch=12),
+    "noise": Case(10, options={"noise": Noise(jax.random.key(1), std=0.3, clip=0.5)}),
     # Batch norm over two rows is a step function, in which rounding grows.
     "without concatenation": Case(10, batch=4, moco={"concatenate": False}),
     "without concatenation, queues per client": Case(
@@ -114,7 +116,7 @@ CASES = {
     ),
 }
 QUICK = [(name, *mesh) for name in list(CASES)[1:4] for mesh in MESHES]
-QUICK += [("whole pool", 8, 1), ("whole pool", 2, 4), ("FL-MoCo", 4, 2)]
+QUICK += [("noise", 4, 2), ("whole pool", 8, 1), ("whole pool", 2, 4), ("FL-MoCo", 4, 2)]
 # Here the smashed data of the whole cohort go to every device.
 GATHERED = [("without concatenation", 4, 2), ("without concatenation, queues per client", 8, 1)]
 ALL = [(name, *mesh) for name in CASES for mesh in MESHES]

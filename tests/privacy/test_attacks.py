@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mocosfl_jax.algorithm.noise import Noise
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.forms import CPU
 from mocosfl_jax.privacy import attacks, report
@@ -71,6 +72,31 @@ def test_open_smashed_data_are_inverted_and_blind_ones_are_not(results: list[Res
     assert rows["ridge", "key"]["relative_mse"] == pytest.approx(1, abs=0.05)
     assert rows["optimisation", "query"]["relative_mse"] < 0.05
     assert rows["optimisation", "key"]["relative_mse"] == pytest.approx(1, abs=1e-4)
+
+
+def test_noise_on_smashed_data_hides(images: np.ndarray) -> None:
+    """Ridge regression, which is the best linear guess, against its error in closed form."""
+
+    def relative(std: float) -> float:
+        found = attacks.attack(
+            {"query": halved},
+            images,
+            images[:12],
+            MEAN,
+            STD,
+            settings=Settings(attackers=("ridge",), seeds=4),
+            forms=CPU,
+            noise=Noise(jax.random.key(0), std=std, clip=10.0) if std else None,
+        )
+        return float(found[0].summary()["relative_mse"])
+
+    clean, little, much = relative(0.0), relative(0.05), relative(1.0)
+    # Four colours are sent four times each, with a variance of 16 / 12 around the mean and noise of 10 std.
+    signal = 16 / 12
+    assert clean < 0.02
+    for found, std in ((little, 0.05), (much, 1.0)):
+        noise = (10 * std) ** 2 / 4
+        assert found == pytest.approx(noise / (noise + signal), abs=0.15)
 
 
 def test_a_summary_is_over_victims_and_seeds() -> None:
