@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from mocosfl_jax.runtime import compiler
+
 SHOW = """
 import os, jax
 from mocosfl_jax.runtime import compiler
@@ -97,3 +99,11 @@ def test_a_program_reuses_its_memory(tmp_path: pathlib.Path) -> None:
 
     assert any(faults() < 100 for _ in range(6))
     assert faults(MALLOC_TRIM_THRESHOLD_="0") > 1000
+
+
+def test_the_users_level_of_optimization_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert compiler.options("cpu") == {"xla_backend_optimization_level": "1"}
+    assert compiler.options("gpu") == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x --xla_backend_optimization_level=3")
+    assert compiler.options("cpu") == {}
