@@ -1,0 +1,317 @@
+"""Accuracy against leak: trains and attacks the points of configs/leaks.py, and draws one against the other.
+
+    python -m scripts.leaks --data_dir=data [--workdir=runs/leaks] [--points=open-1,noise-1.0] [--seeds=1,2,3]
+                            [--jobs=2] [--minutes=300] [--page=docs/privacy.md] [--epochs=10]
+
+--data_dir has CIFAR-10. A point is trained, after its expert if it has one, and attacked, with --epochs of
+the strong attacker. Each of these is a process of its own, and --jobs points are at work at a time: all
+points with the first seed, then with the next. After --minutes, or when it is interrupted, runs save and
+end, and attacks end; the same command goes on.
+
+In the workdir, POINT-seedN are the runs with their privacy.json, leaks.jsonl has a line for each, and
+leaks.png and leaks.md are the picture and the table of all that are done. With --page they go between the
+marks `<!-- leaks -->` and `<!-- end of leaks -->` on that page, the picture into the folder beside it.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import json
+import os
+import runpy
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mocosfl_jax import data
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.pictures import figure
+from mocosfl_jax.training import workdir
+from scripts.claims import PER_CLASS, commit, markdown, mean_and_error, values
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "leaks.py"
+SOURCE, TARGET = range(5), range(5, 10)  # classes
+MARKS = "<!-- leaks -->\n", "<!-- end of leaks -->"
+# Of the table, by the names in leaks.jsonl.
+MEASURES = {
+    "knn_backbone": "kNN backbone",
+    "linear_probe": "linear probe",
+    "relative_mse": "MSE/const",
+    "ssim": "SSIM",
+    "mse_5th_percentile": "MSE p5",
+}
+ATTACK = ["--attackers=trivial,ridge,strong", "--decoder=res_normN2C32"]
+
+Line = dict[str, Any]  # of leaks.jsonl
+
+
+class Step(NamedTuple):
+    """A process of a point, and the file that is there once it need not run again."""
+
+    command: list[str]
+    done: Path
+    log: Path
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what is missing, draw what there is, and return 0 if nothing failed."""
+    options = parse(argv)
+    points = runpy.run_path(str(CONFIGS))["POINTS"]
+    try:
+        for name in options.points:
+            if name not in points:
+                raise UserError(f"--points: found {name}, allowed: {', '.join(points)}")
+        if options.page and not all(mark in options.page.read_text() for mark in MARKS):
+            raise UserError(f"{options.page}: found no {' ... '.join(MARKS)}, allowed: both")
+        options.workdir.mkdir(parents=True, exist_ok=True)
+        if not (options.workdir / "target.npz").exists():
+            write_images(options.data_dir, options.workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    wanted = [(name, seed) for seed in options.seeds for name in options.points or points]
+    stop = threading.Event()
+    end = threading.Timer(60 * options.minutes, stop.set)
+    end.start()
+    try:
+        failed = follow([steps(*each, points, options) for each in wanted], options.jobs, stop)
+    finally:
+        end.cancel()
+    lines = read(wanted, options)
+    report(options.workdir, lines)
+    if options.page and lines:
+        fill(options.page, options.workdir)
+    print(f"{len(lines)} of {len(wanted)} points are done; {options.workdir / 'leaks.jsonl'}")
+    for log in failed:
+        print(f"failed: {log}: {log.read_text().splitlines()[-1]}")
+    return int(bool(failed))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/leaks"))
+    parser.add_argument("--points", type=lambda text: text.split(","), default=[])
+    parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=300)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--page", type=Path)
+    return parser.parse_args(argv)
+
+
+def write_images(directory: str, folder: Path) -> None:
+    """Write source.npz and target.npz: of each class 1,000 training images and all test images."""
+    images = data.in_memory(data.load("cifar10", directory, image_size=None))
+    for name, classes in (("source", SOURCE), ("target", TARGET)):
+        arrays: dict[str, Any] = {"class_names": np.array([images.class_names[c] for c in classes])}
+        for split, most in (("train", PER_CLASS), ("test", None)):
+            labels = getattr(images, f"y_{split}")
+            rows = np.sort(np.concatenate([np.flatnonzero(labels == c)[:most] for c in classes]))
+            arrays |= {f"x_{split}": getattr(images, f"x_{split}")[rows]}
+            arrays |= {f"y_{split}": labels[rows] - classes[0]}
+        temporary = folder / f"{name}.tmp.npz"
+        np.savez(temporary, **arrays)
+        os.replace(temporary, folder / f"{name}.npz")
+
+
+# --- runs
+
+
+def steps(name: str, seed: int, points: Mapping[str, Any], options: argparse.Namespace) -> list[Step]:
+    """The processes of a point, one after another."""
+    folder = options.workdir / f"{name}-seed{seed}"
+    python = [sys.executable, "-m"]
+
+    def train(config: str, into: Path, *more: str) -> Step:
+        fields = [f"--config={os.path.relpath(CONFIGS)}:{config}", f"--config.seed={seed}"]
+        fields += [f"--config.data.dir={options.workdir / 'target.npz'}", *more, f"--workdir={into}"]
+        log = Path(f"{into}.log")
+        return Step([*python, "mocosfl_jax.train", *fields], into / "trained", log)
+
+    found, more = [], []
+    if points[name].init_from is not None:
+        expert = Path(points[name].init_from).name
+        from_folder = options.workdir / f"{expert}-seed{seed}"
+        source = f"--config.resist.source_dir={options.workdir / 'source.npz'}"
+        found.append(train(expert, from_folder, source))
+        more = [f"--init_from={from_folder}"]
+    found.append(train(name, folder, *more))
+    attack = ["mocosfl_jax.attack", f"--workdir={folder}", f"--seed={seed}", f"--epochs={options.epochs}"]
+    found.append(Step([*python, *attack, *ATTACK], folder / "privacy.json", Path(f"{folder}.log")))
+    return found
+
+
+def follow(chains: Sequence[Sequence[Step]], jobs: int, stop: threading.Event) -> list[Path]:
+    """Run the processes of each chain in order, some chains at a time, until `stop` is set.
+
+    Returns:
+      The logs of those that failed.
+    """
+    failed: list[Path] = []
+
+    def one(chain: Sequence[Step]) -> None:
+        for step in chain:
+            if not step.done.exists() and not (done := run(step, jobs, stop)):
+                if done is False:
+                    failed.append(step.log)
+                return
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in [pool.submit(one, chain) for chain in chains]:
+                future.result()
+        finally:
+            stop.set()
+    return failed
+
+
+def run(step: Step, jobs: int, stop: threading.Event) -> bool | None:
+    """Whether a process succeeded; None if it was stopped, or not even started."""
+    if stop.is_set():
+        return None
+    name = f"{step.log.stem}: {step.command[2].rpartition('.')[2]}"
+    print(f"{datetime.datetime.now():%H:%M} {name}", flush=True)
+    environment = {"JAX_NUM_CPU_DEVICES": "1"} if jobs > 1 else {}
+    began = time.monotonic()
+    with step.log.open("a") as log:
+        log.write(f"$ {shlex.join(['python', *step.command[1:]])}\n")
+        log.flush()
+        process = subprocess.Popen(
+            step.command, stdout=log, stderr=log, env=environment | os.environ, start_new_session=True
+        )
+        while process.poll() is None:
+            if stop.wait(0.5):
+                process.send_signal(signal.SIGTERM)  # it saves and ends
+                process.wait()
+                return None
+    print(f"{datetime.datetime.now():%H:%M} {name}: {time.monotonic() - began:.0f} s", flush=True)
+    if process.returncode == 0:
+        step.done.touch()
+    return process.returncode == 0
+
+
+def read(wanted: Sequence[tuple[str, int]], options: argparse.Namespace) -> list[Line]:
+    """What each point that is done has come to. The file leaks.jsonl gets it too."""
+    lines = []
+    for name, seed in wanted:
+        folder = options.workdir / f"{name}-seed{seed}"
+        if (folder / "privacy.json").exists():
+            about = {
+                "point": name,
+                "seed": seed,
+                "date": f"{datetime.date.today()}",
+                "commit": commit(folder),
+            }
+            lines.append(about | results(folder))
+    with (options.workdir / "leaks.jsonl").open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    return lines
+
+
+def results(folder: Path) -> Line:
+    """Accuracies of a run, and what the strongest attacker sees: of queries or keys, by whatever means."""
+    found: Line = {}
+    for line in workdir.read_metrics(folder):
+        found |= {name: line[name] for name in ("knn_backbone", "linear_probe") if name in line}
+        for ours, theirs in (
+            ("knn_raw_pixels", "knn_raw_pixels"),
+            ("probe_raw_pixels", "linear_probe_raw_pixels"),
+        ):
+            found |= {ours: line[theirs]} if theirs in line else {}
+    rows = [row for row in json.loads((folder / "privacy.json").read_text())["rows"] if row["smashed"]]
+    strongest = min(rows, key=lambda row: row["relative_mse"])
+    names = ("attacker", "smashed", "relative_mse", "ssim", "mse_5th_percentile")
+    return found | {name: strongest[name] for name in names}
+
+
+# --- picture and table
+
+
+def report(folder: Path, lines: Sequence[Line]) -> None:
+    """Write leaks.png and leaks.md."""
+    if not lines:
+        return
+    points: dict[str, list[Line]] = {}
+    for line in lines:
+        points.setdefault(line["point"], []).append(line)
+    rows = [["defence", *MEASURES.values()]]
+    rows += [
+        [name, *(mean_and_error(values(of_point, measure)) for measure in MEASURES)]
+        for name, of_point in points.items()
+    ]
+    levels = ", ".join(
+        f"{what} {statistics.fmean(values(lines, name)):.3f}"
+        for name, what in (("knn_raw_pixels", "kNN"), ("probe_raw_pixels", "linear probe"))
+        if values(lines, name)
+    )
+    dates, commits = (", ".join(sorted({f"{line[name]}" for line in lines})) for name in ("date", "commit"))
+    text = f"{markdown(rows)}\n\nOn raw pixels: {levels}. {dates}, commit {commits}.\n"
+    (folder / "leaks.md").write_text(text)
+    plot(folder / "leaks.png", points)
+
+
+def plot(path: Path, points: Mapping[str, Sequence[Line]]) -> None:
+    """Draw the accuracy of each point against its leak: means, standard errors, and a dot for each run."""
+    kinds = sorted({name.partition("-")[0] for name in points})
+
+    def draw(canvas: Any) -> None:
+        axes = canvas.subplots()
+        for name, lines in points.items():
+            color = f"C{kinds.index(name.partition('-')[0])}"
+            both = [values(lines, measure) for measure in ("relative_mse", "linear_probe")]
+            means = [statistics.fmean(numbers) for numbers in both]
+            errors = [
+                statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else 0 for numbers in both
+            ]
+            axes.errorbar(*means, xerr=errors[0], yerr=errors[1], color=color, fmt="_", capsize=2)
+            axes.scatter(*both, color=color, s=10, alpha=0.5)
+            axes.annotate(name, means, xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
+        every = [line for lines in points.values() for line in lines]
+        if levels := values(every, "probe_raw_pixels"):
+            axes.axhline(statistics.fmean(levels), color="tab:gray", ls="--", label="raw pixels")
+            axes.legend(loc="lower left", fontsize=8)
+        axes.set(
+            xlabel="what the strongest attacker does not see: MSE / MSE of one constant colour",
+            ylabel="accuracy of the linear probe",
+            xlim=(0, None),
+        )
+
+    figure.save(path, (8, 5.5), draw)
+
+
+def fill(page: Path, folder: Path) -> None:
+    """Put the picture and the table between the marks on the page."""
+    before, _, rest = page.read_text().partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    pictures = page.with_suffix("")
+    pictures.mkdir(exist_ok=True)
+    shutil.copy(folder / "leaks.png", pictures / "leaks.png")
+    shown = f"![Accuracy against leak]({pictures.name}/leaks.png)\n\n{(folder / 'leaks.md').read_text()}"
+    page.write_text(f"{before}{MARKS[0]}{shown}{MARKS[1]}{after}")
+
+
+def interrupt(*_: Any) -> None:
+    """End like after Ctrl-C, so that runs are told to save."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

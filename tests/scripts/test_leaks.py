@@ -1,0 +1,160 @@
+"""The points of accuracy against leak: their processes, how they go on, and what is made of their results."""
+
+import json
+import pathlib
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mocosfl_jax.config import resolve
+from scripts import leaks
+from tests.support import data_files
+
+# In place of a command: training writes metrics, an attack writes what it sees.
+STAND_IN = """
+import json, pathlib, sys, time
+module, folder = sys.argv[1], pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir="))[10:])
+folder.mkdir(parents=True, exist_ok=True)
+with (folder.parent / "calls").open("a") as calls:
+    calls.write(f"{module} {folder.name}\\n")
+if "noise" in folder.name and not (folder.parent / "repaired").exists():
+    sys.exit("error: out of luck")
+if (folder.parent / "slow").exists():
+    time.sleep(60)
+seed = int(folder.name[-1])
+if module == "mocosfl_jax.train":
+    (folder / "config.json").write_text('{"environment": {"commit": "0123456789abcdef"}}')
+    lines = [{"epoch": 0, "knn_backbone": 0.2, "knn_raw_pixels": 0.35}]
+    lines += [{"epoch": 1, "knn_backbone": 0.4}]
+    lines += [{"linear_probe": 0.5 + seed / 10, "linear_probe_raw_pixels": 0.45}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+else:
+    row = {"attacker": "ridge", "ssim": 0.3, "mse_5th_percentile": 0.01}
+    row |= {"smashed": "key", "relative_mse": 0.25}
+    rows = [row, row | {"smashed": "query", "relative_mse": 0.5}, row | {"smashed": "", "relative_mse": 0.1}]
+    (folder / "privacy.json").write_text(json.dumps({"rows": rows}))
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = leaks.steps
+
+    def replaced(*arguments: Any) -> list[leaks.Step]:
+        return [
+            step._replace(command=[sys.executable, "-c", STAND_IN, *step.command[2:]])
+            for step in steps(*arguments)
+        ]
+
+    monkeypatch.setattr(leaks, "steps", replaced)
+    monkeypatch.setattr(leaks, "write_images", lambda directory, folder: (folder / "target.npz").touch())
+
+
+def calls(folder: pathlib.Path) -> list[str]:
+    return (folder / "calls").read_text().splitlines()
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_point_follows_its_expert_and_what_failed_is_tried_again(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, page = tmp_path / "runs", tmp_path / "page.md"
+    page.write_text("before\n<!-- leaks -->\nNothing yet.\n<!-- end of leaks -->\nafter\n")
+    argv = [
+        f"--workdir={folder}",
+        "--points=taressfl-4-0.3,noise-1.0",
+        "--seeds=1,2",
+        "--jobs=1",
+        f"--page={page}",
+    ]
+    assert leaks.main(argv) == 1
+    assert calls(folder) == [
+        "mocosfl_jax.train expert-4-0.3-seed1",
+        "mocosfl_jax.train taressfl-4-0.3-seed1",
+        "mocosfl_jax.attack taressfl-4-0.3-seed1",
+        "mocosfl_jax.train noise-1.0-seed1",
+        "mocosfl_jax.train expert-4-0.3-seed2",
+        "mocosfl_jax.train taressfl-4-0.3-seed2",
+        "mocosfl_jax.attack taressfl-4-0.3-seed2",
+        "mocosfl_jax.train noise-1.0-seed2",
+    ]
+    assert "noise-1.0-seed1.log: error: out of luck" in capsys.readouterr().out
+
+    (folder / "repaired").touch()
+    assert leaks.main(argv) == 0
+    assert calls(folder)[8:] == [
+        f"mocosfl_jax.{w} noise-1.0-seed{s}" for s in (1, 2) for w in ("train", "attack")
+    ]
+    assert leaks.main(argv) == 0 and len(calls(folder)) == 12
+
+    lines = [json.loads(line) for line in (folder / "leaks.jsonl").read_text().splitlines()]
+    assert [(line["point"], line["seed"]) for line in lines] == [
+        ("taressfl-4-0.3", 1),
+        ("noise-1.0", 1),
+        ("taressfl-4-0.3", 2),
+        ("noise-1.0", 2),
+    ]
+    # The strongest attacker is that of the keys; one that needs no smashed data is none.
+    assert {(line["smashed"], line["relative_mse"], line["knn_backbone"]) for line in lines} == {
+        ("key", 0.25, 0.4)
+    }
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "Nothing yet" not in text
+    # Of 0.6 and 0.7; their standard error is half their difference.
+    assert "| noise-1.0 | 0.400 ± 0.000 (2) | 0.650 ± 0.050 (2) | 0.250 ± 0.000 (2) |" in text
+    assert "On raw pixels: kNN 0.350, linear probe 0.450." in text and "commit 0123456" in text
+    with Image.open(tmp_path / "page" / "leaks.png") as picture:
+        assert picture.width > 600
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_runs_are_told_to_end_when_the_time_is_over(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "slow").touch()
+    argv = [f"--workdir={tmp_path}", "--points=open-1,open-3", "--seeds=1", "--minutes=0.05"]
+    assert leaks.main(argv) == 0
+    assert sorted(calls(tmp_path)) == ["mocosfl_jax.train open-1-seed1", "mocosfl_jax.train open-3-seed1"]
+    (tmp_path / "slow").unlink()
+    assert leaks.main(argv[:-1]) == 0
+    assert len(calls(tmp_path)) == 6
+
+
+def test_mistakes_are_one_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    assert leaks.main([f"--workdir={tmp_path / 'runs'}", "--points=closed"]) == 2
+    assert capsys.readouterr().err.startswith("error: --points: found closed, allowed: open-1, open-3, ")
+    (tmp_path / "page.md").write_text("# No marks")
+    assert leaks.main([f"--workdir={tmp_path / 'runs'}", f"--page={tmp_path / 'page.md'}"]) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_source_and_target_share_no_class(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_files.shrink("cifar10", monkeypatch)
+    binary = data_files.files("cifar10", "binary", data_files.written("cifar10"))
+    data_files.unpack(tmp_path / "data" / "cifar-10-batches-bin", binary)
+    monkeypatch.setattr(leaks, "PER_CLASS", 1)
+    leaks.write_images(str(tmp_path / "data"), tmp_path)
+    with np.load(tmp_path / "source.npz") as source, np.load(tmp_path / "target.npz") as target:
+        names = [set(arrays["class_names"].tolist()) for arrays in (source, target)]
+        assert names[0] & names[1] == set() and len(names[0] | names[1]) == 10
+        for arrays in (source, target):
+            assert set(arrays["y_train"].tolist()) <= set(range(5)) and arrays["x_train"].dtype == np.uint8
+            assert len(arrays["x_train"]) == len(set(arrays["y_train"].tolist()))
+
+
+def test_every_configuration_is_possible() -> None:
+    module = leaks.runpy.run_path(str(leaks.CONFIGS))
+    for name in module["POINTS"] | module["EXPERTS"]:
+        resolve(module["get_config"](name))
+    for point in module["POINTS"].values():
+        if point.init_from is not None:
+            assert pathlib.Path(point.init_from).name in module["EXPERTS"] and point.optim.client_lr == 0
+
+
+def test_nothing_begins_after_the_stop(tmp_path: pathlib.Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    step = leaks.Step([sys.executable, "-c", "raise SystemExit"], tmp_path / "done", tmp_path / "log")
+    assert leaks.follow([[step]], 1, stop) == [] and not step.log.exists()
