@@ -45,7 +45,7 @@ def base(
 ) -> Config:
     """What all points have in common: data, clients, network, views, loss and schedule."""
     return Config(
-        epochs=20,
+        epochs=10,
         init_from=init_from,
         data=Data(name="npz", dir=f"{FOLDER}/target.npz"),
         clients=Clients(num=10, batch_size=10, noniid_ratio=0.4),
@@ -66,10 +66,12 @@ def expert(strength: float, target: float) -> Config:
     config.resist = Resist(
         strength=strength,
         ssim_target=target,
-        decoder="res_normN2C32",
+        decoder="res_normN1C16",
         source="npz",
         source_dir=f"{FOLDER}/source.npz",
         target_share=0.02,
+        judge_images=500,
+        judge_epochs=10,
     )
     config.eval = Eval(every=0, probe_epochs=0)
     return config
