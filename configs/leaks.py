@@ -1,12 +1,11 @@
 """Accuracy against leak at the scale of a laptop: clients with and without a defence, by name.
 
     python -m scripts.leaks --data_dir=data
-    python -m mocosfl_jax.train --config=configs/leaks.py:noise-0.5 --config.data.dir=runs/leaks/target.npz
+    python -m mocosfl_jax.train --config=configs/leaks.py:noise-0.25 --config.data.dir=runs/leaks/target.npz
 
 The first command trains and attacks all points with three seeds, some hours on two CPU cores, and draws
 accuracy against leak; it also writes the files of images. The target, on which all points are trained and
 attacked, is half of the classes of CIFAR-10. The other half is the source, on which experts are trained.
-docs/privacy.md has the results.
 
 The points, where C is the cut layer:
 

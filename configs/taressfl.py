@@ -12,8 +12,7 @@ In the paper, for N = 100 and the target shares 0, 0.5 and 1 % of the expert:
                                     0             0.5 %          1 %
     cut layer 1, linear probe, %    81.14         80.78         79.96
     cut layer 2, linear probe, %    81.19         80.51         83.13
-Its attack's MSE is 0.033 to 0.045 in all cases, which is that of an attacker who guesses one colour
-(docs/privacy.md).
+Its attack's MSE is 0.033 to 0.045. An attacker who guesses one colour has 0.0405 (docs/privacy.md).
 Not yet run with this code: it takes 100,000 steps of a full ResNet-18, which need an accelerator.
 """
 

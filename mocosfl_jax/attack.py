@@ -15,14 +15,14 @@
   --bottleneck=CxSy    of --official_clients; "none" for none; default: C4S2
   --data.name=NAME     data set for --encoder and --official_clients; default: cifar10
   --data.dir=FOLDER    where the data set is; default: config.data.dir of the run, or data
-  --data.max_broken=SHARE  of the images of a split, which may fail to decode; such images are black
+  --data.max_broken=SHARE  how large a share of a split's images may fail to decode; such images are black
   --out=FOLDER         for privacy.json and reconstructions.png; default: the run's folder
   --protocol=NAME      clean (default): true pixels, attackers without the victims' images, validation in
                        evaluation mode; official: with the official code's slips, for comparison
   --attackers=A,B,...  of trivial, ridge, official, strong, optimisation; default: all, or the first three
                        with --protocol=official
   --victims=N          images to reconstruct, the first of the test set; default: 128
-  --images=N           images of the strong attacker; default: all training images
+  --images=N           most images of the strong and of the larger ridge attacker; default: all that fit
   --epochs=N           of the strong attacker; default: 20
   --decoder=NAME       of the strong attacker; default: res_normN4C64
   --steps=N            of the optimisation; default: 1000

@@ -9,7 +9,7 @@
   --images=FOLDER      a folder of pictures, also in folders below it and behind links
   --data.name=NAME     a data set that training takes, such as cifar10 or image_folder; downloaded as there
   --data.dir=FOLDER    where it is; default: data
-  --data.max_broken=SHARE  of the images of a split, which may fail to decode; such images are black
+  --data.max_broken=SHARE  how large a share of a split's images may fail to decode; such images are black
   --out=FILE.npz       the output, see below
   --checkpoint=STEP    a number in the run's checkpoints; default: the newest
   --config=FILE        the config file of a run with functions of its own, which no workdir holds

@@ -14,7 +14,7 @@
   --data.name=NAME     evaluate on this data set instead, with its classes: transfer. It is in --data.dir, by
                        default `data`. Its images are prepared as the run's: size, mean and standard deviation
   --config=FILE        the config file of a run with functions of its own, which no workdir holds
-  --data.max_broken=SHARE  of the images of a split, which may fail to decode; such images are black
+  --data.max_broken=SHARE  how large a share of a split's images may fail to decode; such images are black
 
 Prints the accuracies and writes them to FOLDER/evaluation.json, and draws neighbours.png and embedding.png
 there; those on another data set are evaluation_NAME.json, neighbours_NAME.png and embedding_NAME.png. Nothing
