@@ -1,6 +1,6 @@
 """The three claims of the paper at the scale of a laptop: every point of their curves, by name.
 
-    python scripts/claims.py --data_dir=data
+    python -m scripts.claims --data_dir=data
     python -m mocosfl_jax.train --config=configs/claims.py:concatenation-50-off --config.seed=2
 
 The first command runs all points with three seeds, some hours on two CPU cores, and draws the curves; it

@@ -1,6 +1,6 @@
 """The paper's three claims at laptop scale: runs all points of configs/claims.py, and draws their curves.
 
-    python scripts/claims.py --data_dir=data [--workdir=runs/claims] [--claims=sharing,sync-cut1-f5]
+    python -m scripts.claims --data_dir=data [--workdir=runs/claims] [--claims=sharing,sync-cut1-f5]
                              [--seeds=1,2,3] [--jobs=2] [--minutes=300] [--page=docs/claims.md]
                              [-- --config.FIELD=VALUE ...]
 
@@ -36,10 +36,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mocosfl_jax import data
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.pictures import figure
 from mocosfl_jax.training import workdir
+from scripts import subset
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "claims.py"
 PER_CLASS = 1000  # training images of each class
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
         if options.page:
             fill(options.page, options.workdir)
         if not images.exists():
-            write_images(options.data_dir, images)
+            subset.write(subset.cifar10(options.data_dir), images, train=PER_CLASS)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -200,23 +200,6 @@ def runs(wanted: Sequence[str], seeds: Sequence[int]) -> list[Run]:
         for name, point in points.items()
         if not wanted or claim in wanted or name in wanted
     ]
-
-
-def write_images(directory: str, path: Path) -> None:
-    """Write the first 1,000 training images of each class of CIFAR-10, and all test images."""
-    images = data.in_memory(data.load("cifar10", directory, image_size=None))
-    classes = range(len(images.class_names))
-    rows = np.sort(np.concatenate([np.flatnonzero(images.y_train == c)[:PER_CLASS] for c in classes]))
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(
-        temporary,
-        x_train=images.x_train[rows],
-        y_train=images.y_train[rows],
-        x_test=images.x_test[:],
-        y_test=images.y_test,
-        class_names=np.array(images.class_names),
-    )
-    os.replace(temporary, path)
 
 
 def command(run: Run, images: Path, folder: Path, more: Sequence[str]) -> list[str]:

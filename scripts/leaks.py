@@ -31,12 +31,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from mocosfl_jax import data
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.pictures import figure
 from mocosfl_jax.training import workdir
+from scripts import subset
 from scripts.claims import PER_CLASS, commit, markdown, mean_and_error, values
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "leaks.py"
@@ -75,7 +73,9 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"{options.page}: found no {' ... '.join(MARKS)}, allowed: both")
         options.workdir.mkdir(parents=True, exist_ok=True)
         if not (options.workdir / "target.npz").exists():
-            write_images(options.data_dir, options.workdir)
+            images = subset.cifar10(options.data_dir)
+            for name, classes in (("source", SOURCE), ("target", TARGET)):
+                subset.write(images, options.workdir / f"{name}.npz", classes=classes, train=PER_CLASS)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -111,21 +111,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--page", type=Path)
     return parser.parse_args(argv)
-
-
-def write_images(directory: str, folder: Path) -> None:
-    """Write source.npz and target.npz: of each class 1,000 training images and all test images."""
-    images = data.in_memory(data.load("cifar10", directory, image_size=None))
-    for name, classes in (("source", SOURCE), ("target", TARGET)):
-        arrays: dict[str, Any] = {"class_names": np.array([images.class_names[c] for c in classes])}
-        for split, most in (("train", PER_CLASS), ("test", None)):
-            labels = getattr(images, f"y_{split}")
-            rows = np.sort(np.concatenate([np.flatnonzero(labels == c)[:most] for c in classes]))
-            arrays |= {f"x_{split}": getattr(images, f"x_{split}")[rows]}
-            arrays |= {f"y_{split}": labels[rows] - classes[0]}
-        temporary = folder / f"{name}.tmp.npz"
-        np.savez(temporary, **arrays)
-        os.replace(temporary, folder / f"{name}.npz")
 
 
 # --- runs

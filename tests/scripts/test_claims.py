@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mocosfl_jax.config import Config, resolve
-from scripts import claims
+from scripts import claims, subset
 from tests.support import data_files
 
 # In place of a run's command: what it does depends on its seed.
@@ -57,7 +57,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         return [sys.executable, "-c", STAND_IN, *arguments, *more]
 
     monkeypatch.setattr(claims, "command", command)
-    monkeypatch.setattr(claims, "write_images", lambda directory, path: path.touch())
+    monkeypatch.setattr(subset, "cifar10", lambda directory: None)
+    monkeypatch.setattr(subset, "write", lambda images, path, **counts: path.touch())
     return accuracies
 
 

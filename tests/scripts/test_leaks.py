@@ -6,13 +6,11 @@ import sys
 import threading
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from mocosfl_jax.config import resolve
-from scripts import leaks
-from tests.support import data_files
+from scripts import leaks, subset
 
 # In place of a command: training writes metrics, an attack writes what it sees.
 STAND_IN = """
@@ -51,7 +49,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
     monkeypatch.setattr(leaks, "steps", replaced)
-    monkeypatch.setattr(leaks, "write_images", lambda directory, folder: (folder / "target.npz").touch())
+    monkeypatch.setattr(subset, "cifar10", lambda directory: None)
+    monkeypatch.setattr(subset, "write", lambda images, path, **which: path.touch())
 
 
 def calls(folder: pathlib.Path) -> list[str]:
@@ -107,6 +106,7 @@ def test_a_point_follows_its_expert_and_what_failed_is_tried_again(
     # Of 0.6 and 0.7; their standard error is half their difference.
     assert "| noise-1.0 | 0.400 ± 0.000 (2) | 0.650 ± 0.050 (2) | 0.250 ± 0.000 (2) |" in text
     assert "On raw pixels: kNN 0.350, linear probe 0.450." in text and "commit 0123456" in text
+    assert (folder / "source.npz").exists() and (folder / "target.npz").exists()
     with Image.open(tmp_path / "page" / "leaks.png") as picture:
         assert picture.width > 600
 
@@ -130,21 +130,8 @@ def test_mistakes_are_one_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "runs").exists()
 
 
-def test_source_and_target_share_no_class(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data_files.shrink("cifar10", monkeypatch)
-    binary = data_files.files("cifar10", "binary", data_files.written("cifar10"))
-    data_files.unpack(tmp_path / "data" / "cifar-10-batches-bin", binary)
-    monkeypatch.setattr(leaks, "PER_CLASS", 1)
-    leaks.write_images(str(tmp_path / "data"), tmp_path)
-    with np.load(tmp_path / "source.npz") as source, np.load(tmp_path / "target.npz") as target:
-        names = [set(arrays["class_names"].tolist()) for arrays in (source, target)]
-        assert names[0] & names[1] == set() and len(names[0] | names[1]) == 10
-        for arrays in (source, target):
-            assert set(arrays["y_train"].tolist()) <= set(range(5)) and arrays["x_train"].dtype == np.uint8
-            assert len(arrays["x_train"]) == len(set(arrays["y_train"].tolist()))
-
-
 def test_every_configuration_is_possible() -> None:
+    assert not set(leaks.SOURCE) & set(leaks.TARGET) and len({*leaks.SOURCE, *leaks.TARGET}) == 10
     module = leaks.runpy.run_path(str(leaks.CONFIGS))
     for name in module["POINTS"] | module["EXPERTS"]:
         resolve(module["get_config"](name))
