@@ -18,6 +18,10 @@ shift 3
 port=${PORT:-8765}
 mkdir -p "$folder"
 [ -e "$folder/tls" ] || python -m mocosfl_jax.certificates --tls="$folder/tls" --clients="$count"
+if ! [ -d "$folder/tls/client-$((count - 1))" ]; then
+  echo "error: $folder/tls: found certificates of fewer clients, allowed: $count; remove it, and it is made anew" >&2
+  exit 2
+fi
 python - "$count" "$file" "$folder" <<'PYTHON'
 import sys
 
@@ -30,7 +34,10 @@ for client in range(count):
     np.savez(f"{folder}/client_{client}.npz", images=images[client::count])
 PYTHON
 
+server=
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+# Ctrl-C reaches the server too, which ends its round and saves.
+trap '[ -z "$server" ] || wait "$server" || true; exit 130' INT
 python -m mocosfl_jax.serve --config.data.name=npz --config.data.dir="$file" --config.clients.num="$count" \
   --workdir="$folder/run" --listen="127.0.0.1:$port" --tls="$folder/tls" "$@" >>"$folder/serve.log" 2>&1 &
 server=$!

@@ -194,7 +194,7 @@ def _of_run(values: flags.FlagValues) -> Material:
     from mocosfl_jax.training.build import noise_of
 
     device = jax.devices()[0]
-    run = experiment.prepare(config, one_device(device))
+    run = experiment.of_workdir(config, one_device(device), folder)
     if not values.accept_other_data:
         workdir.require_same_data(folder, run.fingerprint)
     state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, run.algorithm, device)

@@ -10,6 +10,8 @@ Give each client its own folder, FOLDER/client-NUMBER, and nothing else. The key
 FOLDER/authority.key, is needed only to make further certificates.
 """
 
+import ipaddress
+import re
 import sys
 from collections.abc import Sequence
 
@@ -42,8 +44,9 @@ def make(argv: Sequence[str]) -> None:
         flags.DEFINE_list("hosts", ["localhost", "127.0.0.1"], "Names of the server.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["tls", "clients"])
-    if not all(values.hosts):
-        raise UserError(f"--hosts: found {','.join(values.hosts)!r}, allowed: names and addresses")
+    for host in values.hosts or [""]:
+        if not is_host(host):
+            raise UserError(f"--hosts: found {host!r}, allowed: names and addresses, without ports")
     require_wire()
     from mocosfl_jax.wire.certificates import DAYS, make_folder
 
@@ -53,6 +56,20 @@ def make(argv: Sequence[str]) -> None:
         f"{folder}: certificates of {values.clients:,} clients and of the server {', '.join(values.hosts)}, "
         f"valid for {DAYS} days"
     )
+
+
+def is_host(text: str) -> bool:
+    """Whether this is an address, or a name as certificates have them.
+
+    Example:
+      >>> [is_host(text) for text in ("a.example.org", "10.0.0.1", "::1", "a.example.org:8000", "")]
+      [True, True, True, False, False]
+    """
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return re.fullmatch(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9])?", text) is not None
+    return True
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def own_data(folder: Path, config: Resolved, checkpoint: int | None, *, accept_c
 
     device = jax.devices()[0]
     with download.forbidden():
-        run = experiment.prepare(config, one_device(device))
+        run = experiment.of_workdir(config, one_device(device), folder)
     if not accept_changed:
         workdir.require_same_data(folder, run.fingerprint)
     state, progress = checkpoints.restore(folder / "checkpoints", checkpoint, run.algorithm, device)

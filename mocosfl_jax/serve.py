@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 from mocosfl_jax import commandline
@@ -37,7 +38,8 @@ USAGE = (
 )
 # Bytes of a message besides its arrays: names of fields, lengths and numbers.
 _ENVELOPE = 64 * 1024
-_GOODBYE_SECONDS = 5.0  # for clients to leave when the training is finished
+# For clients to hear that training is finished: longer than the longest pause before they try again.
+_GOODBYE_SECONDS = 35.0
 
 
 class Options(NamedTuple):
@@ -114,7 +116,7 @@ def serve(options: Options) -> list[Any]:
     from mocosfl_jax.parallel import mesh as meshes
     from mocosfl_jax.runtime.signals import stop_on_signals
     from mocosfl_jax.training import experiment, journal, loop, session, workdir
-    from mocosfl_jax.wire import certificates, federation, messages
+    from mocosfl_jax.wire import certificates, federation
     from mocosfl_jax.wire.hub import Hub, Rules, listening
 
     config = resolve(options.config)
@@ -127,19 +129,20 @@ def serve(options: Options) -> list[Any]:
     fewest = dict.fromkeys(range(clients.num), clients.batch_size)
     run = federation.plan(config, mesh, loaded, fewest)
     rules = Rules(clients.num, clients.batch_size, run.dataset.x_train.shape[1], options.tls is not None)
-    hub = Hub(rules, say)
     with contextlib.ExitStack() as stack:
         stack.enter_context(session.claimed(run, options.folder, say, accept_other_data=False))
         stop, received = stack.enter_context(stop_on_signals())
-        hub.images |= workdir.read_clients(options.folder)
+        known = workdir.read_clients(options.folder)
+        hub = Hub(rules, say, known)
         largest = largest_message(run) + _ENVELOPE
         port = stack.enter_context(listening(hub, options.listen, credentials, largest))
         host = options.listen.rpartition(":")[0]
         say(f"listening on {host}:{port}, {'TLS' if credentials else 'without encryption'}")
         if not registered(hub, clients.num, stop):
             return received
-        workdir.write_clients(options.folder, hub.images)
-        run = federation.plan(config, mesh, loaded, hub.images)
+        images = known or hub.fix()
+        run = federation.plan(config, mesh, loaded, images)
+        workdir.write_clients(options.folder, images)
         programs = functools.partial(federation.make_programs, hub=hub, stop=stop, say=say)
         output = journal.Output(options.folder, say, lambda metrics: None)
         try:
@@ -148,9 +151,7 @@ def serve(options: Options) -> list[Any]:
             say(str(error))
             return received
         if finished:
-            goodbye = messages.ToClient(goodbye=messages.Goodbye(text="the training is finished"))
-            hub.tell(dict.fromkeys(range(clients.num), goodbye))
-            hub.wait_until_left(_GOODBYE_SECONDS)
+            hub.finish("the training is finished", clients.num, _GOODBYE_SECONDS)
         say(traffic_line(hub.traffic))
     return received
 
@@ -166,7 +167,8 @@ def registered(hub: Any, count: int, stop: Callable[[], bool]) -> bool:
 
 def largest_message(run: Any) -> int:
     """Bytes of the largest arrays that a client sends at once."""
-    smashed = 2 * run.smashed.size * run.smashed.dtype.itemsize // run.cohort
+    sent_as = run.smashed.dtype if run.config.wire.dtype == "exact" else run.config.wire.dtype
+    smashed = 2 * run.smashed.size * jnp.dtype(sent_as).itemsize // run.cohort
     params, _ = jax.eval_shape(run.model.init, jax.random.key(0))
     return max(smashed, 3 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)))
 

@@ -31,9 +31,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.pictures import figure
-from mocosfl_jax.training import workdir
+from mocosfl_jax.training.workdir import read_metrics
 from scripts import subset
 from scripts.claims import PER_CLASS, commit, markdown, mean_and_error, values
 
@@ -54,22 +55,29 @@ Line = dict[str, Any]  # of leaks.jsonl
 
 
 class Step(NamedTuple):
-    """A process of a point, and the file that is there once it need not run again."""
+    """A process of a point."""
 
     command: list[str]
-    done: Path
+    marker: Path  # written when it has succeeded
+    basis: str  # what its result follows from: it need not run again while this is in the marker
     log: Path
+
+    @property
+    def done(self) -> bool:
+        return self.marker.exists() and self.marker.read_text() == self.basis
 
 
 def main(argv: Sequence[str]) -> int:
     """Run what is missing, draw what there is, and return 0 if nothing failed."""
     options = parse(argv)
-    points = runpy.run_path(str(CONFIGS))["POINTS"]
+    configs = runpy.run_path(str(CONFIGS))
+    points = configs["POINTS"]
     try:
         for name in options.points:
             if name not in points:
                 raise UserError(f"--points: found {name}, allowed: {', '.join(points)}")
-        if options.page and not all(mark in options.page.read_text() for mark in MARKS):
+        text = options.page.read_text() if options.page and options.page.exists() else ""
+        if options.page and not all(mark in text for mark in MARKS):
             raise UserError(f"{options.page}: found no {' ... '.join(MARKS)}, allowed: both")
         options.workdir.mkdir(parents=True, exist_ok=True)
         if not (options.workdir / "target.npz").exists():
@@ -79,19 +87,22 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    wanted = [(name, seed) for seed in options.seeds for name in options.points or points]
+    chains = [
+        steps(name, seed, configs, options) for seed in options.seeds for name in options.points or points
+    ]
     stop = threading.Event()
     end = threading.Timer(60 * options.minutes, stop.set)
     end.start()
     try:
-        failed = follow([steps(*each, points, options) for each in wanted], options.jobs, stop)
+        failed = follow(chains, options.jobs, stop)
     finally:
         end.cancel()
-    lines = read(wanted, options)
+    lines = read(points, options.workdir)
     report(options.workdir, lines)
     if options.page and lines:
         fill(options.page, options.workdir)
-    print(f"{len(lines)} of {len(wanted)} points are done; {options.workdir / 'leaks.jsonl'}")
+    done = sum(chain[-1].done for chain in chains)
+    print(f"{done} of {len(chains)} points are done; {options.workdir / 'leaks.jsonl'}")
     for log in failed:
         print(f"failed: {log}: {log.read_text().splitlines()[-1]}")
     return int(bool(failed))
@@ -116,27 +127,32 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 # --- runs
 
 
-def steps(name: str, seed: int, points: Mapping[str, Any], options: argparse.Namespace) -> list[Step]:
-    """The processes of a point, one after another."""
+def steps(name: str, seed: int, configs: Mapping[str, Any], options: argparse.Namespace) -> list[Step]:
+    """The processes of a point, one after another. The result of each follows from those before it."""
+    points: Mapping[str, Config] = configs["POINTS"]
     folder = options.workdir / f"{name}-seed{seed}"
     python = [sys.executable, "-m"]
 
     def train(config: str, into: Path, *more: str) -> Step:
         fields = [f"--config={os.path.relpath(CONFIGS)}:{config}", f"--config.seed={seed}"]
         fields += [f"--config.data.dir={options.workdir / 'target.npz'}", *more, f"--workdir={into}"]
-        log = Path(f"{into}.log")
-        return Step([*python, "mocosfl_jax.train", *fields], into / "trained", log)
+        basis = "".join(step.basis for step in found[-1:]) + f"{configs['get_config'](config)} {fields}\n"
+        command = [*python, "mocosfl_jax.train", *fields]
+        return Step(command, into / "trained", basis, Path(f"{into}.log"))
 
-    found, more = [], []
-    if points[name].init_from is not None:
-        expert = Path(points[name].init_from).name
+    found: list[Step] = []
+    more: list[str] = []
+    if (init_from := points[name].init_from) is not None:
+        expert = Path(init_from).name
         from_folder = options.workdir / f"{expert}-seed{seed}"
         source = f"--config.resist.source_dir={options.workdir / 'source.npz'}"
         found.append(train(expert, from_folder, source))
         more = [f"--init_from={from_folder}"]
     found.append(train(name, folder, *more))
     attack = ["mocosfl_jax.attack", f"--workdir={folder}", f"--seed={seed}", f"--epochs={options.epochs}"]
-    found.append(Step([*python, *attack, *ATTACK], folder / "privacy.json", Path(f"{folder}.log")))
+    basis = f"{found[-1].basis}{attack} {ATTACK}\n"
+    log = Path(f"{folder}.log")
+    found.append(Step([*python, *attack, *ATTACK], folder / "attacked", basis, log))
     return found
 
 
@@ -150,8 +166,8 @@ def follow(chains: Sequence[Sequence[Step]], jobs: int, stop: threading.Event) -
 
     def one(chain: Sequence[Step]) -> None:
         for step in chain:
-            if not step.done.exists() and not (done := run(step, jobs, stop)):
-                if done is False:
+            if not step.done and not (succeeded := run(step, jobs, stop)):
+                if succeeded is False:
                     failed.append(step.log)
                 return
 
@@ -185,24 +201,21 @@ def run(step: Step, jobs: int, stop: threading.Event) -> bool | None:
                 return None
     print(f"{datetime.datetime.now():%H:%M} {name}: {time.monotonic() - began:.0f} s", flush=True)
     if process.returncode == 0:
-        step.done.touch()
+        step.marker.write_text(step.basis)
     return process.returncode == 0
 
 
-def read(wanted: Sequence[tuple[str, int]], options: argparse.Namespace) -> list[Line]:
-    """What each point that is done has come to. The file leaks.jsonl gets it too."""
+def read(points: Sequence[str], workdir: Path) -> list[Line]:
+    """What each attacked point in the workdir has come to, with any seed. leaks.jsonl gets it too."""
     lines = []
-    for name, seed in wanted:
-        folder = options.workdir / f"{name}-seed{seed}"
-        if (folder / "privacy.json").exists():
-            about = {
-                "point": name,
-                "seed": seed,
-                "date": f"{datetime.date.today()}",
-                "commit": commit(folder),
-            }
+    for name in points:
+        for marker in sorted(workdir.glob(f"{name}-seed*/attacked")):
+            folder = marker.parent
+            seed = int(folder.name.rpartition("-seed")[2])
+            date = datetime.date.fromtimestamp(marker.stat().st_mtime)
+            about = {"point": name, "seed": seed, "date": f"{date}", "commit": commit(folder)}
             lines.append(about | results(folder))
-    with (options.workdir / "leaks.jsonl").open("w") as file:
+    with (workdir / "leaks.jsonl").open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     return lines
 
@@ -210,17 +223,18 @@ def read(wanted: Sequence[tuple[str, int]], options: argparse.Namespace) -> list
 def results(folder: Path) -> Line:
     """Accuracies of a run, and what the strongest attacker sees: of queries or keys, by whatever means."""
     found: Line = {}
-    for line in workdir.read_metrics(folder):
+    for line in read_metrics(folder):
         found |= {name: line[name] for name in ("knn_backbone", "linear_probe") if name in line}
         for ours, theirs in (
             ("knn_raw_pixels", "knn_raw_pixels"),
             ("probe_raw_pixels", "linear_probe_raw_pixels"),
         ):
             found |= {ours: line[theirs]} if theirs in line else {}
-    rows = [row for row in json.loads((folder / "privacy.json").read_text())["rows"] if row["smashed"]]
+    record = json.loads((folder / "privacy.json").read_text())
+    rows = [row for row in record["rows"] if row["smashed"]]
     strongest = min(rows, key=lambda row: row["relative_mse"])
     names = ("attacker", "smashed", "relative_mse", "ssim", "mse_5th_percentile")
-    return found | {name: strongest[name] for name in names}
+    return found | {name: strongest[name] for name in names} | {"attack_epochs": record["epochs"]}
 
 
 # --- picture and table
@@ -243,8 +257,11 @@ def report(folder: Path, lines: Sequence[Line]) -> None:
         for name, what in (("knn_raw_pixels", "kNN"), ("probe_raw_pixels", "linear probe"))
         if values(lines, name)
     )
-    dates, commits = (", ".join(sorted({f"{line[name]}" for line in lines})) for name in ("date", "commit"))
-    text = f"{markdown(rows)}\n\nOn raw pixels: {levels}. {dates}, commit {commits}.\n"
+    dates, commits, epochs = (
+        ", ".join(sorted({f"{line[name]}" for line in lines})) for name in ("date", "commit", "attack_epochs")
+    )
+    about = f"On raw pixels: {levels}. {dates}, commit {commits}; {epochs} epochs of attack."
+    text = f"{markdown(rows)}\n\n{about}\n"
     (folder / "leaks.md").write_text(text)
     plot(folder / "leaks.png", points)
 

@@ -98,6 +98,23 @@ def test_an_earlier_checkpoint_without_probes(run: pathlib.Path) -> None:
     assert "linear_probe" not in found
 
 
+def test_a_run_of_real_clients_has_their_numbers_of_images(
+    run: pathlib.Path, images: str, tmp_path: pathlib.Path
+) -> None:
+    """Its server's own data only evaluate, and may be too few for the clients that there were."""
+    expected = run_evaluate(run, "--probe_epochs=0")
+    workdir.write_clients(run, dict.fromkeys(range(4), 36))  # batches of 2: 18 steps an epoch
+    found = run_evaluate(run, "--probe_epochs=0")
+    assert (found["step"], found["epoch"]) == (18, 1)
+    assert found["knn_backbone"] == expected["knn_backbone"]
+
+    with np.load(images) as arrays:
+        few = {name: array[::9] for name, array in arrays.items()}  # six images for four clients
+    np.savez(tmp_path / "few.npz", **few)
+    found = run_evaluate(run, "--probe_epochs=0", f"--data.dir={tmp_path / 'few.npz'}", "--accept_other_data")
+    assert found["epoch"] == 1 and 0 <= found["knn_backbone"] <= 1
+
+
 def test_few_labels(
     run: pathlib.Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

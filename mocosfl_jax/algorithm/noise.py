@@ -47,14 +47,18 @@ def disturb(smashed: Array, noise: Noise, *numbers: int | Array) -> Array:
     rng = noise.rng
     for number in numbers:
         rng = jax.random.fold_in(rng, number)
-    return clipped(smashed, noise.clip) + noise.std * noise.clip * jax.random.normal(
-        rng, smashed.shape, smashed.dtype
-    )
+    exact = _exact(smashed)  # in bfloat16, draws would have 128 values
+    drawn = jax.random.normal(rng, exact.shape, exact.dtype)
+    return (clipped(exact, noise.clip) + noise.std * noise.clip * drawn).astype(smashed.dtype)
 
 
 def clipped(smashed: Array, clip: float) -> Array:
     """Scale the smashed data [..., h, w, c] of each image down to a root mean square of `clip` at most."""
-    exact = smashed.astype(jnp.promote_types(smashed.dtype, jnp.float32))
+    exact = _exact(smashed)
     mean_square = jnp.mean(jnp.square(exact), axis=(-3, -2, -1), keepdims=True)
     # The maximum keeps the gradient of an image within the bound, and that of zeros, exact.
     return (exact * (clip * jax.lax.rsqrt(jnp.maximum(mean_square, clip**2)))).astype(smashed.dtype)
+
+
+def _exact(smashed: Array) -> Array:
+    return smashed.astype(jnp.promote_types(smashed.dtype, jnp.float32))

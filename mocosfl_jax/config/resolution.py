@@ -359,6 +359,7 @@ def _check_resist(config: Resolved) -> None:
         ("model.cut_layer", config.model.cut_layer == 0, 0, "1 or more"),
         ("optim.client_lr", config.optim.client_lr == 0, 0, "more than 0"),
         ("saving.loss_threshold", config.saving.loss_threshold > 0, config.saving.loss_threshold, "0"),
+        ("privacy.noise", config.privacy.noise > 0, config.privacy.noise, "0"),
     ):
         if wrong:
             raise UserError(f"config.{name}: found {found}, allowed: {other} with a config.resist.strength")

@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from mocosfl_jax.algorithm.noise import Noise, disturb
+from mocosfl_jax.algorithm.noise import Noise, clipped, disturb
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.decoders import make_decoder, read_family
 from mocosfl_jax.models.forms import Forms
@@ -210,7 +211,8 @@ def attack(
         with bar("optimisation", len(views)) as advance:
             for view, client in views.items():
                 targets = smashed_victims[view][: settings.optimised]
-                found = np.asarray(optimise_images(client, targets, size, mean, std, steps=settings.steps))
+                sent = client if noise is None else partial(_bounded, client, noise)
+                found = np.asarray(optimise_images(sent, targets, size, mean, std, steps=settings.steps))
                 results.append(result("optimisation", view, None, found[None]))
                 advance()
     return results
@@ -232,6 +234,11 @@ def without(images: np.ndarray, victims: np.ndarray) -> np.ndarray:
 def _disturbed(smashed: np.ndarray, noise: Noise | None, *numbers: int) -> np.ndarray:
     """Smashed data [n, h, w, c] as clients send them. The numbers tell draws apart."""
     return smashed if noise is None else np.asarray(disturb(jax.numpy.asarray(smashed), noise, *numbers))
+
+
+def _bounded(client: Client, noise: Noise, images: jax.Array) -> jax.Array:
+    """The client's model with the bound of its smashed data, which attackers know, and without noise."""
+    return clipped(client(images), noise.clip)
 
 
 class Stacked(NamedTuple):

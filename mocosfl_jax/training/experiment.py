@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from mocosfl_jax.models.decoders import read_family
 from mocosfl_jax.models.forms import Forms
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
-from mocosfl_jax.training import saving
+from mocosfl_jax.training import saving, workdir
 from mocosfl_jax.training.build import FIELDS, RESIST_FIELDS, MakeAlgorithm, build, constant_network
 from mocosfl_jax.training.rounds import MakeViews
 from mocosfl_jax.training.source import Source, load_source, share_of
@@ -266,6 +267,29 @@ def assemble(
         forms=forms,
         source=source,
     )
+
+
+def of_real_clients(config: Resolved, mesh: Mesh, loaded: Loaded, images: Mapping[int, int]) -> Run:
+    """The run of clients that hold their images elsewhere.
+
+    Args:
+      config: the resolved configuration.
+      mesh: of the server.
+      loaded: the server's own data set.
+      images: how many each of the N clients holds.
+    """
+    parts = [np.arange(images[client]) for client in range(config.clients.num)]
+    dataset = loaded.dataset._replace(whole=None)  # clients resize their pictures themselves
+    run = assemble(config, mesh, None, dataset, parts, loaded.residence, loaded.fingerprint)
+    return run._replace(simulated=False)
+
+
+def of_workdir(config: Resolved, mesh: Mesh, folder: Path) -> Run:
+    """The run that trained in a workdir, with simulated or with real clients; see `prepare`."""
+    if images := workdir.read_clients(folder):
+        check(config, mesh)
+        return of_real_clients(config, mesh, load(config, mesh), images)
+    return prepare(config, mesh)
 
 
 def _then(make_views: MakeViews, change: Callable[[Views], Views]) -> MakeViews:

@@ -9,6 +9,8 @@ from mocosfl_jax.wire import messages
 
 # What `config.wire.dtype` may be.
 DTYPES = ("float32", "bfloat16", "int8")
+# The largest number that is accepted. A client could make the sums of the others overflow with larger ones.
+LARGEST = 1e10
 
 
 class Misfit(ValueError):
@@ -48,7 +50,7 @@ def unpack(message: Any, form: Format) -> np.ndarray:
     """The array of a message.
 
     Raises:
-      Misfit: If there are too few or too many bytes, or a number is not finite.
+      Misfit: If there are too few or too many bytes, or a number is not finite or larger than `LARGEST`.
     """
     array = _from_bytes(message.data, form.shape, form.sent_as)
     if form.sent_as == "int8":
@@ -56,8 +58,7 @@ def unpack(message: Any, form: Format) -> np.ndarray:
             raise Misfit(f"scale: found {message.scale}, allowed: more than 0 and finite")
         array = array.astype(np.float32) * np.float32(message.scale)
     array = array.astype(form.dtype)
-    if not np.isfinite(array.astype(np.float32, copy=False)).all():
-        raise Misfit("data: found a number that is not finite")
+    _check_numbers("data", array)
     return array
 
 
@@ -74,15 +75,22 @@ def unpack_leaves(message: Any, shapes: list[tuple[tuple[int, ...], str]]) -> li
       shapes: Shape and dtype of each array.
 
     Raises:
-      Misfit: If the number of arrays or of their bytes is another, or a number is not finite.
+      Misfit: If the number of arrays or of their bytes is another, or a number is not finite or larger than
+        `LARGEST`.
     """
     if len(message.data) != len(shapes):
         raise Misfit(f"leaves: found {len(message.data)} arrays, allowed: {len(shapes)}")
     leaves = [_from_bytes(data, *each) for data, each in zip(message.data, shapes, strict=True)]
     for leaf in leaves:
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.isfinite(leaf.astype(np.float32)).all():
-            raise Misfit("leaves: found a number that is not finite")
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            _check_numbers("leaves", leaf)
     return leaves
+
+
+def _check_numbers(what: str, array: np.ndarray) -> None:
+    """Raise Misfit for numbers that no training sends."""
+    if not (np.abs(array.astype(np.float32, copy=False)) <= LARGEST).all():
+        raise Misfit(f"{what}: found a number that is not finite, or beyond {LARGEST:g}")
 
 
 def _from_bytes(data: bytes, shape: tuple[int, ...], dtype: str) -> np.ndarray:

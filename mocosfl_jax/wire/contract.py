@@ -85,7 +85,7 @@ class Contract(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """The client's half of a step, compiled when first called. Trees are lists of their arrays."""
+    """The client's half of a step, compiled. Trees are lists of their arrays."""
 
     # params, key_params, images [B, H, W, 3] uint8, key data of the run's views, step, place in the cohort
     # -> key_params, smashed queries, smashed keys, query views
@@ -226,8 +226,10 @@ def _load(name: str, data: bytes, platform: str) -> Callable[..., Any] | None:
         ) from error
     if exported.disabled_safety_checks:
         raise UserError("contract: found a program with disabled safety checks, allowed: one without")
-    # As the simulation's programs are compiled, so that both round alike.
-    return jax.jit(exported.call, compiler_options=compiler.options(platform))
+    shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in exported.in_avals]
+    arguments, _ = jax.tree.unflatten(exported.in_tree, shapes)
+    # As the simulation's programs are compiled, so that both round alike; now, before a deadline runs.
+    return jax.jit(exported.call).lower(*arguments).compile(compiler_options=compiler.options(platform))
 
 
 def _shapes(tree: Any) -> Shapes:

@@ -5,6 +5,7 @@ state of every client. So its checkpoints are those of the simulation.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -17,8 +18,9 @@ from jax.sharding import Mesh
 
 from mocosfl_jax.algorithm.interface import CohortState, SyncInfo, TrainState
 from mocosfl_jax.algorithm.messages import SmashedData
+from mocosfl_jax.algorithm.moco import momentum_update
 from mocosfl_jax.config import Resolved
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import NonFiniteError, UserError
 from mocosfl_jax.evaluation.features import Encode
 from mocosfl_jax.models import check_independence
 from mocosfl_jax.parallel import mesh as meshes
@@ -33,6 +35,8 @@ from mocosfl_jax.wire.hub import Hub
 
 # Between two looks at who is connected.
 _PATIENCE = 0.5  # seconds
+_ABANDONED = "the round has too few clients; it is taken up from the newest checkpoint"
+_NAMED = 10  # clients in a line
 
 
 class Abandoned(Exception):
@@ -81,13 +85,11 @@ def plan(config: Resolved, mesh: Mesh, loaded: Loaded, images: Mapping[int, int]
     Raises:
       UserError: if a part of the configuration is impossible.
     """
-    parts = [np.arange(images[client]) for client in range(config.clients.num)]
-    dataset = loaded.dataset._replace(whole=None)  # clients resize their pictures themselves
-    run = experiment.assemble(config, mesh, None, dataset, parts, loaded.residence, loaded.fingerprint)
+    run = experiment.of_real_clients(config, mesh, loaded, images)
     if config.own.network is not None:
-        height, width, channels = dataset.x_train.shape[1:]
+        height, width, channels = run.dataset.x_train.shape[1:]
         check_independence(run.model, (height, width, channels))
-    return run._replace(simulated=False)
+    return run
 
 
 def make_programs(
@@ -117,6 +119,7 @@ def make_programs(
     server_step = compile_server_step(run, turn.state, terms.smashed)
     settings = run.config.wire
     config = run.config
+    missing: Counter[int] = Counter()  # steps of an epoch that each client had no part in
     shares = np.array([len(part) if config.sync.weighted else 1 for part in run.parts])
     # The parts of its state that a client sends at a synchronization and at the end of its turn.
     averaged = [
@@ -167,10 +170,14 @@ def make_programs(
                 for client, answer in answers.items()
                 if (smashed := fitting(hub, client, partial(_smashed, answer, form))) is not None
             }
+            if terms.frozen:  # it has moved its momentum model, and the server has not
+                for client in requests.keys() - found.keys():
+                    hub.doubt(client)
             if found:
                 break
             if stop():
-                raise Abandoned("the round has no clients; it is taken up from the newest checkpoint")
+                raise Abandoned(_ABANDONED)
+        missing.update(set(cohort) - found.keys())
         rows = form.shape[0]
         shape = (len(cohort), *form.shape)
         views = [np.zeros(shape, jnp.dtype(form.dtype)) for _ in range(2)]
@@ -182,6 +189,9 @@ def make_programs(
                     view[place] = sent
         query, key = (view.reshape(-1, *form.shape[1:]) for view in views)
         state, curve, gradient = server_step(state, (query, key), arrived.reshape(-1))
+        loss = float(jax.device_get(curve.loss[0])[0])
+        if not np.isfinite(loss):  # before its gradients reach the clients
+            raise NonFiniteError(f"the loss of step {number + 1:,} is {loss}")
         if not terms.frozen:
             gradients = np.asarray(jax.device_get(gradient)).reshape(shape)
             hub.tell(
@@ -200,27 +210,35 @@ def make_programs(
         if averaged:
             state = collect(hub, state, cohort, averaged, terms, settings.deadline_s, shares)
         state, info = turn.sync(state)
-        if averaged:
+        if averaged:  # all receive the average, as in the simulation
             rows = jax.device_get([getattr(state.clients, part) for part in averaged])
-            news = {}
-            for client in range(config.clients.num):  # all receive the average, as in the simulation
-                place = cohort.index(client) if client in cohort else 0
-                row = [[leaf[place] for leaf in jax.tree.leaves(part)] for part in rows]
-                news[client] = messages.ToClient(
-                    load=messages.State(
-                        **{
-                            name: codec.pack_leaves(leaves)
-                            for name, leaves in zip(averaged, row, strict=True)
-                        },
-                        reset=config.sync.buffers == "reset" and client in cohort,
-                    )
-                )
-            hub.tell({client: message for client, message in news.items() if hub.current(client)})
+            means = {
+                name: codec.pack_leaves([leaf[0] for leaf in jax.tree.leaves(part)])
+                for name, part in zip(averaged, rows, strict=True)
+            }
+            for_cohort, for_others = (
+                messages.ToClient(load=messages.State(**means, reset=reset))
+                for reset in (config.sync.buffers == "reset", False)
+            )
+            at_work = set(cohort)
+            hub.tell(
+                {
+                    client: for_cohort if client in at_work else for_others
+                    for client in range(config.clients.num)
+                }
+            )
         return state, info
 
     def leave(state: CohortState) -> TrainState:
+        cohort = members(state)
         if own:
-            state = collect(hub, state, members(state), own, terms, settings.deadline_s)
+            state = collect(hub, state, cohort, own, terms, settings.deadline_s)
+        if terms.frozen:  # one momentum model is that of all clients
+            for client in set(range(config.clients.num)).difference(cohort).union(missing):
+                hub.doubt(client)
+        if missing:
+            say(f"left out of some steps: {left_out(missing)}")
+            missing.clear()
         return turn.leave(state)
 
     return Programs(feed, run_steps, None, rounds.Turn(enter, sync, leave, turn.state), encode)
@@ -244,6 +262,16 @@ def compile_server_step(run: Run, state: CohortState, of_client: codec.Format) -
     def server_step(
         state: CohortState, smashed: tuple[Array, Array], arrived: Array
     ) -> tuple[CohortState, rounds.Curve, Array]:
+        if run.config.optim.client_lr == 0:  # what frozen clients do to their momentum models is known here
+            members = state.clients
+            moved = momentum_update(members.key_params, members.params, run.config.moco.momentum)
+            there = arrived.reshape(run.cohort, -1)[:, 0]
+            key_params = jax.tree.map(
+                lambda new, old: jnp.where(jnp.expand_dims(there, range(1, new.ndim)), new, old),
+                moved,
+                members.key_params,
+            )
+            state = state._replace(clients=members._replace(key_params=key_params))
         state, info = replay.train(state, SmashedData(*smashed), arrived)
         assert info.smashed_grad is not None
         return state, rounds.Curve([info.loss[None]], [info.top1[None]]), info.smashed_grad
@@ -273,6 +301,8 @@ def await_clients(
         if late and len(present) >= min(least, len(cohort)):
             break
         if stop():
+            if len(present) < min(least, len(cohort)):
+                raise Abandoned(_ABANDONED)
             break
         if late and not told:
             say(f"waiting for clients: {len(present)} of {len(cohort)} are there, {least} are needed")
@@ -292,8 +322,19 @@ def bring_up_to_date(hub: Hub, cohort: list[int], state: CohortState) -> None:
             name: codec.pack_leaves([leaf[place] for leaf in jax.tree.leaves(part)])
             for name, part in rows.items()
         }
-        hub.tell({client: messages.ToClient(load=messages.State(**parts))})
-        hub.believe(client)
+        hub.load(client, messages.ToClient(load=messages.State(**parts)))
+
+
+def left_out(missing: Mapping[int, int]) -> str:
+    """Say which clients had no part in how many steps, at most ten of them.
+
+    Example:
+      >>> left_out({3: 2, 1: 5})
+      'client 1 (5), client 3 (2)'
+    """
+    parts = [f"client {client} ({missing[client]:,})" for client in sorted(missing)]
+    more = [f"and {len(parts) - _NAMED:,} more"] if len(parts) > _NAMED else []
+    return ", ".join([*parts[:_NAMED], *more])
 
 
 def collect(

@@ -30,6 +30,7 @@ WAITING = 8
 SPARE_STREAMS = 16
 # How often the holder of a certificate may open a stream, and in how many seconds. More are turned away.
 STREAMS, STREAM_SECONDS = 30, 60.0
+MOST_IMAGES = 1_000_000  # of a client; their number decides how many steps an epoch has
 _GRACE = 5.0  # seconds for streams to end when the server stops
 # A connection over which nothing comes for so long is tried, and then given up.
 KEEPALIVE_MS = 20_000
@@ -68,17 +69,31 @@ class Refused(Exception):
 class Hub:
     """The clients that are connected. Its public methods may be called from any one thread."""
 
-    def __init__(self, rules: Rules, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, rules: Rules, say: Callable[[str], None], images: Mapping[int, int] | None = None
+    ) -> None:
+        """Make a hub without clients.
+
+        Args:
+          rules: whom it admits.
+          say: prints a line.
+          images: how many each client holds, from an earlier start of the run. Then it comes with as many, or
+            is refused.
+        """
         self.rules = rules
-        self.images: dict[int, int] = {}  # of each client that has ever joined
+        self.images = dict(images or {})  # of each client that has ever joined
         self.traffic: Counter[str] = Counter()  # bytes of messages, by direction and kind
         self.arrays: Counter[str] = Counter()  # bytes of the arrays in them
         self._say = say
         self._peers: dict[int, Peer] = {}
-        self._coming: set[int] = set()  # numbers of clients that are being admitted
+        # Clients that are being admitted, with what ends their admission.
+        self._coming: dict[int, asyncio.Future] = {}
         self._opened: dict[int, deque[float]] = {}  # when each certificate opened its latest streams
+        self._fixed = bool(images)  # whether the numbers of images may no longer change
         self._contract: Contract | None = None
-        self._offered = asyncio.Event()
+        self._goodbye: Any = None  # the last message, once training is finished
+        self._told: set[int] = set()  # clients that have been sent it
+        self._offered = asyncio.Event()  # a contract or a goodbye
         self._changed = threading.Event()
         self._loop = asyncio.new_event_loop()
 
@@ -93,6 +108,41 @@ class Hub:
 
         self._run(set_contract())
 
+    def fix(self) -> dict[int, int]:
+        """Settle how many images each client holds; from now on it comes with as many, or is refused.
+
+        Returns:
+          The numbers, by client.
+        """
+
+        async def settle() -> dict[int, int]:
+            self._fixed = True
+            return dict(self.images)
+
+        return self._run(settle())
+
+    def finish(self, text: str, count: int, seconds: float) -> None:
+        """Tell all clients that training is finished, also those that come only now, and wait for them.
+
+        Args:
+          text: what they print.
+          count: how many clients there are.
+          seconds: for which to wait at most.
+        """
+
+        async def say_goodbye() -> None:
+            self._goodbye = messages.ToClient(goodbye=messages.Goodbye(text=text))
+            self._offered.set()
+            for peer in list(self._peers.values()):
+                if peer.ready:
+                    self._send(peer, self._goodbye)
+                    self._told.add(peer.client)
+
+        self._run(say_goodbye())
+        end = time.monotonic() + seconds
+        while (self._peers or len(self._told) < count) and time.monotonic() < end:
+            self.wait(0.1)
+
     def ready(self) -> set[int]:
         """The clients that could be asked now."""
 
@@ -106,21 +156,20 @@ class Hub:
         self._changed.wait(seconds)
         self._changed.clear()
 
-    def wait_until_left(self, seconds: float) -> None:
-        """Wait until all clients have left, at most for some seconds."""
-        end = time.monotonic() + seconds
-        while self._peers and time.monotonic() < end:
-            self.wait(0.1)
-
     def current(self, client: int) -> bool:
         """Whether a client holds the state that it should hold."""
         peer = self._peers.get(client)
         return peer is not None and peer.current
 
-    def believe(self, client: int) -> None:
-        """Note that a client holds the state that it should hold."""
-        if (peer := self._peers.get(client)) is not None:
-            peer.current = True
+    def load(self, client: int, state: Any) -> None:
+        """Send a client all of its state. From then on it is current, unless it is connected anew."""
+
+        async def send() -> None:
+            if (peer := self._peers.get(client)) is not None and peer.ready:
+                self._send(peer, state)
+                peer.current = True
+
+        self._run(send())
 
     def doubt(self, client: int) -> None:
         """Note that a client has missed something, so that it will get its state anew."""
@@ -128,17 +177,17 @@ class Hub:
             peer.current = False
 
     def tell(self, news: Mapping[int, Any]) -> None:
-        """Send each client a message that needs no answer."""
+        """Send each client that is current a message that needs no answer."""
 
         async def send() -> None:
             for client, message in news.items():
-                if (peer := self._peers.get(client)) is not None and peer.ready:
+                if (peer := self._peers.get(client)) is not None and peer.current:
                     self._send(peer, message)
 
         self._run(send())
 
     def ask(self, requests: Mapping[int, Any], seconds: float) -> dict[int, Any]:
-        """Send each client a request, and wait for the answers.
+        """Send each client that is current a request, and wait for the answers.
 
         Args:
           requests: `ToClient` messages, by client.
@@ -152,7 +201,7 @@ class Hub:
             asked: dict[int, asyncio.Future] = {}
             for client, message in requests.items():
                 peer = self._peers.get(client)
-                if peer is None or not peer.ready or not _idle(peer):
+                if peer is None or not peer.current or not _idle(peer):
                     continue
                 peer.number += 1
                 message.number = peer.number
@@ -232,24 +281,35 @@ class Hub:
                 f"protocol: found {hello.protocol}, allowed: {messages.PROTOCOL}; update the older side",
             )
         client = self._number(hello, certified)
-        self._coming.add(client)
+        if (before := self._coming.get(client)) is not None and not before.done():
+            before.set_result(Refused(grpc.StatusCode.CANCELLED, "comes back"))
+        ended = self._coming[client] = self._loop.create_future()
         try:
-            self.images[client] = await self._holding(client, context)
+            self.images[client] = await self._holding(client, context, ended)
         finally:
-            self._coming.discard(client)
+            if self._coming.get(client) is ended:
+                del self._coming[client]
         return client
 
-    async def _holding(self, client: int, context: Any) -> int:
-        """How many images an admitted client holds."""
+    async def _holding(self, client: int, context: Any, ended: asyncio.Future) -> int:
+        """How many images a client holds; `ended` ends the wait for it."""
         precondition = grpc.StatusCode.FAILED_PRECONDITION
         size, batch_size = self.rules.image_size, self.rules.batch_size
         welcome = messages.Welcome(client_id=client, image_size=size, batch_size=batch_size)
         await self._write(context, messages.ToClient(welcome=welcome))
-        holding = (await self._read(context, "holding", HOLDING_SECONDS)).holding
+        read = asyncio.ensure_future(self._read(context, "holding", HOLDING_SECONDS))
+        await asyncio.wait({read, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            read.cancel()
+            raise ended.result()
+        holding = read.result().holding
         known = self.images.get(client)
-        if holding.images < batch_size:
-            raise Refused(precondition, f"images: found {holding.images}, allowed: {batch_size} or more")
-        if known is not None and known != holding.images and self._contract is not None:
+        if not batch_size <= holding.images <= MOST_IMAGES:
+            raise Refused(
+                precondition,
+                f"images: found {holding.images:,}, allowed: {batch_size:,} to {MOST_IMAGES:,}",
+            )
+        if self._fixed and known != holding.images:
             raise Refused(
                 precondition,
                 f"images: found {holding.images}, allowed: {known}, as when the training began",
@@ -289,14 +349,14 @@ class Hub:
                 raise Refused(denied, f"client_id: found {wish}, allowed: {certified}, as in the certificate")
             wish = certified
         if wish is None:
-            taken = self._coming.union(self._peers)
+            taken = self._coming.keys() | self._peers.keys()
             away = [client for client in range(self.rules.num_clients) if client not in taken]
             if not away:
                 raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "client_id: found none, and all are taken")
             return min(away, key=lambda client: client in self.images)  # first those that never came
         if wish >= self.rules.num_clients:
             raise Refused(denied, f"client_id: found {wish}, allowed: 0 to {self.rules.num_clients - 1}")
-        if not self.rules.authenticated and wish in self._coming.union(self._peers):
+        if not self.rules.authenticated and wish in self._coming.keys() | self._peers.keys():
             raise Refused(grpc.StatusCode.UNAVAILABLE, f"client_id: {wish} is connected already")
         return wish
 
@@ -306,6 +366,9 @@ class Hub:
         try:
             await self._first(peer, answer, offered)
             contract = self._contract
+            if self._goodbye is not None:
+                await self._leave_taking(peer, context)
+                return
             if contract is None:
                 self._expect(answer.result(), None)
                 raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "message: found one before the contract")
@@ -325,6 +388,9 @@ class Hub:
             offered.cancel()
         if ready.digest != contract.digest:
             raise Refused(grpc.StatusCode.FAILED_PRECONDITION, "contract: found another digest")
+        if self._goodbye is not None:
+            await self._leave_taking(peer, context)
+            return
         peer.ready = True
         self._changed.set()
         tasks = [
@@ -339,6 +405,11 @@ class Hub:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _leave_taking(self, peer: Peer, context: Any) -> None:
+        """Tell a client that has come too late to train that training is finished."""
+        await self._write(context, self._goodbye)
+        self._told.add(peer.client)
 
     async def _first(self, peer: Peer, *work: asyncio.Future, seconds: float | None = None) -> None:
         """Wait until some of the work is done, or for some seconds, unless the client is given up."""
@@ -360,10 +431,9 @@ class Hub:
                     f"number: found {message.number}, which was not asked for",
                 )
             peer.answer = None
-            if answer.done():  # too late: the step went on without it
-                self._changed.set()
-            else:
+            if not answer.done():
                 answer.set_result(message)
+            self._changed.set()  # it may be asked again, also if this came too late for its step
 
     async def _write(self, context: Any, message: Any) -> None:
         self._count("down", message)
@@ -380,6 +450,8 @@ class Hub:
         if message is grpc.aio.EOF:
             raise Refused(grpc.StatusCode.CANCELLED, "left")
         found = message.WhichOneof("content")
+        if found is None:
+            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "message: found none, allowed: one")
         if kind is not None and found != kind:
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"message: found {found}, allowed: {kind}")
         self._count("up", message)

@@ -80,11 +80,13 @@ def take_part(access: Access, read: ReadImages, client: int | None, say: Say) ->
             code, details = error.code(), " ".join((error.details() or "").split())
             if code in _FINAL:
                 raise UserError(f"{access.address}: {details}") from error
-            if "handshake" in details.lower() or "certificate" in details.lower():
+            if "handshake failed" in details.lower() or "certificate" in details.lower():
                 raise UserError(
                     f"--tls: {access.address} and this client refuse each other's certificates ({details})"
                 ) from error
             reason = details or code.name
+        except codec.Misfit as error:
+            raise UserError(f"{access.address}: sent what does not fit: {error}") from error
         if here:  # it was there until now
             pause, last = _SHORTEST_PAUSE, time.monotonic()
         if time.monotonic() - last > access.patience:

@@ -47,6 +47,15 @@ def test_the_noise_has_the_stated_deviation_and_no_two_draws_are_alike() -> None
     np.testing.assert_array_equal(draws[1], disturb(zeros, noise, 0, 1))
 
 
+def test_the_noise_is_gaussian_in_bfloat16_too() -> None:
+    """Draws in bfloat16 would end at 2.9 standard deviations."""
+    noise = Noise(jax.random.key(0), std=1.0)
+    draw = np.asarray(disturb(jnp.zeros((100, 4, 4, 64), jnp.bfloat16), noise), np.float32)
+    assert np.abs(draw).max() > 3.5 and len(np.unique(draw)) > 1000
+    beyond = np.mean(np.abs(draw) > 2)
+    assert beyond == pytest.approx(0.0455, abs=0.004)
+
+
 def test_gradients_are_those_of_finite_differences(x64: None) -> None:
     smashed = jnp.asarray(smashed_data(), float)[:, :, :2, :2]
     weights = jnp.asarray(np.random.default_rng(1).normal(size=smashed.shape))

@@ -232,6 +232,13 @@ def test_without_concatenation_a_queue_holds_the_keys_of_a_client() -> None:
         resolve(config)
 
 
+def test_noise_is_not_combined_with_a_decoder() -> None:
+    config = quickstart()
+    config.resist.strength, config.privacy.noise = 1.0, 0.5
+    with pytest.raises(UserError, match=r"config.privacy.noise: found 0.5, allowed: 0 with a config.resist"):
+        resolve(config)
+
+
 @pytest.mark.parametrize("path", ["clients.rich", "resist.strength"])
 def test_what_needs_concatenation_is_refused_without(path: str) -> None:
     config = Config()

@@ -34,7 +34,8 @@ else:
     row = {"attacker": "ridge", "ssim": 0.3, "mse_5th_percentile": 0.01}
     row |= {"smashed": "key", "relative_mse": 0.25}
     rows = [row, row | {"smashed": "query", "relative_mse": 0.5}, row | {"smashed": "", "relative_mse": 0.1}]
-    (folder / "privacy.json").write_text(json.dumps({"rows": rows}))
+    epochs = next(a for a in sys.argv if a.startswith("--epochs="))[9:]
+    (folder / "privacy.json").write_text(json.dumps({"rows": rows, "epochs": epochs}))
 """
 
 
@@ -89,13 +90,16 @@ def test_a_point_follows_its_expert_and_what_failed_is_tried_again(
         f"mocosfl_jax.{w} noise-1.0-seed{s}" for s in (1, 2) for w in ("train", "attack")
     ]
     assert leaks.main(argv) == 0 and len(calls(folder)) == 12
+    # Other attacks repeat the attacks only; a part of the points leaves the others in the results.
+    assert leaks.main([*argv, "--epochs=3", "--points=noise-1.0", "--seeds=2"]) == 0
+    assert calls(folder)[12:] == ["mocosfl_jax.attack noise-1.0-seed2"]
 
     lines = [json.loads(line) for line in (folder / "leaks.jsonl").read_text().splitlines()]
-    assert [(line["point"], line["seed"]) for line in lines] == [
-        ("taressfl-4-0.3", 1),
-        ("noise-1.0", 1),
-        ("taressfl-4-0.3", 2),
-        ("noise-1.0", 2),
+    assert [(line["point"], line["seed"], line["attack_epochs"]) for line in lines] == [
+        ("taressfl-4-0.3", 1, "10"),
+        ("taressfl-4-0.3", 2, "10"),
+        ("noise-1.0", 1, "10"),
+        ("noise-1.0", 2, "3"),
     ]
     # The strongest attacker is that of the keys; one that needs no smashed data is none.
     assert {(line["smashed"], line["relative_mse"], line["knn_backbone"]) for line in lines} == {
@@ -127,6 +131,7 @@ def test_mistakes_are_one_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith("error: --points: found closed, allowed: open-1, open-3, ")
     (tmp_path / "page.md").write_text("# No marks")
     assert leaks.main([f"--workdir={tmp_path / 'runs'}", f"--page={tmp_path / 'page.md'}"]) == 2
+    assert leaks.main([f"--workdir={tmp_path / 'runs'}", f"--page={tmp_path / 'none.md'}"]) == 2
     assert not (tmp_path / "runs").exists()
 
 
@@ -143,5 +148,5 @@ def test_every_configuration_is_possible() -> None:
 def test_nothing_begins_after_the_stop(tmp_path: pathlib.Path) -> None:
     stop = threading.Event()
     stop.set()
-    step = leaks.Step([sys.executable, "-c", "raise SystemExit"], tmp_path / "done", tmp_path / "log")
+    step = leaks.Step([sys.executable, "-c", "raise SystemExit"], tmp_path / "done", "", tmp_path / "log")
     assert leaks.follow([[step]], 1, stop) == [] and not step.log.exists()

@@ -47,6 +47,7 @@ def test_bytes_are_little_endian() -> None:
         (messages.Array(data=b"1" * 12), "found 12 bytes, allowed: 8"),
         (messages.Array(data=np.array([1, np.nan], np.float32).tobytes()), "not finite"),
         (messages.Array(data=np.array([1, np.inf], np.float32).tobytes()), "not finite"),
+        (messages.Array(data=np.array([1, -3e38], np.float32).tobytes()), "beyond 1e"),
     ],
 )
 def test_what_does_not_fit_is_named(message: messages.Array, what: str) -> None:

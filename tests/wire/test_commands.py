@@ -233,3 +233,15 @@ def test_certificates_are_made_once_and_private(
     capsys.readouterr()
     assert certificates.main(command) == 2
     assert "is not empty, allowed: a new folder" in capsys.readouterr().err
+    for hosts in (
+        "",
+        "example.org:8000",
+        "[::1]",
+        "a,,b",
+        "b\N{LATIN SMALL LETTER U WITH DIAERESIS}cher.example",
+    ):
+        wrong = ["certificates", f"--tls={tmp_path / 'new'}", "--clients=1", f"--hosts={hosts}"]
+        assert certificates.main(wrong) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --hosts: found ") and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()

@@ -7,16 +7,21 @@ import resource
 import socket
 import ssl
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 import grpc
+import numpy as np
 import pytest
 
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.wire import certificates, messages
 from mocosfl_jax.wire import hub as hubs
 from mocosfl_jax.wire.hub import Hub, Rules, listening
+from mocosfl_jax.wire.member import Access, take_part
 
 LARGEST = 10_000
 STRANGERS = 2_000
@@ -75,6 +80,50 @@ def encryption(server: Server, certificate: pathlib.Path | None) -> ssl.SSLConte
         own = certificate / "client-0" / "client-0"
         context.load_cert_chain(f"{own}.pem", f"{own}.key")
     return context
+
+
+def test_a_connection_that_breaks_in_the_handshake_is_tried_again(tmp_path: pathlib.Path) -> None:
+    """As when the server is killed, or behind a tunnel whose end is away."""
+    certificates.make_folder(tmp_path / "tls", ["localhost"], 1)
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as breaking:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    breaking.accept()[0].close()
+
+        threading.Thread(target=accept, daemon=True).start()
+        credentials = certificates.client_credentials(tmp_path / "tls", 0)
+        access = Access(f"localhost:{breaking.getsockname()[1]}", credentials, "cpu", patience=1.0)
+        with pytest.raises(UserError, match="was away for 1 s"):
+            take_part(access, lambda size: np.zeros((2, size, size, 3), np.uint8), 0, said.append)
+        breaking.shutdown(socket.SHUT_RDWR)
+    assert any("trying again" in line for line in said)
+
+
+def test_a_client_is_admitted_once_at_a_time(server: Server) -> None:
+    """However many streams it opens, others find room."""
+    credentials = certificates.client_credentials(server.tls, 0)
+    channels, calls = [], []
+    for _ in range(hubs.SPARE_STREAMS + 4):
+        channels.append(grpc.secure_channel(f"localhost:{server.port}", credentials))
+        call = channels[-1].stream_stream(
+            f"/{messages.SERVICE}/Train",
+            request_serializer=messages.FromClient.SerializeToString,
+            response_deserializer=messages.ToClient.FromString,
+        )
+        said: SimpleQueue[Any] = SimpleQueue()
+        said.put(messages.FromClient(hello=messages.Hello(protocol=messages.PROTOCOL)))
+        calls.append(call(iter(said.get, None)))
+        assert next(calls[-1]).welcome.client_id == 0  # and then it says nothing
+    assert come(server, 1) == 1
+    with pytest.raises(grpc.RpcError) as caught:
+        next(calls[0])
+    error: Any = caught.value
+    assert error.details() == "comes back"
+    for channel in channels:
+        channel.close()
 
 
 def knock(server: Server, context: ssl.SSLContext | None) -> bytes:

@@ -14,11 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mocosfl_jax import serve
 from mocosfl_jax.algorithm.clients import ClientState
 from mocosfl_jax.algorithm.fedavg import average
 from mocosfl_jax.algorithm.interface import CohortState
-from mocosfl_jax.config import Clients, Config, Data, Moco, Optim, Own, Synchronization, quickstart, resolve
+from mocosfl_jax.config import (
+    Clients,
+    Config,
+    Data,
+    Moco,
+    Model,
+    Optim,
+    Own,
+    Synchronization,
+    Wire,
+    quickstart,
+    resolve,
+)
 from mocosfl_jax.costs.accounting import Plan, costs
+from mocosfl_jax.errors import NonFiniteError
 from mocosfl_jax.evaluation.features import make_encode
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.training import experiment
@@ -58,6 +72,11 @@ CASES: dict[str, dict[str, Any]] = {
     "symmetric": {"moco": Moco(preset="v2", key_dim=8, queue_size=40)},
     "full symmetric": {"moco": Moco(preset="v1", key_dim=8, queue_size=40, full_symmetric=True)},
     "frozen": {"optim": Optim(server_lr=0.03, client_lr=0.0)},
+    "frozen, small cohort": {
+        "optim": Optim(server_lr=0.03, client_lr=0.0),
+        "moco": Moco(preset="v1", key_dim=8, queue_size=40, momentum=0.9),
+        "clients": Clients(num=4, cohort=2, batch_size=2, noniid_ratio=0.5),
+    },
     "the quickstart's network": {
         "own": Own(),
         "model": quickstart().model,
@@ -83,6 +102,10 @@ def test_training_is_that_of_simulated_clients(case: str, tmp_path: pathlib.Path
     simulated = experiment.prepare(resolved, mesh)
     rng_init, rng_views = jax.random.split(jax.random.key(0))
     state = in_float64(jax.jit(simulated.algorithm.init)(rng_init))
+    if case.startswith("frozen"):  # as from an expert, whose momentum model is another than the online one
+        shared = state.pool.shared
+        moved = jax.tree.map(lambda leaf: leaf + 0.1, shared.key_params)
+        state = state._replace(pool=state.pool._replace(shared=shared._replace(key_params=moved)))
     encode = make_encode(simulated.algorithm, simulated.dataset.mean, simulated.dataset.std)
     start = jax.tree.map(np.asarray, state)
     programs = compile_programs(simulated, state, rng_views, encode)
@@ -98,8 +121,7 @@ def test_training_is_that_of_simulated_clients(case: str, tmp_path: pathlib.Path
             run, start, rng_views, encode, hub=hub, stop=lambda: False, say=lambda line: None
         )
         found, losses = train(programs, run, jax.tree.map(jnp.asarray, start), EPOCHS)
-        goodbye = messages.ToClient(goodbye=messages.Goodbye(text="done"))
-        hub.tell(dict.fromkeys(counts, goodbye))
+        hub.finish("done", len(counts), 30)
         for thread in threads:
             thread.join(30)
             assert not thread.is_alive()
@@ -107,6 +129,50 @@ def test_training_is_that_of_simulated_clients(case: str, tmp_path: pathlib.Path
     assert found.step == EPOCHS * run.steps_per_epoch
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-9)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, expected)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_before_it_reaches_the_clients(
+    tmp_path: pathlib.Path,
+) -> None:
+    diverging = Optim(server_lr=1e30, client_lr=0.1, schedule="cosine")
+    resolved = resolve(config(write_images(tmp_path / "set.npz", IMAGE), optim=diverging))
+    mesh = meshes.make_mesh(resolved.mesh, jax.devices()[:1])
+    simulated = experiment.prepare(resolved, mesh)
+    rng_init, rng_views = jax.random.split(jax.random.key(0))
+    state = jax.jit(simulated.algorithm.init)(rng_init)
+    encode = make_encode(simulated.algorithm, simulated.dataset.mean, simulated.dataset.std)
+    images = [np.asarray(simulated.dataset.x_train[part]) for part in simulated.parts]
+    run = federation.plan(resolved, mesh, experiment.load(resolved, mesh), dict(enumerate(map(len, images))))
+    said: list[str] = []
+    with hub_of(run) as (hub, access):
+        threads = joined(access, images, said.append)
+        programs = federation.make_programs(
+            run, state, rng_views, encode, hub=hub, stop=lambda: False, say=lambda line: None
+        )
+        with pytest.raises(NonFiniteError, match=r"the loss of step [23] is (nan|inf)"):
+            train(programs, run, state, EPOCHS)
+        hub.finish("the loss was not finite", len(images), 30)
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+    assert said.count("the loss was not finite") == len(images)
+
+
+def test_the_largest_message_has_room_for_the_dtype_on_the_wire(tmp_path: pathlib.Path) -> None:
+    images = write_images(tmp_path / "set.npz", (32, 32, 3))
+    for dtype, size in (("exact", 2), ("float32", 4), ("int8", 1)):
+        resolved = resolve(
+            config(
+                images,
+                own=Own(),
+                model=Model(name="vgg11", width=16, cut_layer=1, compute_dtype="bfloat16"),
+                wire=Wire(dtype=dtype),
+            )
+        )
+        mesh = meshes.make_mesh(resolved.mesh, jax.devices()[:1])
+        run = federation.plan(resolved, mesh, experiment.load(resolved, mesh), dict.fromkeys(range(4), 12))
+        # Queries and keys of two images, 16 channels of 32 x 32 pixels.
+        assert serve.largest_message(run) == 2 * 2 * 16 * 32 * 32 * size
 
 
 class Answering:
@@ -150,13 +216,17 @@ def test_a_silent_client_has_no_part_in_the_average(shares: list[int]) -> None:
 
 
 def test_no_step_begins_with_fewer_clients_than_the_least() -> None:
-    there = iter([{0}, {0}, {0, 5}, {0, 2}])
+    there = iter([{0}, {0}, {0, 5}, {0, 2}, {0}, {0, 1}])
     waits: list[float] = []
     said: list[str] = []
     hub: Any = SimpleNamespace(ready=lambda: next(there), wait=waits.append)
     federation.await_clients(hub, [0, 1, 2], 0.0, 2, lambda: False, said.append)
-    assert len(waits) == 3 and next(there, None) is None
+    assert len(waits) == 3
     assert said == ["waiting for clients: 1 of 3 are there, 2 are needed"]
+    with pytest.raises(federation.Abandoned, match="too few clients"):  # nor if the run is to stop
+        federation.await_clients(hub, [0, 1, 2], 0.0, 2, lambda: True, said.append)
+    federation.await_clients(hub, [0, 1, 2], 5.0, 2, lambda: True, said.append)
+    assert next(there, None) is None and len(waits) == 3
 
 
 class Proxy:
@@ -211,7 +281,7 @@ def test_bytes_on_the_wire_are_those_of_costs(tmp_path: pathlib.Path) -> None:
             run, state, rng_views, encode, hub=hub, stop=lambda: False, say=lambda line: None
         )
         train(programs, run, state, EPOCHS)
-        hub.tell(dict.fromkeys(counts, messages.ToClient(goodbye=messages.Goodbye(text="done"))))
+        hub.finish("done", len(counts), 30)
         for thread in threads:
             thread.join(30)
     proxy.close()

@@ -20,6 +20,7 @@ from tests.support.processes import free_port
 
 CONTRACT = Contract("{}", b"forward", b"backward")
 LARGEST = 10_000
+STATE = messages.ToClient(load=messages.State(params=messages.Leaves(data=[b"state"])))
 
 
 class Stream:
@@ -85,6 +86,9 @@ class Server:
             stream.join(client)
             stream.accept()
         until(lambda: self.hub.ready() == set(clients))
+        for client, stream in zip(clients, streams, strict=True):
+            self.hub.load(client, STATE)
+            stream.hear("load")
         return streams
 
 
@@ -152,7 +156,8 @@ def test_a_client_that_leaves_ends_the_wait_for_it(server: Server) -> None:
     [
         ({"protocol": 99}, 5, "FAILED_PRECONDITION", "protocol: found 99, allowed: 1"),
         ({"client_id": 3}, 5, "PERMISSION_DENIED", "client_id: found 3, allowed: 0 to 2"),
-        ({}, 1, "FAILED_PRECONDITION", "images: found 1, allowed: 2 or more"),
+        ({}, 1, "FAILED_PRECONDITION", "images: found 1, allowed: 2 to 1,000,000"),
+        ({}, 2**63, "FAILED_PRECONDITION", "images: found 9,223,372,036,854,775,808, allowed: 2 to"),
     ],
 )
 def test_who_does_not_fit_is_told_why(
@@ -183,12 +188,82 @@ def test_a_number_is_connected_once(server: Server) -> None:
 
 
 def test_a_client_may_not_come_back_with_other_images(server: Server) -> None:
+    """Once their number is settled, also before there is a contract."""
+    first = server.stream()
+    first.join(0, images=4)
+    until(lambda: server.hub.images == {0: 4})
+    first.close()
+    server.stream().join(1, images=7)
+    until(lambda: server.hub.images == {0: 4, 1: 7})
+    assert server.hub.fix() == {0: 4, 1: 7}
+    again = server.stream()
+    again.join(0, images=6)
+    assert again.refusal()[1].startswith("images: found 6, allowed: 4")
+    good = server.stream()
+    good.join(0, images=4)
+    until(lambda: sum(line.startswith("client 0: 4 images") for line in server.said) == 2)
+
+
+def test_a_server_that_starts_again_knows_the_numbers_of_images() -> None:
+    rules = Rules(num_clients=1, batch_size=2, image_size=8, authenticated=False)
+    with listening(Hub(rules, lambda line: None, {0: 5}), "127.0.0.1:0", None, LARGEST) as port:
+        stream = Stream(port)
+        stream.join(0, images=6)
+        assert stream.refusal()[1].startswith("images: found 6, allowed: 5")
+        stream.close()
+
+
+def test_what_was_meant_for_a_broken_connection_does_not_reach_the_next(server: Server) -> None:
     (stream,) = server.ready(0)
+    assert server.hub.current(0)
     stream.close()
     until(lambda: server.hub.ready() == set())
     again = server.stream()
-    again.join(0, images=6)
-    assert again.refusal()[1].startswith("images: found 6, allowed: 5")
+    again.join(0)
+    again.accept()
+    until(lambda: server.hub.ready() == {0})
+    assert not server.hub.current(0)
+    server.hub.tell({0: messages.ToClient(backward=messages.Backward())})
+    assert server.hub.ask({0: forward()}, 0.2) == {}
+    server.hub.load(0, STATE)
+    assert server.hub.current(0)
+    server.hub.tell({0: messages.ToClient(backward=messages.Backward())})
+    again.hear("load")
+    again.hear("backward")
+
+
+def test_everybody_hears_that_training_is_finished(server: Server) -> None:
+    """Who trains, who has not accepted the contract yet, and who comes only now."""
+    (trains,) = server.ready(0)
+    late = server.stream()
+    late.join(1)
+    contract = late.hear("contract").contract
+    finish = threading.Thread(target=server.hub.finish, args=("done", 3, 20.0))
+    finish.start()
+    assert trains.hear("goodbye").goodbye.text == "done"
+    late.say(ready=messages.Ready(digest=contract.digest))
+    late.hear("goodbye")
+    assert finish.is_alive()
+    new = server.stream()
+    new.join(2)
+    new.hear("goodbye")
+    for stream in (trains, late, new):
+        stream.close()
+    finish.join(15)
+    assert not finish.is_alive()
+
+
+def test_a_finished_run_that_is_started_again_says_goodbye(server: Server) -> None:
+    """It never has a contract."""
+    stream = server.stream()
+    stream.join(0)
+    until(lambda: any(line.startswith("client 0: ") for line in server.said))
+    finish = threading.Thread(target=server.hub.finish, args=("done", 1, 20.0))
+    finish.start()
+    stream.hear("goodbye")
+    stream.close()
+    finish.join(15)
+    assert not finish.is_alive()
 
 
 @pytest.mark.parametrize("number", [0, 1, 7])
@@ -210,6 +285,15 @@ def test_a_repeated_answer_ends_the_stream(server: Server) -> None:
     asking.join()
     assert list(answers[0]) == [0]
     assert stream.refusal()[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_an_answer_without_content_ends_the_stream(server: Server) -> None:
+    (stream,) = server.ready(0)
+    asking = threading.Thread(target=server.hub.ask, args=({0: forward()}, 20.0))
+    asking.start()
+    stream.say(number=stream.hear("forward").number)
+    assert stream.refusal() == (grpc.StatusCode.INVALID_ARGUMENT, "message: found none, allowed: one")
+    asking.join()
 
 
 def test_bytes_that_are_no_message_end_the_stream(server: Server) -> None:
