@@ -448,7 +448,8 @@ def fill(page: Path, folder: Path) -> None:
             pictures.mkdir(exist_ok=True)
             shutil.copy(folder / f"{claim}.png", pictures / f"{claim}.png")
             tables = (folder / f"{claim}.md").read_text()
-            text = f"{before}{first}![{claim}]({pictures.name}/{claim}.png)\n\n{tables}{last}{after}"
+            alt = f"{NAMES['knn_backbone']}, over {XS[claim]}"
+            text = f"{before}{first}![{alt}]({pictures.name}/{claim}.png)\n\n{tables}{last}{after}"
     page.write_text(text)
 
 
