@@ -196,7 +196,7 @@ def test_tables_have_means_and_standard_errors_and_stand_on_the_page(
     error = math.sqrt(sum((a - mean) ** 2 for a in accuracies.values()) / 2 / 3)
     text = page.read_text()
     assert text.startswith("# Claims\n\n<!-- concatenation -->\nold\n") and text.endswith("\n\nThe end.")
-    assert "![sharing](page/sharing.png)" in text
+    assert "![kNN accuracy, backbone features, over keys K of all queues together](page/sharing.png)" in text
     tables = text.partition("<!-- sharing -->")[2].partition("<!-- end of sharing -->")[0].splitlines()
     assert "old" not in tables
     assert "| kNN accuracy, backbone features | 400 | 4,000 |" in tables
