@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from mocosfl_jax.wire import messages
 from mocosfl_jax.wire.codec import Format
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+_COMPILING = threading.Lock()
 
 Shapes = list[tuple[tuple[int, ...], str]]  # shape and dtype of each array of a tree
 
@@ -204,7 +206,8 @@ def read_contract(message: Any, platform: str) -> tuple[Contract, Terms, Program
         raise UserError(f"contract: found terms of another version ({one_line(error)})") from error
     if terms.x64 != jax.config.values["jax_enable_x64"]:
         raise UserError(f"JAX_ENABLE_X64: found {not terms.x64}, allowed: {terms.x64}, as at the server")
-    programs = [_load(name, getattr(contract, name), platform) for name in ("forward", "backward")]
+    with _COMPILING:  # clients that are threads of one process compile once for all of them
+        programs = [_load(name, getattr(contract, name), platform) for name in ("forward", "backward")]
     if programs[0] is None:
         raise UserError("contract: found no forward program, allowed: one")
     return contract, terms, Programs(programs[0], programs[1])

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from mocosfl_jax import serve
 from mocosfl_jax.algorithm.clients import ClientState
 from mocosfl_jax.algorithm.fedavg import average
-from mocosfl_jax.algorithm.interface import CohortState
+from mocosfl_jax.algorithm.interface import CohortState, TrainState
 from mocosfl_jax.config import (
     Clients,
     Config,
@@ -26,6 +27,7 @@ from mocosfl_jax.config import (
     Model,
     Optim,
     Own,
+    Resolved,
     Synchronization,
     Wire,
     quickstart,
@@ -33,7 +35,7 @@ from mocosfl_jax.config import (
 )
 from mocosfl_jax.costs.accounting import Plan, costs
 from mocosfl_jax.errors import NonFiniteError
-from mocosfl_jax.evaluation.features import make_encode
+from mocosfl_jax.evaluation.features import Encode, make_encode
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.training import experiment
 from mocosfl_jax.training.build import constant_network
@@ -136,12 +138,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_before_it_reaches_the_clien
 ) -> None:
     diverging = Optim(server_lr=1e30, client_lr=0.1, schedule="cosine")
     resolved = resolve(config(write_images(tmp_path / "set.npz", IMAGE), optim=diverging))
-    mesh = meshes.make_mesh(resolved.mesh, jax.devices()[:1])
-    simulated = experiment.prepare(resolved, mesh)
-    rng_init, rng_views = jax.random.split(jax.random.key(0))
-    state = jax.jit(simulated.algorithm.init)(rng_init)
-    encode = make_encode(simulated.algorithm, simulated.dataset.mean, simulated.dataset.std)
-    images = [np.asarray(simulated.dataset.x_train[part]) for part in simulated.parts]
+    mesh, images, state, rng_views, encode = prepared(resolved)
     run = federation.plan(resolved, mesh, experiment.load(resolved, mesh), dict(enumerate(map(len, images))))
     said: list[str] = []
     with hub_of(run) as (hub, access):
@@ -173,6 +170,16 @@ def test_the_largest_message_has_room_for_the_dtype_on_the_wire(tmp_path: pathli
         run = federation.plan(resolved, mesh, experiment.load(resolved, mesh), dict.fromkeys(range(4), 12))
         # Queries and keys of two images, 16 channels of 32 x 32 pixels.
         assert serve.largest_message(run) == 2 * 2 * 16 * 32 * 32 * size
+
+
+def prepared(resolved: Resolved) -> tuple[Mesh, list[np.ndarray], TrainState, jax.Array, Encode]:
+    """A mesh of one device, each client's images, the first state, the key of the views, and `encode`."""
+    mesh = meshes.make_mesh(resolved.mesh, jax.devices()[:1])
+    simulated = experiment.prepare(resolved, mesh)
+    rng_init, rng_views = jax.random.split(jax.random.key(0))
+    images = [np.asarray(simulated.dataset.x_train[part]) for part in simulated.parts]
+    encode = make_encode(simulated.algorithm, simulated.dataset.mean, simulated.dataset.std)
+    return mesh, images, jax.jit(simulated.algorithm.init)(rng_init), rng_views, encode
 
 
 class Answering:
@@ -266,12 +273,7 @@ class Proxy:
 def test_bytes_on_the_wire_are_those_of_costs(tmp_path: pathlib.Path) -> None:
     """Smashed data, gradients and averages are what `costs` counts. The rest is stated in docs/clients.md."""
     resolved = resolve(config(write_images(tmp_path / "set.npz", IMAGE)))
-    mesh = meshes.make_mesh(resolved.mesh, jax.devices()[:1])
-    simulated = experiment.prepare(resolved, mesh)
-    rng_init, rng_views = jax.random.split(jax.random.key(0))
-    state = jax.jit(simulated.algorithm.init)(rng_init)
-    encode = make_encode(simulated.algorithm, simulated.dataset.mean, simulated.dataset.std)
-    images = [np.asarray(simulated.dataset.x_train[part]) for part in simulated.parts]
+    mesh, images, state, rng_views, encode = prepared(resolved)
     counts = dict(enumerate(map(len, images)))
     run = federation.plan(resolved, mesh, experiment.load(resolved, mesh), counts)
     with hub_of(run) as (hub, access):
