@@ -37,13 +37,13 @@ def _check(tolerance: float) -> None:
     )
     assert state.server is not None and state.server.queue is not None
     client, server = torch_loop.split_resnet18(SMALL)
-    client.double()
-    server.double()
+    client.to(torch_loop.device()).double()
+    server.to(torch_loop.device()).double()
     torch_loop.load(client, jax.tree.map(lambda leaf: leaf[0], state.clients.params))
     server_params = dict(state.server.params)
     torch_loop.load(server.head, server_params.pop("head"))
     torch_loop.load(server.layers, server_params)
-    queue = torch_loop.torch.from_numpy(np.array(state.server.queue.keys))
+    queue = torch_loop.torch.from_numpy(np.array(state.server.queue.keys)).to(torch_loop.device())
     loop = torch_loop.Loop(SMALL, client, server, queue)
     step, sync = jax.jit(algorithm.step), jax.jit(algorithm.sync)
     for number in range(STEPS):

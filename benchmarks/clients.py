@@ -63,6 +63,7 @@ def baseline(setting: Setting) -> Call:
     from benchmarks import torch_loop
 
     client, _ = torch_loop.split_resnet18(setting)
+    client.to(torch_loop.device())
     side = torch_loop.ClientSide(client, setting.clients, lr=0.06, momentum=0.99)
     query, key = map(torch_loop.images, settings.views(setting))
     gradient = torch_loop.images(smashed_gradient(setting)).flatten(0, 1)
@@ -71,6 +72,7 @@ def baseline(setting: Setting) -> Call:
         side.forward(query, key)
         side.backward(gradient)
         side.synchronize()
+        torch_loop.wait()
 
     return call
 

@@ -46,15 +46,15 @@ def baseline_features(setting: Setting, count: int) -> Call:
 
     from benchmarks import torch_loop
 
-    client, server = torch_loop.split_resnet18(setting)
+    client, server = (model.to(torch_loop.device()) for model in torch_loop.split_resnet18(setting))
     images = torch.from_numpy(pictures(count, setting)).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def call() -> None:
         for batch in images.split(BATCH):
-            normalised = (batch.float() / 255 - MEAN[0]) / STD[0]
+            normalised = (batch.to(torch_loop.device()).float() / 255 - MEAN[0]) / STD[0]
             pooled = server.backbone(client(normalised))
-            server.head(pooled)
+            server.head(pooled).cpu()
 
     return call
 
@@ -80,7 +80,10 @@ def baseline_knn(sets: Sets) -> Call:
     import torch
     import torch.nn.functional as F
 
-    train, train_labels, test, test_labels = map(torch.from_numpy, sets)
+    from benchmarks import torch_loop
+
+    place = torch_loop.device()
+    train, train_labels, test, test_labels = (torch.from_numpy(array).to(place) for array in sets)
 
     @torch.no_grad()
     def call() -> float:
@@ -89,7 +92,9 @@ def baseline_knn(sets: Sets) -> Call:
         for queries, labels in zip(test.split(BATCH), test_labels.split(BATCH), strict=True):
             similarity, neighbours = (F.normalize(queries) @ rows.T).topk(K, dim=1)
             weights = (similarity / TEMPERATURE).exp()
-            votes = torch.zeros(len(queries), CLASSES).scatter_add_(1, train_labels[neighbours], weights)
+            votes = torch.zeros(len(queries), CLASSES, device=place).scatter_add_(
+                1, train_labels[neighbours], weights
+            )
             right += int((votes.argmax(dim=1) == labels).sum())
         return right / len(test)
 

@@ -1,15 +1,17 @@
 """MocoSFL in plain PyTorch: a Python loop over client modules and their optimizers.
 
-This is the baseline: a rewrite of the official code's approach for ResNet-18 on a CPU. It does no work that
-  the
+This is the baseline: a rewrite of the official code's approach for ResNet-18. It does no work that the
 algorithm does not need: momentum models run without gradients, smashed data is detached at the cut, and no
 gradient is computed for the images. `agreement.check` compares its losses with those of mocosfl_jax.
+
+It runs on the kind of device that JAX runs on: on a GPU if PyTorch finds one too.
 """
 
 import copy
 import os
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,18 @@ from benchmarks.settings import Setting
 
 def use_all_cores() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def device() -> torch.device:
+    """The device of the loop: a GPU if JAX computes on one and PyTorch was built for it."""
+    gpu = jax.devices()[0].platform == "gpu" and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def wait() -> None:
+    """Return when the device has done its work."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 class Conv(nn.Conv2d):
@@ -203,24 +217,24 @@ class Loop:
     def info_nce(self, query: Tensor, key: Tensor) -> Tensor:
         positive = (query * key).sum(dim=1, keepdim=True)
         logits = torch.cat([positive, query @ self.queue.T], dim=1) / self.temperature
-        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
 
     def enqueue(self, keys: Tensor) -> None:
-        rows = (self.cursor + torch.arange(len(keys))) % len(self.queue)
+        rows = (self.cursor + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue[rows] = keys
         self.cursor = (self.cursor + len(keys)) % len(self.queue)
 
 
 def new_loop(setting: Setting) -> Loop:
     """A loop with PyTorch's own initialization, as the time does not depend on the values."""
-    client, server = split_resnet18(setting)
-    queue = F.normalize(torch.randn(setting.queue_size, setting.key_dim))
+    client, server = (model.to(device()) for model in split_resnet18(setting))
+    queue = F.normalize(torch.randn(setting.queue_size, setting.key_dim, device=device()))
     return Loop(setting, client, server, queue)
 
 
 def images(array: Any) -> Tensor:
-    """Converts an array [..., H, W, c] of JAX or NumPy to a tensor [..., c, H, W]."""
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, -3)))
+    """Converts an array [..., H, W, c] of JAX or NumPy to a tensor [..., c, H, W] on `device()`."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, -3))).to(device())
 
 
 @torch.no_grad()
@@ -230,7 +244,7 @@ def load(module: nn.Module, params: Any) -> None:
         if isinstance(child, dict):
             load(module.get_submodule(name), child)
             continue
-        value = torch.from_numpy(np.array(child))
+        value = torch.from_numpy(np.array(child)).to(device())
         if name == "kernel":
             value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
         module.get_parameter({"kernel": "weight", "scale": "weight", "bias": "bias"}[name]).copy_(value)

@@ -1,4 +1,4 @@
-"""Tests for a real GPU or TPU: `pytest -m accelerator -n 0`. Other tests run its forms on a CPU.
+"""For a real GPU or TPU: `pytest -m accelerator -n 0 tests/test_accelerator.py`. Other tests run on a CPU.
 
 The golden cases, training by the command, and a run that is stopped and resumed.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Synchronization
-from mocosfl_jax.models.forms import ACCELERATOR, TPU
+from mocosfl_jax.models.forms import GPU, TPU, forms
 from mocosfl_jax.train import main
 from mocosfl_jax.training import checkpoint
 from tests.support.golden import assert_equals_official, cases_in
@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_golden(case: pathlib.Path, x64: None) -> None:
-    assert_equals_official(case, ACCELERATOR)
+    assert_equals_official(case, forms(jax.devices()[0].platform))
 
 
 def test_the_command_trains_here(images: str, tmp_path: pathlib.Path) -> None:
@@ -53,7 +53,7 @@ def test_a_stopped_run_resumes_where_it_was(images: str, tmp_path: pathlib.Path)
             eval=Eval(knn_k=5, probe_epochs=2),
         )
     )
-    assert run.forms in (ACCELERATOR, TPU)
+    assert run.forms in (GPU, TPU)
     assert train(run, tmp_path / "whole")
     assert not train(run, tmp_path / "stopped", stop_at=lambda line: line["epoch"] == 1)
     assert train(run, tmp_path / "stopped")

@@ -27,7 +27,7 @@ from mocosfl_jax.models.convolution import (
     transposed_conv,
     winograd_conv,
 )
-from mocosfl_jax.models.forms import forms
+from mocosfl_jax.models.forms import ACCELERATOR, TPU
 
 FORMS = [direct_conv, patches_conv, grouped_conv, cpu_conv, matmul_conv]
 
@@ -227,7 +227,7 @@ def test_an_order_in_memory_changes_no_value() -> None:
 
 def test_the_server_of_a_tpu_arranges_its_input_once_in_each_direction() -> None:
     settings: Any = {"name": "resnet18", "cut_layer": 1, "width": 4, "image_size": 8, "key_dim": 8}
-    tpu, other = (split_model(**settings, forms=forms(platform)) for platform in ("tpu", "gpu"))
+    tpu, other = (split_model(**settings, forms=each) for each in (TPU, ACCELERATOR))
     _, params = tpu.init(jax.random.key(0))
     smashed = jax.random.normal(jax.random.key(1), (130, 8, 8, 4))
 
