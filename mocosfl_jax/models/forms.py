@@ -58,7 +58,7 @@ class Forms(NamedTuple):
     arrange: Callable[[Array], Array] = as_it_is  # the order in memory of what enters the server's layers
 
 
-# Fast on accelerators but for the clients' convolutions, and not slow on a CPU: for models without a platform.
+# For models without a platform: fast on accelerators but for the clients' convolutions; not slow on a CPU.
 ACCELERATOR = Forms(Lowering(direct_conv, patches_conv), fused_group_norm, at_once, scan_rounds=True)
 GPU = ACCELERATOR._replace(convolutions=Lowering(direct_conv, grouped_conv))
 TPU = GPU._replace(arrange=images_in_lanes)
