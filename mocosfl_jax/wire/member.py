@@ -85,6 +85,8 @@ def take_part(access: Access, read: ReadImages, client: int | None, say: Say) ->
                     f"--tls: {access.address} and this client refuse each other's certificates ({details})"
                 ) from error
             reason = details or code.name
+            if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # so says a server that has waited for this client
+                last = time.monotonic()
         except codec.Misfit as error:
             raise UserError(f"{access.address}: sent what does not fit: {error}") from error
         if here:  # it was there until now

@@ -33,7 +33,7 @@ def hub_of(run: Run) -> Iterator[tuple[Hub, Access]]:
     batch_size, size = int(run.batch_sizes[0]), run.dataset.x_train.shape[1]
     hub = Hub(Rules(run.config.clients.num, batch_size, size, authenticated=False), lambda line: None)
     with listening(hub, "127.0.0.1:0", None, LARGEST) as port:
-        yield hub, Access(f"127.0.0.1:{port}", None, "cpu", patience=30.0)
+        yield hub, Access(f"127.0.0.1:{port}", None, "cpu", patience=120.0)
 
 
 def joined(

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import pathlib
+import random
 import socket
 import threading
+import time
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -40,8 +42,9 @@ from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.training import experiment
 from mocosfl_jax.training.build import constant_network
 from mocosfl_jax.training.programs import compile_programs
-from mocosfl_jax.wire import federation, messages
+from mocosfl_jax.wire import federation, member, messages
 from mocosfl_jax.wire.codec import pack_leaves
+from mocosfl_jax.wire.contract import read_contract
 from tests.support.federation import hub_of, joined, train
 from tests.support.small_run import write_images
 from tests.support.toy import IMAGE, make_toy_model
@@ -131,6 +134,42 @@ def test_training_is_that_of_simulated_clients(case: str, tmp_path: pathlib.Path
     assert found.step == EPOCHS * run.steps_per_epoch
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-9)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), found, expected)
+
+
+def test_clients_that_stall_are_left_out_and_come_back(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client answers too late again and again, and is never given up for it."""
+    resolved = resolve(config(write_images(tmp_path / "set.npz", IMAGE), wire=Wire(deadline_s=0.2)))
+    mesh, images, state, rng_views, encode = prepared(resolved)
+    counts = {client: len(each) for client, each in enumerate(images)}
+    run = federation.plan(resolved, mesh, experiment.load(resolved, mesh), counts)
+    rng = random.Random(1)
+
+    def stalling(message: Any, platform: str) -> Any:
+        contract, terms, programs = read_contract(message, platform)
+
+        def forward(*args: Any) -> Any:
+            time.sleep(0.5 if rng.random() < 0.2 else 0.0)
+            return programs.forward(*args)
+
+        return contract, terms, programs._replace(forward=forward)
+
+    monkeypatch.setattr(member, "read_contract", stalling)
+    lines: list[str] = []
+    with hub_of(run) as (hub, access):
+        threads = joined(access, images)
+        programs = federation.make_programs(
+            run, state, rng_views, encode, hub=hub, stop=lambda: False, say=lines.append
+        )
+        found, losses = train(programs, run, state, EPOCHS)
+        hub.finish("done", len(counts), 30)
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+    assert found.step == len(losses) == EPOCHS * run.steps_per_epoch
+    assert np.isfinite(losses).all()
+    assert any(line.startswith("left out of some steps: client") for line in lines)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_before_it_reaches_the_clients(

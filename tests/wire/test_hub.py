@@ -374,3 +374,22 @@ def test_a_client_keeps_its_number_and_its_patience_over_breaks() -> None:
     assert not errors and numbers == [1, 1, 1]
     client.join(30)
     assert errors[0].startswith(f"--server: 127.0.0.1:{port} was away for 2 s")
+
+
+def test_a_client_that_was_too_slow_to_say_who_it_is_does_not_give_up(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that is short of time: the server has ended its streams, but it is there."""
+    monkeypatch.setattr(hubs, "HELLO_SECONDS", 0.0)
+    said: list[str] = []
+    access = Access(f"127.0.0.1:{server.port}", None, "cpu", patience=0.4)
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+    client = threading.Thread(target=take_part, args=(access, lambda size: images, 0, said.append))
+    client.start()
+    until(lambda: len(said) >= 3)  # after 0.75 s or more
+    assert all(line.startswith("hello: not received in time; trying again") for line in said)
+    monkeypatch.setattr(hubs, "HELLO_SECONDS", 10.0)
+    until(lambda: server.hub.images == {0: 5})
+    server.hub.finish("done", 1, 10)
+    client.join(30)
+    assert not client.is_alive() and said[-1] == "done"
