@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from mocosfl_jax import data
-from mocosfl_jax.config import CHOICES, Config, Data, Own, comments, quickstart
+from mocosfl_jax.config import CHOICES, PRESET_FIELDS, Config, Data, Own, comments, quickstart
 from mocosfl_jax.errors import UserError, one_line, renamed
 from mocosfl_jax.paths import user_path
 
@@ -81,6 +81,9 @@ def parse(
         raise UserError(explain(error, values, usage)) from error
     if rest:
         raise UserError(unexpected(repr(rest[0]), rest[0], _names(values), usage))
+    given = {match[1] for argument in argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", argument))}
+    if "moco.preset" in given:  # it sets all of its fields, also those of the quickstart or the file
+        unset += [path for field in PRESET_FIELDS if (path := f"moco.{field}") not in given]
     for path in unset:
         *parents, field = path.split(".")
         setattr(functools.reduce(getattr, parents, values.config), field, None)

@@ -3,10 +3,11 @@
     python scripts/accelerator_day.py [--out=FOLDER] [--minutes=NUMBER] [--data_dir=FOLDER]
                                       [--estimates=FILE] [--toy]
 
-Runs the tests for accelerators, times steps, clients, augmentation and evaluation (against the PyTorch loop
-if torch is installed), and trains the headline of the paper for the rest of the time. Needs no network, but
-CIFAR-10 in --data_dir. All results are in FOLDER/results.json, each with its device and versions. The same
-command goes on where the last one stopped: what succeeded is not measured again, and training resumes.
+Runs the tests for accelerators, times an epoch and, if torch is installed, steps, clients, augmentation and
+evaluation against the PyTorch loop, and trains the headline of the paper for the rest of the time. Needs no
+network, but CIFAR-10 in --data_dir. All results are in FOLDER/results.json, each with its device and
+versions. The same command goes on where the last one stopped: what succeeded on the same device is not
+measured again, and training resumes.
 
 --estimates is the output of `python -m mocosfl_jax.preflight --json` for the headline: its estimate of a step
 is put beside what was measured. --toy tries everything at a size for a laptop.
@@ -57,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
     here = run([sys.executable, "-c", DEVICE], 300)["results"]
     for name, command in measurements(options.toy):
         left = deadline - time.monotonic()
-        if results.get(name, {}).get("status") == 0 or left < 60:
+        known = results.get(name, {})
+        if (known.get("status"), known.get("command"), known.get("on")) == (0, command, here) or left < 60:
             continue
         print(f"{name}: {' '.join(command)}", flush=True)
         results[name] = run(command, left) | {"on": here}
@@ -99,7 +101,9 @@ def run(command: Sequence[str], seconds: float) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         status, out, err = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
-        status, out, err = 124, str(late.stdout or ""), "stopped: no time left"
+        printed = late.stdout or b""  # bytes, whatever was asked for
+        out = printed.decode("utf-8", "replace") if isinstance(printed, bytes) else printed
+        status, err = 124, "stopped: no time left"
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     result = {"command": list(command), "status": status, "seconds": round(time.monotonic() - start, 1)}
     return result | {"results": lines or out.splitlines()[-1:]} | ({"error": err[-2000:]} if status else {})

@@ -7,14 +7,34 @@ from typing import Any
 import pytest
 
 from mocosfl_jax import data, train
-from mocosfl_jax.commandline import field_paths, guesses, help_text
-from mocosfl_jax.config import CHOICES, Config, comments, quickstart, resolve
-from mocosfl_jax.config.fields import Clients
+from mocosfl_jax.commandline import field_paths, guesses, help_text, parse
+from mocosfl_jax.config import (
+    CHOICES,
+    PRESET_FIELDS,
+    Clients,
+    Config,
+    Moco,
+    comments,
+    quickstart,
+    resolve,
+)
 from mocosfl_jax.costs import __main__ as costs_command
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import layers, named
 
 RATES = "--config.optim.server_lr=1, --config.optim.client_lr=1 or --config.resist.decoder_lr=1?"
+
+
+@pytest.mark.parametrize("preset", ["v1", "small_v2", "v2", "large_v2"])
+def test_a_preset_on_the_command_line_sets_all_that_is_not_given_there(preset: str) -> None:
+    """The quickstart sets these fields too; a preset in a file fills in only what the file leaves open."""
+    argv = ["train", f"--config.moco.preset={preset}", "--config.moco.augmentation=v1", "--config.epochs=3"]
+    found = resolve(parse(argv, "").config).moco
+    expected = resolve(Config(moco=Moco(preset=preset, augmentation="v1"))).moco
+    for field in PRESET_FIELDS:
+        assert getattr(found, field) == getattr(expected, field)
+    assert found.temperature == quickstart().moco.temperature
+    assert resolve(parse(argv[:1], "").config).moco.head == "linear"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mocosfl_jax import export
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.runtime.environment import environment
@@ -493,7 +494,7 @@ def test_workdir_is_named_after_the_config_file() -> None:
         (["moco.concatenate=False"], ["queue of 20 keys; a step for each client, one after another"]),
         (
             ["clients.num=1", "clients.batch_size=6", "clients.noniid_ratio=1.0", "model.cut_layer=0"],
-            ["up to cut layer 0: 0 parameters"],
+            ["up to cut layer 0: 0 parameters", "and 0 B down per step"],
         ),
     ],
     ids=["heterogeneous", "frozen", "flmoco", "without concatenation", "centralised"],
@@ -513,4 +514,5 @@ def test_kinds_of_run(
     for words in shown:
         assert words in out
     assert all(np.isfinite(value) for line in metrics(tmp_path) for value in line.values())
+    assert export.main(["export", f"--workdir={tmp_path}", f"--out={tmp_path / 'encoder.safetensors'}"]) == 0
     assert main(argv) == 0

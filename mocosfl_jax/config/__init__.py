@@ -26,10 +26,11 @@ from mocosfl_jax.config.fields import (
     quickstart,
 )
 from mocosfl_jax.config.record import differences, from_dict, upgraded
-from mocosfl_jax.config.resolution import Resolved, name_of, paper_settings, resolve
+from mocosfl_jax.config.resolution import PRESET_FIELDS, Resolved, name_of, paper_settings, resolve
 
 __all__ = [
     "CHOICES",
+    "PRESET_FIELDS",
     "Checkpoint",
     "Clients",
     "Config",

@@ -204,6 +204,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "v2": {"key_dim": 1024} | _V2,
     "large_v2": {"key_dim": 2048} | _V2 | {"head": "mlp_bn"},
 }
+PRESET_FIELDS = tuple(_PRESETS["v2"])  # of the section `moco`
 _PRESET_SCHEDULE = {"v1": "multistep", "small_v2": "cosine", "v2": "cosine", "large_v2": "cosine"}
 
 
@@ -255,6 +256,11 @@ def _check_values(config: Resolved) -> None:
     if not 0 <= clients.rich < 1:
         raise UserError(f"config.clients.rich: found {clients.rich}, allowed: 0 or more, less than 1")
     if clients.rich:
+        if round(clients.rich * clients.num) >= clients.num:
+            raise UserError(
+                f"config.clients.rich: found {clients.rich} of {clients.num} clients, allowed: a share that "
+                "leaves a poor one"
+            )
         why = "with rich clients, one of them rich and one poor"
         _in_range("clients.cohort", clients.cohort, 2, clients.num, why)
     if not 0 < clients.rich_data < 1:
@@ -344,6 +350,7 @@ def _check_resist(config: Resolved) -> None:
             ("clients.num", config.clients.num, 1),
             ("algorithm", config.algorithm, "mocosfl"),
             ("moco.full_symmetric", config.moco.full_symmetric, False),
+            ("sync.weighted", config.sync.weighted, False),
         ):
             if value != allowed:
                 raise UserError(f"config.{field}: found {value}, allowed: {allowed} with a config.{given}")
@@ -400,6 +407,10 @@ def _only_mocosfl(config: Resolved) -> None:
     ):
         if value != allowed:
             raise UserError(f"config.{field}: found {value}, allowed: {allowed} for flmoco")
+    if config.optim.client_lr == 0:
+        raise UserError(
+            "config.optim.client_lr: found 0, allowed: more than 0 for flmoco, which trains no server"
+        )
 
 
 def _allow(field: str, value: Any) -> None:

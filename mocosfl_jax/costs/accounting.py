@@ -193,14 +193,15 @@ def _projection(model: SplitModel) -> Callable[[Any, Any], Any]:
 def client_traffic(model: SplitModel, plan: Plan) -> ClientBytes:
     """Bytes sent between one client and the server, without the first download of the model.
 
-    The client sends the smashed data of queries and keys and receives the gradients of the queries only. A
-    frozen client receives no gradients and does not synchronize.
+    The client sends the smashed data of queries and keys and receives the gradients of the queries only, and
+    none where it has no parameters. A frozen client receives no gradients and does not synchronize.
     """
     params, _, _, smashed = shapes_of(model, plan.image_size, plan.client_views * plan.batch_size)
     if plan.frozen:
         return ClientBytes(2 * size_in_bytes(smashed), smashed_down=0, weights_up=0, weights_down=0)
     weights = size_in_bytes(params) * (1 + plan.momentum_models + plan.buffers)
-    return ClientBytes(2 * size_in_bytes(smashed), size_in_bytes(smashed), weights, weights)
+    gradients = size_in_bytes(smashed) if weights else 0
+    return ClientBytes(2 * size_in_bytes(smashed), gradients, weights, weights)
 
 
 def paper_costs(

@@ -134,7 +134,8 @@ def verdict(outcome: comparison.Outcome, metrics: Sequence[workdir.Metrics]) -> 
     parts = [f"kNN {accuracy:.3f}"]
     if not outcome.finished:
         parts[0] += f" after epoch {trained[-1]['epoch']:,}"
-    parts += [f"untrained {first['knn_backbone']:.3f}"] if "knn_backbone" in first else []
+    start = "at the start" if outcome.fields.get("init_from") else "untrained"
+    parts += [f"{start} {first['knn_backbone']:.3f}"] if "knn_backbone" in first else []
     parts += [f"raw pixels {pixels:.3f}"] if pixels is not None else []
     text = f"{done} {', '.join(parts)}"
     if pixels is not None:

@@ -100,7 +100,7 @@ def build(
             concatenate=config.moco.concatenate,
         ),
         "sync": Sync(
-            weights=np.array(images, np.float32) if config.sync.weighted else None,
+            weights=np.array(images, np.float32) if config.sync.weighted and images is not None else None,
             momentum_models=config.sync.momentum_models,
             buffers=config.sync.buffers,
             divergence_lambda=config.sync.divergence_lambda,

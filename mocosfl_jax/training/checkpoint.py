@@ -350,10 +350,16 @@ def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:
 
 @jax.jit
 def _fingerprint(tree: Any) -> Array:
-    """Sum all bits as 32-bit words, with an odd factor per leaf. A flipped bit changes the sum."""
+    """Sum all bits as 32-bit words, with an odd factor per leaf. A flipped bit changes the sum.
+
+    Of a number of 8 or 16 bits, and of a truth value, each is a word.
+    """
 
     def words(leaf: Array) -> Array:
-        return jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
+        if leaf.dtype == jnp.bool_:
+            leaf = leaf.astype(jnp.uint8)
+        bits = 8 * min(leaf.dtype.itemsize, 4)
+        return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}")).astype(jnp.uint32).ravel()
 
     total = jnp.uint32(0)
     for i, leaf in enumerate(jax.tree.leaves(tree)):

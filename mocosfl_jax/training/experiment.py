@@ -106,6 +106,12 @@ class Run(NamedTuple):
         return jax.eval_shape(self.model.client, client_params, images)
 
     @property
+    def gradients_return(self) -> bool:
+        """Whether clients need the gradients of their smashed data: they have parameters and train them."""
+        client_params, _ = jax.eval_shape(self.model.init, jax.random.key(0))
+        return self.config.optim.client_lr > 0 and bool(jax.tree.leaves(client_params))
+
+    @property
     def replay(self) -> jax.ShapeDtypeStruct:
         """Shape [S, 2, n, h, w, c] and dtype of an epoch's smashed data, of query and key views."""
         one = self.smashed
@@ -179,6 +185,7 @@ def prepare(
     source = None
     if config.resist.target_share < 1:
         parts = [share_of(parts[0], config.resist.target_share, pool.seed)]
+        _check_share(config, len(parts[0]), len(dataset.y_train))
     if config.resist.source is not None:
         source, of_source = load_source(config, dataset, parts[0])
         data_fingerprint = {**data_fingerprint, **of_source}
@@ -308,6 +315,18 @@ def _trace(run: Run) -> None:
     state = jax.eval_shape(algorithm.enter, jax.eval_shape(algorithm.init, rng), members)
     state, _ = jax.eval_shape(algorithm.step, state, views)
     jax.eval_shape(algorithm.sync, state)
+
+
+def _check_share(config: Resolved, images: int, of: int) -> None:
+    """Raise UserError if a share of the target has fewer images than a step takes from it."""
+    share, batch = config.resist.target_share, config.clients.batch_size
+    if config.resist.source is not None:
+        batch = batch // 2 if share else 0
+    if images < batch:
+        raise UserError(
+            f"config.resist.target_share: found {share:g}, {images:,} of {of:,} images, allowed: "
+            f"{batch:,} images or more, which a step takes"
+        )
 
 
 def _rich(config: Resolved) -> Rich | None:

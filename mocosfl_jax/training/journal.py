@@ -50,7 +50,8 @@ def epoch_metrics(run: Run, progress: Progress, epoch: int, divergence: Array | 
         one_way = run.smashed.size * run.smashed.dtype.itemsize * len(progress.losses)
         traffic = Traffic(progress.traffic)
         metrics["smashed_up_bytes"] = 0 if traffic is Traffic.NONE else 2 * one_way
-        metrics["smashed_down_bytes"] = one_way if traffic is Traffic.BOTH_WAYS else 0
+        returns = traffic is Traffic.BOTH_WAYS and run.gradients_return
+        metrics["smashed_down_bytes"] = one_way if returns else 0
     return metrics
 
 

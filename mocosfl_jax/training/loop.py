@@ -172,7 +172,7 @@ def start(
     names = run.dataset.class_names
     if output.writes and run.simulated:
         plot_partition(output.folder / "partition.png", run.dataset.y_train, run.parts, names)
-    with waiting("evaluating the untrained network", shown=output.writes):
+    with waiting("evaluating the network before training", shown=output.writes):
         metrics = {
             "step": 0,
             "epoch": 0,
@@ -389,7 +389,8 @@ def finish(
         if progress.unwritten:
             workdir.append_metrics(output.folder, progress.unwritten)
         plot_features(output.folder, run.dataset, features)
-        output.say(report.summary(workdir.read_metrics(output.folder), output.folder))
+        start = "untrained" if run.config.init_from is None else "at the start"
+        output.say(report.summary(workdir.read_metrics(output.folder), output.folder, start))
 
 
 def save(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mocosfl_jax.config import Resolved, name_of
+from mocosfl_jax.config import Resist, Resolved, name_of
 from mocosfl_jax.data import find
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.runtime import hosts
@@ -69,14 +69,16 @@ def header(run: Run) -> str:
             "client side": f"{', '.join(network)}: {_params(client_params)} per client",
             "server side": f"{_params(server_params)}; {keys}"
             + ("" if config.moco.concatenate else "; a step for each client, one after another"),
-            "smashed data": f"2 x {_bytes(smashed_bytes)} up and {_bytes(0 if frozen else smashed_bytes)} "
-            "down per step",
+            "smashed data": f"2 x {_bytes(smashed_bytes)} up and "
+            f"{_bytes(smashed_bytes if run.gradients_return else 0)} down per step",
         }
     if resist := config.resist.strength:
         rows["adversary"] = (
             f"decoder {config.resist.decoder}, {config.resist.preset}; lambda {resist:g}, SSIM target "
             f"{config.resist.ssim_target:g}"
         )
+    elif config.resist != Resist():
+        rows["adversary"] = "none, since config.resist.strength is 0"
     if noise := config.privacy.noise:
         rows["noise"] = (
             f"standard deviation {noise:g} of the bound on smashed data, a root mean square of "
@@ -183,15 +185,16 @@ def constant_loss(config: Resolved) -> float:
     return directions * math.log(keys + 1)
 
 
-def summary(metrics: Sequence[Mapping[str, float]], workdir: Path) -> str:
+def summary(metrics: Sequence[Mapping[str, float]], workdir: Path, start: str = "untrained") -> str:
     """Summarize a finished run.
 
     Args:
       metrics: the lines of its metrics.jsonl.
       workdir: its folder.
+      start: what the network is before the first step.
     """
     trained = [m for m in metrics if "knn_backbone" in m][-1]
-    rows = [accuracies({**metrics[0], **trained, **metrics[-1]}, metrics[0])]
+    rows = [accuracies({**metrics[0], **trained, **metrics[-1]}, metrics[0], start)]
     epochs = [m for m in metrics if "smashed_up_bytes" in m]
     if epochs:
         sent = sum(m["smashed_up_bytes"] + m["smashed_down_bytes"] for m in epochs)
@@ -213,12 +216,13 @@ _PROBES = {
 }
 
 
-def accuracies(trained: Mapping[str, float], untrained: Mapping[str, float]) -> str:
+def accuracies(trained: Mapping[str, float], untrained: Mapping[str, float], start: str = "untrained") -> str:
     """Format accuracies as a table.
 
     Args:
       trained: accuracies by their names in metrics.jsonl and evaluation.json.
-      untrained: those of the untrained network; may be empty.
+      untrained: those of the network before the first step; may be empty.
+      start: what that network is.
 
     Example:
       >>> print(accuracies({"knn_backbone": 0.758, "knn_projection": 0.783}, {}))
@@ -226,7 +230,7 @@ def accuracies(trained: Mapping[str, float], untrained: Mapping[str, float]) -> 
       kNN, trained                 0.758       0.783
     """
     rows = [f"{'':<24}{'backbone':>10}{'projection':>12}"]
-    for name, numbers in (("kNN, untrained", untrained), ("kNN, trained", trained)):
+    for name, numbers in ((f"kNN, {start}", untrained), ("kNN, trained", trained)):
         if numbers:
             rows.append(f"{name:<24}{numbers['knn_backbone']:>10.3f}{numbers['knn_projection']:>12.3f}")
     if "knn_raw_pixels" in trained:

@@ -58,6 +58,11 @@ def setter(path: str, value: object) -> Callable[[Config], None]:
             "config.clients.cohort: found 101, allowed: 1 to 100 (the clients of the pool)",
         ),
         ("clients.cohort", 1.5, "config.clients.cohort: found 1.5, allowed: int or None"),
+        (
+            "clients.rich",
+            0.999,
+            "config.clients.rich: found 0.999 of 100 clients, allowed: a share that leaves a poor one",
+        ),
         ("clients.batch_size", 0, "config.clients.batch_size: found 0"),
         (
             "clients.noniid_ratio",
@@ -259,6 +264,7 @@ def test_what_needs_concatenation_is_refused_without(path: str) -> None:
         ("moco.full_symmetric", True),
         ("saving.loss_threshold", 0.1),
         ("model.bottleneck", "C4S2"),
+        ("optim.client_lr", 0),
     ],
 )
 def test_flmoco_has_no_server_to_choose_for(path: str, value: object) -> None:

@@ -171,6 +171,13 @@ def test_traffic_is_what_training_exchanges(model: str) -> None:
     assert traffic.weights_down * numbers.cohort == nbytes(state.clients.params)
 
 
+def test_clients_without_parameters_receive_no_gradients() -> None:
+    split = split_model("resnet18", cut_layer=0, width=4, image_size=8, stem_stride=2, key_dim=8)
+    traffic = accounting.client_traffic(split, plan(image_size=8))
+    images = 3 * 8 * 8 * 3 * 4
+    assert traffic == accounting.ClientBytes(2 * images, 0, 0, 0)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("option", [{}, {"feature_sharing": False, "queue_size": 38}])
 def test_memory_equals_the_training_states(model: str, option: dict[str, Any]) -> None:

@@ -36,6 +36,19 @@ def test_the_next_call_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     assert json.loads((tmp_path / "day" / "results.json").read_text())["bad"]["status"] == 0
     assert len(trained) == 2 and "--workdir" in " ".join(trained[0])
 
+    monkeypatch.setattr(accelerator_day, "DEVICE", 'print(\'{"device": "another"}\')')
+    assert accelerator_day.main(argv) == 0
+    assert mark.read_text() == "xx"  # measured again on another device
+    monkeypatch.setattr(accelerator_day, "measurements", lambda toy: [("good", [*commands[0][1], "more"])])
+    assert accelerator_day.main(argv) == 0
+    assert mark.read_text() == "xxx"  # and if the command is another
+
+
+def test_what_was_measured_before_the_time_was_over_is_kept() -> None:
+    prints = "import time; print('{\"value\": 1}', flush=True); time.sleep(60)"
+    found = accelerator_day.run([sys.executable, "-c", prints], 3.0)
+    assert (found["status"], found["results"]) == (124, [{"value": 1}])
+
 
 def test_a_measured_step_stands_beside_its_estimate(tmp_path: pathlib.Path) -> None:
     speeds = (10.0, 500.0, 400.0)

@@ -186,6 +186,10 @@ def test_presets_normalise_the_source(images: str, source: str) -> None:
         ({"resist": {"preset": "best"}}, "config.resist.preset: found 'best', allowed: corrected, faithful"),
         ({"resist": {"decoder": "unet"}}, "config.resist.decoder: found 'unet', allowed: res_normNxCy"),
         ({"resist": {"target_share": 0.0}}, "config.resist.target_share: found 0, allowed: more than 0"),
+        (
+            {"resist": {"target_share": 1e-5}},
+            "config.resist.target_share: found 1e-05, 0 of 48 images, allowed: 8 images or more",
+        ),
         ({"model": Model(cut_layer=0)}, "config.model.cut_layer: found 0, allowed: 1 or more"),
         ({"optim": Optim(client_lr=0.0)}, "config.optim.client_lr: found 0, allowed: more than 0"),
         (
@@ -219,7 +223,7 @@ def test_sources_that_do_not_fit_are_refused(images: str, source: str, tmp_path:
         ({"source_dir": large}, "config.resist.source: found npz with images of 8x8 pixels, allowed: 4x4"),
         (
             {"source_dir": source, "target_share": 0.02},
-            "config.resist.target_share: found 1 images",
+            "config.resist.target_share: found 0.02, 1 of 48 images, allowed: 4 images or more",
         ),
     ):
         with pytest.raises(ValueError) as error:

@@ -1,6 +1,7 @@
 """Loss-based communication saving: when it saves, what it keeps, and resuming after a stop at any moment."""
 
 import copy
+import dataclasses
 import math
 import pathlib
 
@@ -12,7 +13,7 @@ import pytest
 from mocosfl_jax.algorithm.messages import SmashedData
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Saving, Synchronization, quickstart
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.training import checkpoint, saving, workdir
+from mocosfl_jax.training import checkpoint, experiment, saving, workdir
 from mocosfl_jax.training.experiment import Run
 from mocosfl_jax.training.saving import Traffic
 from tests.support.toy import IMAGE, make_toy_model
@@ -163,6 +164,16 @@ def test_data_are_sent_both_ways_then_up_then_not_at_all(run: Run, undisturbed: 
     sent = [(m["smashed_up_bytes"], m["smashed_down_bytes"]) for m in lines]
     assert sent == [(2 * one_way, one_way)] * 2 + [(2 * one_way, 0)] + [(0, 0)] * (EPOCHS - 3)
     assert [("divergence" in m) for m in lines] == [True, True] + [False] * (EPOCHS - 2)
+
+
+def test_frozen_clients_receive_nothing(run: Run, tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(
+        run.config, epochs=1, optim=dataclasses.replace(run.config.optim, client_lr=0)
+    )
+    frozen = experiment.prepare(config, run.mesh, model=make_toy_model())
+    assert train(frozen, tmp_path)
+    line = next(m for m in workdir.read_metrics(tmp_path) if "smashed_up_bytes" in m)
+    assert line["smashed_up_bytes"] > 0 and line["smashed_down_bytes"] == 0
 
 
 def test_clients_pause_and_the_server_continues(run: Run, tmp_path: pathlib.Path) -> None:
