@@ -134,6 +134,9 @@ def _walk(
             yield from _walk(computations, _called(instruction, "body"), times * count, 1)
         elif instruction.opcode == "call":
             yield from _walk(computations, _called(instruction, "to_apply"), times, trips)
+        elif instruction.opcode == "conditional":  # as if every branch ran
+            for branch in _branches(instruction):
+                yield from _walk(computations, branch, times, trips)
         elif instruction.opcode == "fusion":  # a collective may be fused
             for inner in computations.get(_called(instruction, "calls"), []):
                 if inner.opcode.removesuffix("-start") in COLLECTIVES:
@@ -143,6 +146,13 @@ def _walk(
 def _called(instruction: _Instruction, attribute: str) -> str:
     found = re.search(rf"{attribute}=%?([\w.\-]+)", instruction.line)
     return found[1] if found else ""
+
+
+def _branches(instruction: _Instruction) -> list[str]:
+    several = re.search(r"branch_computations=\{([^}]*)\}", instruction.line)
+    if several:
+        return [name.strip().removeprefix("%") for name in several[1].split(",")]
+    return [_called(instruction, f"{choice}_computation") for choice in ("true", "false")]
 
 
 def _received(instruction: _Instruction) -> int:

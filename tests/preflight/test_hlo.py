@@ -68,3 +68,21 @@ def test_a_collective_that_several_fusions_carry_counts_once() -> None:
 )
 def test_sizes(shapes: str, size: int) -> None:
     assert hlo.size_in_bytes(shapes) == size
+
+
+@pytest.mark.parametrize(
+    "branches", ["branch_computations={%one, %two}", "true_computation=%one, false_computation=%two"]
+)
+def test_every_branch_of_a_condition_counts(branches: str) -> None:
+    text = "HloModule jit_f\n\n"
+    for name, cycles in (("one", 3), ("two", 4)):
+        text += f"%{name} (p: f32[2]) -> f32[2] {{\n  %p = f32[2]{{0}} parameter(0)\n"
+        text += f"  ROOT %sine.{name} = f32[2]{{0}} sine(%p), "
+        text += f'backend_config={{"estimated_cycles":"{cycles}"}}\n}}\n\n'
+    text += "ENTRY %main (a: f32[2], i: pred[]) -> f32[2] {\n  %a = f32[2]{0} parameter(0)\n"
+    text += "  %i = pred[] parameter(1)\n"
+    text += f"  ROOT %conditional = f32[2]{{0}} conditional(%i, %a, %a), {branches}\n}}\n"
+    assert [(o.name, o.cycles, o.times) for o in hlo.read(text, trips=1).operations] == [
+        ("sine.one", 3, 1),
+        ("sine.two", 4, 1),
+    ]
