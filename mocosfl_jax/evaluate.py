@@ -10,7 +10,8 @@
                        default: config.eval.probe_epochs of the run
   --semi_supervised    also train a small network on the features with 10 % and with 1 % of the labels
   --data.dir=FOLDER    where the run's data set is now; default: config.data.dir of the run
-  --accept_other_data  evaluate on the data set even if it is not the one that the run was trained on
+  --accept_other_data  evaluate on the data set even if it has changed since the training; evaluation.json
+                       then says what differs
   --data.name=NAME     evaluate on this data set instead, with its classes: transfer. It is in --data.dir, by
                        default `data`. Its images are prepared as the run's: size, mean and standard deviation
   --config=FILE        the config file of a run with functions of its own, which no workdir holds
@@ -26,7 +27,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from absl import flags
@@ -40,6 +41,9 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.paths import user_path, utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
+
+if TYPE_CHECKING:
+    from mocosfl_jax.training.experiment import Loaded
 
 USAGE = (
     "--workdir=FOLDER, --config=FILE, --checkpoint=STEP, --probe_epochs=N, --semi_supervised, "
@@ -134,6 +138,11 @@ def own_data(folder: Path, config: Resolved, checkpoint: int | None, *, accept_c
 
     device = jax.devices()[0]
     with download.forbidden():
+        if accept_changed:
+            config.data.image_size = workdir.read_preprocessing(folder).image_size
+            loaded = experiment.load(config, one_device(device))
+            if changes := workdir.data_changes(folder, loaded.fingerprint):
+                return changed_data(folder, loaded, checkpoint, config.own, changes)
         run = experiment.of_workdir(config, one_device(device), folder)
     if not accept_changed:
         workdir.require_same_data(folder, run.fingerprint)
@@ -146,9 +155,35 @@ def own_data(folder: Path, config: Resolved, checkpoint: int | None, *, accept_c
         "evaluation.json",
         run.dataset,
         monitor.features(run.dataset, state, encode),
-        {"step": progress.step, "epoch": epoch},
+        {"step": progress.step, "epoch": epoch, "data_fingerprint": run.fingerprint},
         next(iter(workdir.read_metrics(folder, 1)), {}),
     )
+
+
+def changed_data(
+    folder: Path, loaded: "Loaded", checkpoint: int | None, own: Own, changes: Sequence[str]
+) -> Subject:
+    """Encode the data set of a run that has changed since the training, prepared as the images of the run.
+
+    Args:
+      folder: the workdir.
+      loaded: the data set as it is now, with images of the run's size.
+      checkpoint: its training step; None: the newest.
+      own: the functions that the run's configuration names.
+      changes: how it differs from the run's, in words.
+    """
+    dataset, features, step = encode_as_run(folder, loaded.dataset, checkpoint, own)
+    # How many steps an epoch had depends on the data, so only the run itself can say which one this was.
+    epochs = [line["epoch"] for line in workdir.read_metrics(folder) if line.get("step") == step]
+    at = f", epoch {epochs[-1]:,}" if epochs else ""
+    say(f"{folder}: checkpoint {step:,}{at}, on other data than the run's ({'; '.join(changes)})")
+    record = {
+        "step": step,
+        **({"epoch": epochs[-1]} if epochs else {}),
+        "data_fingerprint": loaded.fingerprint,
+        "other_data": list(changes),
+    }
+    return Subject("evaluation.json", dataset, features, record, {})
 
 
 def other_data(folder: Path, given: dict[str, Any], checkpoint: int | None, own: Own) -> Subject:
@@ -160,23 +195,35 @@ def other_data(folder: Path, given: dict[str, Any], checkpoint: int | None, own:
       checkpoint: its training step; None: the newest.
       own: the functions that the run's configuration names.
     """
-    from mocosfl_jax.evaluation import monitor
-    from mocosfl_jax.evaluation.features import encode_of
-    from mocosfl_jax.training.encoder import read_encoder
-
     data = Data(**given)
-    image_size, mean, std = workdir.read_preprocessing(folder)
+    image_size = workdir.read_preprocessing(folder).image_size
     dataset = commandline.load_data(given, image_size)
-    encoder, step = read_encoder(folder, checkpoint, own=own)
+    dataset, features, step = encode_as_run(folder, dataset, checkpoint, own)
     say(f"{folder}: checkpoint {step:,} on {dataset.source}, {len(dataset.class_names)} classes")
-    dataset = dataset._replace(mean=mean, std=std)
     record = {
         "step": step,
         "data": {"name": data.name, "dir": data.dir, "image_size": image_size},
         "data_fingerprint": fingerprint(dataset),
     }
-    features = monitor.features(dataset, encoder.params, encode_of(encoder))
     return Subject(file_name(data), dataset, features, record, {})
+
+
+def encode_as_run(
+    folder: Path, dataset: Dataset, checkpoint: int | None, own: Own
+) -> tuple[Dataset, Any, int]:
+    """Encode any data set whose images have the run's size.
+
+    Returns:
+      The data set with the run's mean and standard deviation, its features, and the checkpoint's step.
+    """
+    from mocosfl_jax.evaluation import monitor
+    from mocosfl_jax.evaluation.features import encode_of
+    from mocosfl_jax.training.encoder import read_encoder
+
+    encoder, step = read_encoder(folder, checkpoint, own=own)
+    _, mean, std = workdir.read_preprocessing(folder)
+    dataset = dataset._replace(mean=mean, std=std)
+    return dataset, monitor.features(dataset, encoder.params, encode_of(encoder)), step
 
 
 def file_name(about: Data) -> str:

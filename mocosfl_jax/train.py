@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
                 require_tensorboard()
             resolved = resolve(options.config)
             mesh = meshes.make_mesh(resolved.mesh, jax.devices())
-            run = experiment.prepare(resolved, mesh)
+            run = experiment.prepare(resolved, mesh, preprocessing=workdir.preprocessing_of_trained(folder))
             for path, reason in run.dataset.unused if options.verbose else ():
                 report(f"not used: {path} ({reason})")
         with contextlib.ExitStack() as stack:

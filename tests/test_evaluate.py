@@ -77,6 +77,8 @@ def test_the_newest_checkpoint_has_the_numbers_of_the_run(
     for name in ("linear_probe", "linear_probe_best_on_test", "linear_probe_raw_pixels"):
         assert found[name] == probe[name]
     assert found["knn_raw_pixels"] == first["knn_raw_pixels"]
+    assert found["data_fingerprint"] == json.loads((run / "config.json").read_text())["data_fingerprint"]
+    assert "other_data" not in found
     captured = capsys.readouterr()
     for line in (
         "checkpoint 18, epoch 3 of 3",
@@ -112,7 +114,7 @@ def test_a_run_of_real_clients_has_their_numbers_of_images(
         few = {name: array[::9] for name, array in arrays.items()}  # six images for four clients
     np.savez(tmp_path / "few.npz", **few)
     found = run_evaluate(run, "--probe_epochs=0", f"--data.dir={tmp_path / 'few.npz'}", "--accept_other_data")
-    assert found["epoch"] == 1 and 0 <= found["knn_backbone"] <= 1
+    assert found["epoch"] == 3 and 0 <= found["knn_backbone"] <= 1  # as metrics.jsonl says of step 18
 
 
 def test_few_labels(
@@ -285,6 +287,38 @@ def test_data_that_have_moved(run: pathlib.Path, images: str, tmp_path: pathlib.
     path.write_text(path.read_text().replace(images, "/nowhere.npz"))
     found = run_evaluate(run, f"--data.dir={moved}", "--probe_epochs=0")
     assert found["knn_backbone"] == metrics(run)[-2]["knn_backbone"]
+
+
+def test_changed_data_are_evaluated_as_other_data(
+    run: pathlib.Path, others: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    """With the preprocessing of the run, its epoch, and a mark; not beside numbers of the run's own data."""
+    path = run / "config.json"
+    record = json.loads(path.read_text())
+    record["data"]["dir"] = str(others)
+    path.write_text(json.dumps(record))
+    argv = [f"--workdir={run}", "--checkpoint=12", "--probe_epochs=5"]
+    assert evaluate.main(["evaluate", *argv]) == 2
+    assert "--accept_other_data" in capsys.readouterr().err
+    found = run_evaluate(run, *argv[1:], "--accept_other_data")
+    out = capsys.readouterr().out
+    assert (
+        f"{run}: checkpoint 12, epoch 2, on other data than the run's (training images: 48 there, 21" in out
+    )
+    assert "untrained" not in out
+
+    assert evaluate.main(["evaluate", *argv, "--data.name=npz", f"--data.dir={others}"]) == 0
+    expected = json.loads((run / "evaluation_npz_dark.json").read_text())
+    shown = [line for line in capsys.readouterr().out.splitlines() if "kNN" in line or "linear" in line]
+    assert shown == [line for line in out.splitlines() if "kNN" in line or "linear" in line]
+    assert found.pop("other_data")[0] == "training images: 48 there, 21 now"  # type: ignore[index]
+    assert found.pop("epoch") == 2
+    del expected["data"]
+    assert found == expected
+
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"step": 12' not in line]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert "epoch" not in run_evaluate(run, *argv[1:], "--accept_other_data")
 
 
 @pytest.mark.parametrize("command", [evaluate, encode])

@@ -149,6 +149,7 @@ def prepare(
     *,
     model: SplitModel | None = None,
     algorithm: MakeAlgorithm | None = None,
+    preprocessing: workdir.Preprocessing | None = None,
 ) -> Run:
     """Read the data, divide it among the clients and build the algorithm. Nothing is compiled.
 
@@ -159,6 +160,7 @@ def prepare(
       forms: the forms of the program; None: the fast ones for the mesh's platform.
       model: a network of your own; None: that of the configuration.
       algorithm: a function like `config.own.algorithm`; None: that of the configuration.
+      preprocessing: of the run that goes on; None: a new run, with mean and standard deviation of the data.
 
     Returns:
       The run.
@@ -170,7 +172,7 @@ def prepare(
     own = Own(network=given.network or config.own.network, algorithm=given.algorithm or config.own.algorithm)
     config = dataclasses.replace(config, own=own)
     check(config, mesh)
-    dataset, residence, data_fingerprint = load(config, mesh)
+    dataset, residence, data_fingerprint = load(config, mesh, preprocessing)
     pool = config.clients
     with renamed(_FIELDS):
         parts = partition.partition(
@@ -293,10 +295,11 @@ def of_real_clients(config: Resolved, mesh: Mesh, loaded: Loaded, images: Mappin
 
 def of_workdir(config: Resolved, mesh: Mesh, folder: Path) -> Run:
     """The run that trained in a workdir, with simulated or with real clients; see `prepare`."""
+    preprocessing = workdir.read_preprocessing(folder) if workdir.has_preprocessing(folder) else None
     if images := workdir.read_clients(folder):
         check(config, mesh)
-        return of_real_clients(config, mesh, load(config, mesh), images)
-    return prepare(config, mesh)
+        return of_real_clients(config, mesh, load(config, mesh, preprocessing), images)
+    return prepare(config, mesh, preprocessing=preprocessing)
 
 
 def _then(make_views: MakeViews, change: Callable[[Views], Views]) -> MakeViews:
@@ -357,8 +360,11 @@ def check(config: Resolved, mesh: Mesh) -> None:
             meshes.check_queue(mesh, config.moco.queue_size)
 
 
-def load(config: Resolved, mesh: Mesh) -> Loaded:
-    """Load the data set, with its training images in memory if they will be resident on the device."""
+def load(config: Resolved, mesh: Mesh, preprocessing: workdir.Preprocessing | None = None) -> Loaded:
+    """Load the data set, with its training images in memory if they will be resident on the device.
+
+    With `preprocessing`, it has that mean and standard deviation instead of its own.
+    """
     with renamed(_DATA_FIELDS):
         dataset = data.load(
             config.data.name, config.data.dir, config.data.image_size, max_broken=config.data.max_broken
@@ -371,6 +377,8 @@ def load(config: Resolved, mesh: Mesh) -> Loaded:
     data_fingerprint = fingerprint(dataset)
     with renamed(_DATA_FIELDS):
         dataset = data.in_memory(dataset) if residence.resident else dataset
+    if preprocessing is not None:
+        dataset = dataset._replace(mean=preprocessing.mean, std=preprocessing.std)
     return Loaded(dataset, residence, data_fingerprint)
 
 

@@ -75,7 +75,13 @@ def run(
     resolved = resolve(config)
     with hosts.together():
         mesh = meshes.make_mesh(resolved.mesh, jax.devices() if devices is None else devices)
-        prepared = experiment.prepare(resolved, mesh, model=model, algorithm=algorithm)
+        prepared = experiment.prepare(
+            resolved,
+            mesh,
+            model=model,
+            algorithm=algorithm,
+            preprocessing=workdirs.preprocessing_of_trained(folder),
+        )
     report = say if hosts.first() else lambda line: None
     with contextlib.ExitStack() as stack:
         with hosts.together():

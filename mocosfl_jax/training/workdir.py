@@ -128,8 +128,13 @@ def claim(
 
 def require_same_data(workdir: Path, data: Fingerprint) -> None:
     """Raise UserError if the run in `workdir` started on other data. Runs of earlier versions do not say."""
-    if other_data := _other_data(_read_json(workdir / "config.json"), data):
+    if other_data := data_changes(workdir, data):
         raise UserError(_refusal(workdir, other_data))
+
+
+def data_changes(workdir: Path, data: Fingerprint) -> list[str]:
+    """How data differ from those on which the run in `workdir` started, in words; [] if they are the same."""
+    return _other_data(_read_json(workdir / "config.json"), data)
 
 
 def _other_data(record: Any, data: Fingerprint | None) -> list[str]:
@@ -223,6 +228,15 @@ def read_preprocessing(workdir: Path) -> Preprocessing:
             above = " above 0" if name == "std" else ""
             raise UserError(f"{path}: {name}: found {three!r}, allowed: three numbers{above}")
     return Preprocessing(size, tuple(mean), tuple(std))
+
+
+def preprocessing_of_trained(workdir: Path) -> Preprocessing | None:
+    """How the run in `workdir` prepares images; None if no step was trained there, so that any run may start.
+
+    Raises:
+      UserError: as `read_preprocessing`.
+    """
+    return read_preprocessing(workdir) if has_preprocessing(workdir) and _was_trained(workdir) else None
 
 
 def read_record(workdir: Path) -> dict[str, Any]:

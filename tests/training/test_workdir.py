@@ -4,13 +4,18 @@ import json
 import pathlib
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mocosfl_jax import evaluate
 from mocosfl_jax.train import main
+from mocosfl_jax.training import experiment, workdir
+from tests.support import toy_config
 from tests.support.small_run import arguments, metrics, write_images
 from tests.support.toy import IMAGE, with_toy
+from tests.support.training import single
 
 
 @pytest.fixture
@@ -61,11 +66,37 @@ def test_other_data_are_accepted_on_request(
     assert (run / "preprocessing.json").read_bytes() == preprocessing
     assert metrics(run)[: len(lines) - 1] == lines[:-1]  # each epoch is kept, exactly once
     assert evaluate.main(with_toy(["evaluate", f"--workdir={run}", "--accept_other_data"])) == 0
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["knn_backbone"] == metrics(run)[-2]["knn_backbone"]
     capsys.readouterr()
     exchange(data, 24)  # 3 epochs of 3 steps, while the checkpoint is at step 18
     assert train(data, run, "--accept_other_data") == 2
     error = capsys.readouterr().err
     assert "found a checkpoint of step" in error and error.count("\n") == 1
+
+
+def test_a_run_that_goes_on_keeps_its_mean_and_standard_deviation(
+    data: pathlib.Path, run: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Also on other data, in its views and in its evaluation. A run that never trained leaves none behind."""
+    before = workdir.read_preprocessing(run)
+    exchange(data, 90)
+    config, mesh = workdir.read_config(run, toy_config.get_config().own), single()
+    for prepared in (
+        experiment.of_workdir(config, mesh, run),
+        experiment.prepare(config, mesh, preprocessing=workdir.preprocessing_of_trained(run)),
+    ):
+        assert (prepared.dataset.mean, prepared.dataset.std) == before[1:]
+        views = prepared.make_views(jax.random.key(0), jnp.zeros((1, 2, *IMAGE), jnp.uint8))
+        black = -np.array(before.mean) / before.std  # all views of a black picture
+        np.testing.assert_allclose(views.query, np.broadcast_to(black, (1, 2, *IMAGE)), rtol=1e-5)
+    new = experiment.prepare(config, mesh).dataset
+    assert new.mean == pytest.approx(np.load(data)["x_train"].mean((0, 1, 2)) / 255)
+
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
+    assert workdir.preprocessing_of_trained(run) is None
+    assert workdir.preprocessing_of_trained(tmp_path / "nowhere") is None
 
 
 def test_the_same_data_may_be_elsewhere(
