@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mocosfl_jax import data
 from mocosfl_jax.config import CHOICES, PRESET_FIELDS, Config, Data, Own, comments, quickstart
 from mocosfl_jax.errors import UserError, one_line, renamed
-from mocosfl_jax.paths import user_path
+from mocosfl_jax.paths import user_path, why_not_writable
 
 HELP = {"--help", "-h", "-help", "--helpfull"}
 
@@ -162,11 +162,13 @@ def output_file(text: str) -> Path:
     """Return the path given by --out.
 
     Raises:
-      UserError: if the path is a URL or a folder, or its parent folder does not exist.
+      UserError: if the path is a URL or a folder, or its parent folder does not exist or takes no files.
     """
     path = user_path("--out", text)
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"--out: found {path}, allowed: a file in an existing folder")
+    if why := why_not_writable(path.parent):
+        raise UserError(f"--out: found {path}, allowed: a writable file ({why})")
     return path
 
 

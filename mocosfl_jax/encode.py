@@ -39,7 +39,7 @@ from mocosfl_jax.commandline import say
 from mocosfl_jax.data import Dataset, decode, find
 from mocosfl_jax.errors import UserError, printable, renamed
 from mocosfl_jax.evaluation.features import encode_of, extract, extract_batches
-from mocosfl_jax.paths import user_path, utf8_path
+from mocosfl_jax.paths import replacing, user_path, utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 from mocosfl_jax.training.encoder import read_encoder
@@ -106,10 +106,8 @@ def encode(argv: Sequence[str]) -> None:
             arrays = encode_dataset(encoder, dataset)
         counts = f"{len(dataset.x_train):,} training and {len(dataset.x_test):,} test images"
         what = f"{counts} of {len(dataset.class_names)} classes ({dataset.source})"
-    temporary = out.with_name(f"{out.name}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(out) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
-    temporary.replace(out)
     widths = [arrays[name].shape[1] for name in arrays if name.endswith(("backbone", "projection"))]
     say(f"{out}: {what}, backbone {widths[0]}, projection {widths[1]}, by checkpoint {step:,} of {folder}")
 

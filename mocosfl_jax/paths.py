@@ -1,6 +1,9 @@
-"""Paths as people give them, in flags and in fields of the configuration."""
+"""Paths as people give them, in flags and in fields of the configuration, and files that are replaced."""
 
+import contextlib
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from mocosfl_jax.errors import UserError
@@ -47,3 +50,33 @@ def utf8_path(name: str, text: str) -> Path:
             "locale, PYTHONUTF8=1 lets Python read it as such"
         ) from error
     return path
+
+
+def why_not_writable(folder: Path) -> str:
+    """Return why no file can be made in a folder, in the system's words; "" if one can.
+
+    Example:
+      >>> why_not_writable(Path("/nowhere"))
+      'No such file or directory'
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file that replaces `path` at the end, or is removed if something fails.
+
+    So a reader sees either the old file or the complete new one.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

@@ -10,18 +10,15 @@ paper's, the pictures of the workdir, the costs of a client, the command that re
 It opens without a network. Nothing is trained, and no data are read.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
 
 from absl import flags
 
 from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
-from mocosfl_jax.errors import UserError
-from mocosfl_jax.paths import user_path
+from mocosfl_jax.paths import replacing, user_path
 
 USAGE = "--workdir=FOLDER, --out=FILE.html, --help"
 
@@ -43,36 +40,19 @@ def report(argv: Sequence[str]) -> None:
         flags.DEFINE_string("out", None, "File of the page.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir", "out"])
-    folders = [user_path("--workdir", text) for text in dict.fromkeys(values.workdir)]
+    given: dict[Path, Path] = {}  # by real path, so that a folder counts once, however it is written
+    for text in values.workdir:
+        path = user_path("--workdir", text)
+        given.setdefault(path.resolve(), path)
+    folders = list(given.values())
     out = commandline.output_file(values.out)
     # Imported lazily, so that argument errors precede slow imports.
     from mocosfl_jax.page.contents import read_runs
     from mocosfl_jax.page.html import html
 
-    with replacing(out) as file:
-        file.write(html(read_runs(folders)))
+    with replacing(out) as temporary:
+        temporary.write_text(html(read_runs(folders)), encoding="utf-8")
     say(f"{out}: {len(folders)} run{'' if len(folders) == 1 else 's'}")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """Open a new file that takes the place of `path` at the end, unless something fails.
-
-    Raises:
-      UserError: if no file can be written there.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        file = temporary.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: found {path}, allowed: a writable file ({error.strerror})") from error
-    try:
-        with file:
-            yield file
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 if __name__ == "__main__":

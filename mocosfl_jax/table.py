@@ -20,7 +20,7 @@ from absl import flags
 from mocosfl_jax import commandline
 from mocosfl_jax.commandline import say
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.paths import user_path
+from mocosfl_jax.paths import replacing, user_path
 from mocosfl_jax.training import comparison
 
 USAGE = "RUN, --out=FILE.csv, --out=FILE.md, --unfinished, --help"
@@ -67,9 +67,8 @@ def table(argv: Sequence[str]) -> None:
     compared = comparison.compare(counted)
     say(comparison.markdown(compared))
     if out:
-        temporary = out.with_name(f"{out.name}.tmp")
-        temporary.write_text(FORMATS[out.suffix](compared), encoding="utf-8")
-        temporary.replace(out)
+        with replacing(out) as temporary:
+            temporary.write_text(FORMATS[out.suffix](compared), encoding="utf-8")
         say(f"{out}: {len(compared.rows):,} rows")
 
 

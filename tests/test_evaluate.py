@@ -6,6 +6,7 @@ import json
 import logging
 import pathlib
 import shutil
+import tempfile
 from typing import Any
 
 import jax
@@ -540,6 +541,48 @@ def test_a_mistake_of_encode_is_one_line(
     assert error.startswith("error: ") and message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.glob("*.npz*"))
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_any_work(
+    finished: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(dir: pathlib.Path) -> None:  # also where the tests run as root
+        raise OSError(30, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    for module in (evaluate, encode, export):
+        monkeypatch.setattr(module.compiler, "set_up", lambda: pytest.fail("the work has begun"))
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
+    out = f"--out={tmp_path}/y"
+    for command, argv, message in (
+        (evaluate, [], f"--workdir: found {finished}, allowed: a folder that can be written to (Read-only"),
+        (encode, [f"--images={tmp_path}", out], f"--out: found {tmp_path}/y, allowed: a writable file (Read"),
+        (export, [out], f"--out: found {tmp_path}/y, allowed: a writable file (Read-only file system)"),
+    ):
+        assert command.main(["command", f"--workdir={finished}", *argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_features_that_cannot_be_written_leave_no_file(
+    run: pathlib.Path,
+    pictures: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(file: Any, **arrays: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", failing)
+    argv = [f"--workdir={run}", f"--images={pictures}", f"--out={tmp_path / 'x.npz'}"]
+    assert encode.main(["encode", *argv]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert not list(tmp_path.glob("x.*"))
 
 
 @pytest.mark.parametrize("name, other", [("width", 8), ("cut_layer", 2)])

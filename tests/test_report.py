@@ -198,6 +198,19 @@ def test_the_command_gives_the_configuration_again(fields: dict[str, Any]) -> No
     assert len(given) <= len(fields)
 
 
+def test_a_folder_counts_once_however_it_is_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("toy", "other"):
+        write_run(tmp_path / name, [START, FIRST])
+    (tmp_path / "link").symlink_to("toy")
+    monkeypatch.chdir(tmp_path)
+    given = ("toy", "other", "toy/", "./toy", str(tmp_path / "toy"), "link")
+    assert report.main(["report", *(f"--workdir={each}" for each in given), "--out=a.html"]) == 0
+    assert capsys.readouterr().out == "a.html: 2 runs\n"
+    assert re.findall(r"(\w+): Unfinished", Page(pathlib.Path("a.html").read_text()).text) == ["toy", "other"]
+
+
 def test_the_paper_is_not_another_than_itself() -> None:
     paper = resolve(Config())
     assert paper_defaults(paper)["clients.num"] == 100

@@ -196,6 +196,20 @@ def test_a_run_of_the_train_command(finished: pathlib.Path, tmp_path: pathlib.Pa
         assert float(row[name]) == lines[-2][name]
 
 
+@pytest.mark.parametrize("recorded, mean", [("NaN", "nan"), ("Infinity", "inf"), ("-Infinity", "-inf")])
+def test_numbers_that_are_not_finite_are_shown(
+    recorded: str, mean: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    for seed in (1, 2):
+        write_run(tmp_path / "runs" / str(seed), seed=seed)
+    path = tmp_path / "runs" / "1" / "metrics.jsonl"
+    path.write_text(re.sub(r'"linear_probe": [0-9.e-]+', f'"linear_probe": {recorded}', path.read_text()))
+    (row,) = make(tmp_path, str(tmp_path / "runs"))
+    assert (row["seeds"], row["linear_probe"], row["linear_probe_standard_error"]) == ("2", mean, "nan")
+    assert np.isfinite(float(row["loss_standard_error"]))
+    assert f" {mean} ± nan " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -210,6 +224,7 @@ def test_a_run_of_the_train_command(finished: pathlib.Path, tmp_path: pathlib.Pa
             ["{runs}/run", "--out={runs}/no/x.md"],
             "--out: found {runs}/no/x.md, allowed: a file in an existing",
         ),
+        (["{runs}/run", "--out=/proc/x.md"], "--out: found /proc/x.md, allowed: a writable file (No such"),
         (["{runs}/run", "--unfinishd"], "found --unfinishd, did you mean --unfinished?"),
         (["gs://bucket/run"], "RUN: found 'gs://bucket/run', allowed: a path"),
         (["{runs}/garbled"], "{runs}/garbled/config.json: not JSON"),

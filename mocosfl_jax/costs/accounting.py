@@ -322,7 +322,7 @@ def from_config(config: Resolved, images: int | None = None, image_size: int | N
                 f"config.{field}: found {value}, allowed: {allowed} (other costs are not modelled)"
             )
     known_images, known_size = data.SIZES.get(config.data.name, (None, None))
-    images = images or known_images
+    given, images = images, images or known_images
     image_size = config.data.image_size or image_size or known_size
     if images is None:
         raise UserError(
@@ -331,6 +331,16 @@ def from_config(config: Resolved, images: int | None = None, image_size: int | N
     if image_size is None:
         raise UserError(f"--image_size: found None for {config.data.name}, allowed: its image size in pixels")
     most = images // clients.batch_size
+    if not most and given:
+        raise UserError(
+            f"--images: found {given}, allowed: {clients.num * clients.batch_size} or more (a batch of "
+            f"{clients.batch_size} for each of {clients.num} clients)"
+        )
+    if not most:
+        raise UserError(
+            f"config.clients.batch_size: found {clients.batch_size}, allowed: 1 to {images} (images of "
+            f"{config.data.name})"
+        )
     if clients.num > most:
         raise UserError(
             f"config.clients.num: found {clients.num}, allowed: 1 to {most} "

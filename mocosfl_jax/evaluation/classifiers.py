@@ -118,7 +118,7 @@ def semi_supervised(
     check_shapes("train", train, train_labels)
     rng_labelled, rng_model, rng_order = jax.random.split(rng, 3)
     labelled = stratified(rng_labelled, train_labels, fraction)
-    train, train_labels = train[labelled], train_labels[labelled]
+    train, train_labels = train[labelled], np.asarray(train_labels)[labelled]
     check_examples(train, train_labels, test, test_labels, num_classes=num_classes)
     return _probe(
         rng_order,

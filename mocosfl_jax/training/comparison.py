@@ -5,10 +5,11 @@ import hashlib
 import io
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mocosfl_jax.config import upgraded
 from mocosfl_jax.errors import UserError
@@ -151,8 +152,9 @@ def _row(runs: Sequence[Outcome]) -> Row:
     for name in MEASURES:
         values = [run.numbers[name] for run in runs if name in run.numbers]
         if values:
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-            means[name] = Mean(statistics.fmean(values), error)
+            with np.errstate(invalid="ignore"):  # NaN and infinity are numbers that a run may have recorded
+                error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+                means[name] = Mean(float(np.mean(values)), error)
     return Row(runs[0].fields, len(runs), means)
 
 

@@ -16,6 +16,7 @@ from mocosfl_jax.config import differences as config_differences
 from mocosfl_jax.data import MAX_SIZE
 from mocosfl_jax.data.fingerprint import Fingerprint, changes
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
+from mocosfl_jax.paths import replacing, why_not_writable
 from mocosfl_jax.runtime.environment import Environment, differences
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
@@ -251,6 +252,12 @@ def read_record(workdir: Path) -> dict[str, Any]:
     return values
 
 
+def require_writable(workdir: Path) -> None:
+    """Raise UserError if no file can be made in `workdir`; for work whose result goes there."""
+    if why := why_not_writable(workdir):
+        raise UserError(f"--workdir: found {workdir}, allowed: a folder that can be written to ({why})")
+
+
 def write_evaluation(workdir: Path, evaluation: Mapping[str, Any], file: str = "evaluation.json") -> None:
     """Write evaluation.json, or another file for another data set, replacing an earlier one."""
     _write_json(workdir / file, evaluation)
@@ -352,9 +359,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Replace a file atomically: after a kill, or for a reader, it is either the old or the new one."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
+    with replacing(path) as temporary, temporary.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)

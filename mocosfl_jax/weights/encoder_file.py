@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import SplitModel, split_model
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
+from mocosfl_jax.paths import replacing
 
 FORMAT = "mocosfl_jax encoder 1"
 
@@ -51,6 +52,9 @@ def export_encoder(path: Path, client_params: Params, server_params: Params, met
       client_params: Client-side parameters, without a client axis.
       server_params: Server-side parameters.
       metadata: The network that the parameters belong to, and the statistics of its images.
+
+    Raises:
+      OSError: If the file cannot be written.
     """
     tensors = {
         name: np.ascontiguousarray(leaf) for name, leaf in _named((client_params, server_params)).items()
@@ -60,9 +64,11 @@ def export_encoder(path: Path, client_params: Params, server_params: Params, met
         header["version"] = version("mocosfl-jax")
     except PackageNotFoundError:  # the package is used without being installed
         header["version"] = "unknown"
-    temporary = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, temporary, {"format": FORMAT, **header})
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, {"format": FORMAT, **header})
+        except SafetensorError as error:  # which is no OSError
+            raise OSError(f"{path}: {error}") from error
 
 
 def describe(client_params: Params, server_params: Params, metadata: Metadata) -> str:
@@ -119,6 +125,8 @@ def load_encoder(path: Path | str, forms: Forms = ACCELERATOR) -> Encoder:
             raise UserError(f"{path}: {name}: found {found}, expected {wanted} for {metadata.network}")
         if tensors[name].dtype.kind != "f":
             raise UserError(f"{path}: {name}: found {tensors[name].dtype}, allowed: floats")
+        if not np.isfinite(tensors[name]).all():
+            raise UserError(f"{path}: {name}: found numbers that are not finite, allowed: finite ones")
     leaves = [tensors[name] for name in expected]
     params = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return Encoder(model, params, metadata)

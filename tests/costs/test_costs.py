@@ -377,9 +377,17 @@ def test_unknown_sizes_are_requested() -> None:
         accounting.from_config(resolve(config), images=200)
     with pytest.raises(UserError, match=r"^config.clients.num: found 20, allowed: 1 to 19 "):
         accounting.from_config(resolve(config), images=99, image_size=64)
+    with pytest.raises(
+        UserError, match=r"^--images: found 3, allowed: 100 or more .a batch of 5 for each of 20"
+    ):
+        accounting.from_config(resolve(config), images=3, image_size=64)
     assert accounting.from_config(resolve(config), images=200, image_size=64).plan.image_size == 64
     config.data.image_size = 32
     assert accounting.from_config(resolve(config), images=200, image_size=64).plan.image_size == 32
+    config = quickstart()
+    config.clients.batch_size, config.moco.queue_size = 6001, 400_000
+    with pytest.raises(UserError, match=r"^config.clients.batch_size: found 6001, allowed: 1 to 6000 "):
+        accounting.from_config(resolve(config))
 
 
 def test_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:

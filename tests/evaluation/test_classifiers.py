@@ -192,6 +192,20 @@ def test_knn_of_50_000_by_10_000_fits_in_2_gb() -> None:
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 2 * 10**9
 
 
+def test_labels_may_be_lists() -> None:
+    features, labels = np.eye(6, dtype=np.float32), np.arange(6) % 2
+
+    def accuracies(labels: Any) -> list[Any]:
+        given = features, labels, features, labels
+        return [
+            knn.knn_accuracy(*given, num_classes=2, k=1),
+            classifiers.linear_probe(jax.random.key(0), *given, num_classes=2, epochs=2),
+            classifiers.semi_supervised(jax.random.key(0), *given, num_classes=2, fraction=0.5, epochs=2),
+        ]
+
+    assert accuracies(labels.tolist()) == accuracies(labels)
+
+
 ROWS, LABELS = np.eye(4, 3, dtype=np.float32), np.array([0, 1, 2, 0])
 NAN = np.full((4, 3), np.nan, np.float32)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mocosfl_jax import TrainState, export, import_official, load_encoder, normalise
@@ -18,6 +19,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.forms import ACCELERATOR
 from mocosfl_jax.training import checkpoint, workdir
 from mocosfl_jax.training.build import build
+from mocosfl_jax.weights import encoder_file
 from mocosfl_jax.weights.encoder_file import export_encoder
 from tests.support.encoders import METADATA, NETWORK, random_params
 from tests.support.training import single
@@ -114,6 +116,34 @@ def test_missing_and_integer_arrays(file: pathlib.Path) -> None:
     assert "server/head/out/bias: found no such array, expected (6,)" in refused(file)
     save_file(arrays | {"server/head/out/bias": bias.astype(np.int32)}, file, header)
     assert "server/head/out/bias: found int32" in refused(file)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(wrong: float, tmp_path: pathlib.Path) -> None:
+    client, server = random_params()
+    server["head"]["out"]["bias"][2] = wrong
+    export_encoder(tmp_path / "a", client, server, METADATA)
+    assert "server/head/out/bias: found numbers that are not finite" in refused(tmp_path / "a")
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    file: pathlib.Path, importing: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may fill up only while it is written; safetensors' error is no OSError."""
+    before = file.read_bytes()
+
+    def failing(tensors: Any, path: pathlib.Path, header: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError('I/O error: No space left on device (os error 28) at path "x"')
+
+    monkeypatch.setattr(encoder_file, "save_file", failing)
+    assert import_official.main(importing) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {file}: I/O error: No space left") and error.count("\n") == 1
+    assert file.read_bytes() == before and not list(file.parent.glob("*.tmp"))
+
+    assert import_official.main([*importing, "--out=/proc/x.safetensors"]) == 2
+    assert "--out: found /proc/x.safetensors, allowed: a writable file (No such" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("algorithm", ["mocosfl", "flmoco"])
