@@ -11,8 +11,7 @@ import optax
 from jax import Array
 
 from mocosfl_jax.algorithm import optim
-from mocosfl_jax.evaluation.examples import at_least, check_examples, check_shapes, more_than_zero
-from mocosfl_jax.evaluation.features import Rows
+from mocosfl_jax.evaluation.examples import Rows, at_least, check_examples, check_shapes, more_than_zero
 
 HIDDEN = 512  # units of the semi-supervised classifier
 

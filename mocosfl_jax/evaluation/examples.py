@@ -3,9 +3,11 @@
 import math
 
 import numpy as np
+from jax import Array
 
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.evaluation.features import Rows
+
+Rows = np.ndarray | Array  # [n, D] features, or [n] labels
 
 
 def check_examples(

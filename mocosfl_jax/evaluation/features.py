@@ -15,13 +15,14 @@ from jax import Array
 from mocosfl_jax.algorithm.interface import Algorithm
 from mocosfl_jax.data import Images
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.evaluation.examples import at_least
 from mocosfl_jax.feed import augment
 from mocosfl_jax.models import Features, SplitModel
+from mocosfl_jax.models.named import NETWORKS
 from mocosfl_jax.weights.encoder_file import Encoder
 
 BATCH = 250  # images at a time
 
-Rows = np.ndarray | Array  # [n, D] features, or [n] labels
 # What an encoder computes with: the `TrainState` of an algorithm, or the parameters of an `Encoder`.
 State = Any
 Head = Callable[[State, np.ndarray], Array]  # state, pooled features [n, D] -> projections [n, key_dim]
@@ -34,20 +35,24 @@ class Extracted(NamedTuple):
     projection: np.ndarray  # [n, key_dim], output of the projection head, not normalised
 
 
-def encode_images(encoder: Encoder, images: Images, batch_size: int = BATCH) -> Extracted:
+def encode_images(
+    encoder: Encoder, images: Images | Array | Sequence[Any], batch_size: int = BATCH
+) -> Extracted:
     """Compute the features of images with a trained encoder, without augmentation.
 
     Args:
       encoder: from `load_encoder` or `encoder_of_run`.
-      images: [n, H, W, 3], uint8 or floats in [0, 1], in memory or on disk; n must be at least 1. They should
-        have the size on which the encoder was trained, `encoder.metadata.network["image_size"]`.
+      images: [n, H, W, 3], uint8 or floats in [0, 1], in memory, on disk or a list of arrays; n must be at
+        least 1. They should have the size on which the encoder was trained,
+        `encoder.metadata.network["image_size"]`.
       batch_size: images at a time.
 
     Returns:
       Features of all n images, float32.
 
     Raises:
-      UserError: if the images have another shape or dtype, or are floats far above 1.
+      UserError: if the images have another shape or dtype, are floats far above 1 or not finite, or are
+        smaller than the network's layers allow; if `batch_size` is not positive; if a feature is not finite.
 
     Example:
       >>> from mocosfl_jax import split_model
@@ -60,9 +65,29 @@ def encode_images(encoder: Encoder, images: Images, batch_size: int = BATCH) -> 
       >>> features.backbone.shape, features.projection.shape
       ((5, 32), (5, 6))
     """
+    at_least("batch_size", batch_size, 1)
+    if not isinstance(images, Images):
+        try:
+            images = np.asarray(images)
+        except ValueError as error:
+            raise UserError("images: found images of several shapes, allowed: [n, H, W, 3]") from error
     if len(images.shape) != 4 or images.shape[3] != 3 or not len(images):
         raise UserError(f"images: found shape {list(images.shape)}, allowed: [n, H, W, 3], n at least 1")
-    return extract(encode_of(encoder), encoder.params, images, batch_size)
+    size = f"{images.shape[1]}x{images.shape[2]} pixels"
+    network = NETWORKS.get(encoder.metadata.network.get("name", ""))  # None: one of your own
+    if network and min(images.shape[1:3]) < network.smallest_image:
+        raise UserError(
+            f"images: found {size}, allowed: {network.smallest_image} or more a side for "
+            f"{network.name}, whose layers leave nothing of smaller ones"
+        )
+    if isinstance(images, np.ndarray) and images.dtype.kind == "f" and not np.isfinite(images).all():
+        raise UserError("images: found values that are not finite, allowed: finite ones")
+    found = extract(encode_of(encoder), encoder.params, images, batch_size)
+    if not all(np.isfinite(rows).all() for rows in found):
+        raise UserError(
+            f"encoder: found features of images of {size} that are not finite, allowed: finite ones"
+        )
+    return found
 
 
 class Encode(NamedTuple):

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mocosfl_jax.evaluation.examples import at_least, check_examples, more_than_zero
-from mocosfl_jax.evaluation.features import Rows
+from mocosfl_jax.evaluation.examples import Rows, at_least, check_examples, more_than_zero
 
 BLOCK_BYTES = 256 * 2**20  # of similarities held at a time
 

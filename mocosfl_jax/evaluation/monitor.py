@@ -9,7 +9,8 @@ from jax import Array
 from mocosfl_jax.config import Eval
 from mocosfl_jax.data import Dataset
 from mocosfl_jax.evaluation import classifiers, collapse
-from mocosfl_jax.evaluation.features import BATCH, Encode, Extracted, Rows, State, extract
+from mocosfl_jax.evaluation.examples import Rows
+from mocosfl_jax.evaluation.features import BATCH, Encode, Extracted, State, extract
 from mocosfl_jax.evaluation.knn import knn_accuracy
 from mocosfl_jax.feed import augment
 

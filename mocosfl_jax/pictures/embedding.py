@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mocosfl_jax.evaluation.features import Rows
+from mocosfl_jax.evaluation.examples import Rows
 from mocosfl_jax.pictures.figure import COLOURS, class_colours, label, save
 
 IMAGES = 1000  # at most
