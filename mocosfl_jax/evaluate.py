@@ -1,6 +1,7 @@
 """Evaluate a checkpoint of a run: kNN, a linear probe and, on request, classifiers trained on few labels.
 
     python -m mocosfl_jax.evaluate --workdir=FOLDER [--checkpoint=STEP] [--probe_epochs=N] [--semi_supervised]
+                                   [--knn_k=K] [--knn_temperature=T]
                                    [--data.name=NAME] [--data.dir=FOLDER] [--data.max_broken=SHARE]
                                    [--accept_other_data] [--config=FILE]
 
@@ -8,6 +9,8 @@
   --checkpoint=STEP    a number in FOLDER/checkpoints; default: the newest
   --probe_epochs=N     epochs of the linear probe and the semi-supervised classifiers, 0 to skip them;
                        default: config.eval.probe_epochs of the run
+  --knn_k=K            neighbours that vote; default: config.eval.knn_k of the run
+  --knn_temperature=T  of the votes' weights; default: config.eval.knn_temperature of the run
   --semi_supervised    also train a small network on the features with 10 % and with 1 % of the labels
   --data.dir=FOLDER    where the run's data set is now; default: config.data.dir of the run
   --accept_other_data  evaluate on the data set even if it has changed since the training; evaluation.json
@@ -23,6 +26,7 @@ else in the folder changes. The run's own data set is not downloaded: if
 it is missing, that is reported. A data set that --data.name names is downloaded as in training.
 """
 
+import dataclasses
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,6 +42,7 @@ from mocosfl_jax.config import Data, Own, Resolved
 from mocosfl_jax.data import Dataset, download
 from mocosfl_jax.data.fingerprint import fingerprint
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.evaluation.examples import more_than_zero
 from mocosfl_jax.paths import user_path, utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
@@ -46,8 +51,9 @@ if TYPE_CHECKING:
     from mocosfl_jax.training.experiment import Loaded
 
 USAGE = (
-    "--workdir=FOLDER, --config=FILE, --checkpoint=STEP, --probe_epochs=N, --semi_supervised, "
-    "--data.name=NAME, --data.dir=FOLDER, --data.max_broken=SHARE, --accept_other_data, --help"
+    "--workdir=FOLDER, --config=FILE, --checkpoint=STEP, --probe_epochs=N, --semi_supervised, --knn_k=K, "
+    "--knn_temperature=T, --data.name=NAME, --data.dir=FOLDER, --data.max_broken=SHARE, "
+    "--accept_other_data, --help"
 )
 
 
@@ -68,6 +74,8 @@ def evaluate(argv: Sequence[str]) -> None:
         flags.DEFINE_string("config", None, "File with the run's own functions.", flag_values=values)
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
         flags.DEFINE_integer("probe_epochs", None, "Epochs of the probes.", lower_bound=0, flag_values=values)
+        flags.DEFINE_integer("knn_k", None, "Neighbours that vote.", lower_bound=1, flag_values=values)
+        flags.DEFINE_float("knn_temperature", None, "Of the votes' weights.", flag_values=values)
         flags.DEFINE_bool("semi_supervised", False, "Also with few labels.", flag_values=values)
         flags.DEFINE_bool("accept_other_data", False, "Evaluate on other data.", flag_values=values)
         commandline.define_data(values)
@@ -75,8 +83,11 @@ def evaluate(argv: Sequence[str]) -> None:
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir"])
     folder = utf8_path("--workdir", values.workdir)
     config = workdir.read_config(folder, commandline.own_functions(values.config))
-    if values.probe_epochs is not None:
-        config.eval.probe_epochs = values.probe_epochs
+    recorded = dataclasses.replace(config.eval)
+    for name in ("probe_epochs", "knn_k", "knn_temperature"):
+        if values[name].value is not None:
+            setattr(config.eval, name, values[name].value)
+    more_than_zero("--knn_temperature", config.eval.knn_temperature)
     if values.semi_supervised and not config.eval.probe_epochs:
         raise UserError("--probe_epochs: found 0, allowed: 1 or more with --semi_supervised")
     given = commandline.given_data(values)
@@ -103,7 +114,8 @@ def evaluate(argv: Sequence[str]) -> None:
     if values.semi_supervised:
         rng_few = jax.random.fold_in(jax.random.key(config.seed), 3)  # a fourth key, beside those three
         numbers |= monitor.semi_supervised(dataset, config.eval, features, rng_few)
-    say(report.accuracies(numbers, subject.untrained))
+    voted = [(each.knn_k, each.knn_temperature) for each in (recorded, config.eval)]
+    say(report.accuracies(numbers, subject.untrained if voted[0] == voted[1] else {}))
     settings = {name: getattr(config.eval, name) for name in ("knn_k", "knn_temperature", "probe_epochs")}
     workdir.write_evaluation(folder, {**subject.record, **settings, **numbers}, subject.file)
     ending = subject.file.removeprefix("evaluation").removesuffix(".json")

@@ -101,6 +101,18 @@ def test_an_earlier_checkpoint_without_probes(run: pathlib.Path) -> None:
     assert "linear_probe" not in found
 
 
+def test_other_settings_of_knn(run: pathlib.Path, images: str, capsys: pytest.CaptureFixture) -> None:
+    """The untrained network was evaluated with the run's settings: its numbers do not stand beside these."""
+    found = run_evaluate(run, "--probe_epochs=0", "--knn_k=2", "--knn_temperature=0.5")
+    assert (found["knn_k"], found["knn_temperature"]) == (2, 0.5)
+    assert "untrained" not in capsys.readouterr().out
+    with np.load(images) as arrays:
+        train, test = (features_by_hand(run, arrays[f"x_{split}"]) for split in ("train", "test"))
+        labels = arrays["y_train"], arrays["y_test"]
+    given = train, labels[0], test, labels[1]
+    assert found["knn_backbone"] == knn_accuracy(*given, num_classes=CLASSES, k=2, temperature=0.5)
+
+
 def test_a_run_of_real_clients_has_their_numbers_of_images(
     run: pathlib.Path, images: str, tmp_path: pathlib.Path
 ) -> None:
@@ -167,6 +179,8 @@ def test_a_damaged_checkpoint_is_not_moved(
         (["--workdir={run}", "--checkpoint=7"], "--checkpoint: found 7, allowed: 18, 12, 6"),
         (["--workdir={run}", "--checkpoint=last"], "--checkpoint=last"),
         (["--workdir={run}", "--probe_epochs=-1"], "--probe_epochs=-1"),
+        (["--workdir={run}", "--knn_k=0"], "--knn_k=0"),
+        (["--workdir={run}", "--knn_temperature=0"], "--knn_temperature: found 0.0, allowed: more than 0"),
         (["--workdir={run}", "--probe_epochs=0", "--semi_supervised"], "--probe_epochs: found 0, allowed: 1"),
         (["--workdir={run}", "--chekpoint=6"], "found --chekpoint, did you mean --checkpoint=6?"),
         (["{run}"], "allowed: --workdir=FOLDER"),

@@ -82,7 +82,8 @@ def claim(
       accept_other_data: resume even if the data set has changed.
 
     Raises:
-      UserError: if the folder holds a run of another configuration or on other data, or cannot be written to.
+      UserError: if the folder holds a run of another configuration or on other data, or a finished one with
+        other settings of its results, or cannot be written to.
     """
     path = workdir / "config.json"
     record = config.as_dict() | {_ENVIRONMENT: environment} | ({} if data is None else {_DATA: data})
@@ -119,12 +120,37 @@ def claim(
         )
     if other_data and not accept_other_data:
         raise UserError(_refusal(workdir, other_data))
+    if relabelled := _relabelled(workdir, upgraded(there), config):
+        raise UserError(
+            f"{relabelled}, as the run in {workdir} has its results by it; "
+            "python -m mocosfl_jax.evaluate takes other values"
+        )
     # Fields that do not change results may have new values, which evaluation uses.
     _write_json(
         path, config.as_dict() | {name: found[name] for name in (_ENVIRONMENT, _DATA) if name in found}
     )
     started = found.get(_ENVIRONMENT)
     return Claim(differences(started, environment) if isinstance(started, dict) else [], emptied=False)
+
+
+def _relabelled(workdir: Path, recorded: Mapping[str, Any], config: Resolved) -> str:
+    """Which setting of the results that a run ends with has another value now; "" if none has.
+
+    The results stay as they were computed, so config.json must keep saying how that was.
+    """
+    lines = read_metrics(workdir)
+    settings: list[str] = []
+    if any("knn_backbone" in line and line.get("epoch") == config.total_epochs for line in lines):
+        settings += ["knn_k", "knn_temperature"]
+    if any("linear_probe" in line for line in lines):
+        settings += ["probe_epochs"]
+    section = recorded.get("eval")
+    before: Mapping[str, Any] = section if isinstance(section, dict) else {}
+    for name in settings:
+        now = getattr(config.eval, name)
+        if before.get(name, now) != now:
+            return f"config.eval.{name}: found {now}, allowed: {before[name]}"
+    return ""
 
 
 def require_same_data(workdir: Path, data: Fingerprint) -> None:

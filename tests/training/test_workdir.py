@@ -1,8 +1,10 @@
 """A workdir belongs to one run on one data set, in any location; an untrained run may be replaced."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,9 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import evaluate
+from mocosfl_jax import train as train_command
+from mocosfl_jax.config import resolve
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.train import main
 from mocosfl_jax.training import experiment, workdir
 from tests.support import toy_config
@@ -97,6 +102,53 @@ def test_a_run_that_goes_on_keeps_its_mean_and_standard_deviation(
     (run / "metrics.jsonl").unlink()
     assert workdir.preprocessing_of_trained(run) is None
     assert workdir.preprocessing_of_trained(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    "field, value, recorded", [("knn_k", 2, 5), ("knn_temperature", 0.5, 0.1), ("probe_epochs", 7, 3)]
+)
+def test_a_finished_run_keeps_the_settings_of_its_results(
+    field: str,
+    value: Any,
+    recorded: float,
+    data: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """They would be other settings than those by which its numbers were computed."""
+    run = tmp_path / "run"
+    config = resolve(train_command.parse(with_toy(arguments(str(data), run))).config)
+    assert getattr(config.eval, field) == recorded
+    workdir.claim(run, config, {})
+    before = (run / "config.json").read_bytes()
+    (run / "checkpoints" / "18").mkdir(parents=True)
+    lines = [{"step": 0, "epoch": 0, "knn_backbone": 0.2}, {"step": 6, "epoch": 1, "knn_backbone": 0.4}]
+    workdir.append_metrics(run, lines)
+    other = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **{field: value}))
+    workdir.claim(run, other, {})  # nothing is final yet, and the last numbers will be by the new settings
+    assert json.loads((run / "config.json").read_text())["eval"][field] == value
+    workdir.claim(run, config, {})
+    assert (run / "config.json").read_bytes() == before
+
+    end = {"step": 18, "epoch": 3}
+    workdir.append_metrics(run, [end | {"knn_backbone": 0.5}, end | {"linear_probe": 0.6}])
+    message = (
+        rf"config.eval.{field}: found {value}, allowed: {recorded}, as the run in .* mocosfl_jax.evaluate"
+    )
+    with pytest.raises(UserError, match=message):
+        workdir.claim(run, other, {})
+    assert (run / "config.json").read_bytes() == before
+    often = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=7))
+    workdir.claim(run, often, {})
+
+
+def test_a_run_without_a_probe_may_get_one(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    argv = with_toy(arguments(str(data), tmp_path / "run"))
+    assert main([*argv, "--config.eval.probe_epochs=0"]) == 0
+    assert "linear_probe" not in metrics(tmp_path / "run")[-1]
+    assert main(argv) == 0
+    assert "linear_probe" in metrics(tmp_path / "run")[-1]
+    assert main([*argv, "--config.eval.probe_epochs=0"]) == 2
 
 
 def test_the_same_data_may_be_elsewhere(
