@@ -4,6 +4,7 @@ One rule for training and for `encode`: every file with a suffix in `SUFFIXES` i
 below and behind links. Whatever else there is, is `Unused`.
 """
 
+import heapq
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -65,18 +66,23 @@ def listing(folder: Path) -> Listing:
 def below(folder: Path) -> Found:
     """All pictures in a folder and in the folders below it, also behind links.
 
-    A folder that cannot be opened is unused, and so is a link to a folder that holds it.
+    A folder counts once, where it is itself or else at the first link to it. Further links to it are unused,
+    and so is a folder that cannot be opened.
     """
     pictures: list[Path] = []
     left_out: list[Unused] = []
-    # Each folder with the real folders that it is in, so that links in a circle are walked once.
-    waiting: list[tuple[Path, frozenset[str]]] = [(folder, frozenset())]
-    while waiting:
-        here, above = waiting.pop()
+    walked: set[str] = set()  # real paths
+    # Heaps of folders, each with the real folders that it is in. Links wait until all else is walked.
+    folders: list[tuple[Path, frozenset[str]]] = [(folder, frozenset())]
+    links: list[tuple[Path, frozenset[str]]] = []
+    while folders or links:
+        here, above = heapq.heappop(folders or links)
         real = os.path.realpath(here)
-        if real in above:
-            left_out.append(unused(here, "linked to a folder above"))
+        if real in walked:
+            reason = "linked to a folder above" if real in above else "linked a second time"
+            left_out.append(unused(here, reason))
             continue
+        walked.add(real)
         try:
             found = listing(here)
         except OSError as error:
@@ -84,7 +90,8 @@ def below(folder: Path) -> Found:
             continue
         pictures += found.pictures
         left_out += found.unused
-        waiting += [(inner, above | {real}) for inner in found.folders]
+        for inner in found.folders:
+            heapq.heappush(links if inner.is_symlink() else folders, (inner, above | {real}))
     return Found(sorted(pictures), sorted(left_out))
 
 

@@ -112,6 +112,48 @@ def test_whatever_is_not_a_picture_has_a_reason(root: pathlib.Path) -> None:
     assert words.count(", ") == 8
 
 
+def test_folders_that_link_to_each_other_are_walked_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Walked once a way, these eight would be walked 109,600 times."""
+    root, opened = tmp_path / "set", []
+    for split in ("train", "test"):
+        for one in range(8):
+            save(root / split / "a" / f"f{one}" / "0.png")
+            for other in range(8):
+                if other != one:
+                    (root / split / "a" / f"f{one}" / f"to_f{other}").symlink_to(f"../f{other}")
+    scandir = os.scandir
+
+    def counting(path: pathlib.Path) -> object:
+        opened.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counting)
+    folder = root / "train" / "a"
+    found = find.below(folder)
+    assert names(found.pictures, folder) == [f"f{one}/0.png" for one in range(8)]
+    assert find.counted(found.unused) == "56 linked a second time" and len(opened) == 9
+    dataset = load("image_folder", str(root), None)
+    assert len(dataset.x_train) == 8 and find.counted(dataset.unused) == "112 linked a second time"
+
+
+def test_a_folder_counts_where_it_is_itself(tmp_path: pathlib.Path) -> None:
+    """Else at the first of the links to it, in the order of their paths."""
+    folder = tmp_path / "in"
+    save(folder / "real" / "0.png")
+    save(tmp_path / "out" / "sub" / "1.png")
+    (folder / "a_link").symlink_to("real")
+    (folder / "b_out").symlink_to("../out")
+    (folder / "c_out").symlink_to("../out")
+    (folder / "d_sub").symlink_to("../out/sub")
+    (tmp_path / "out" / "back").symlink_to("../in")
+    found = find.below(folder)
+    assert names(found.pictures, folder) == ["b_out/sub/1.png", "real/0.png"]
+    second = dict.fromkeys(("a_link", "c_out", "d_sub"), "linked a second time")
+    assert reasons(found, folder) == second | {"b_out/back": "linked to a folder above"}
+
+
 def test_an_unreadable_folder_is_not_passed_over(root: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = root / "train" / "a"
     save(folder / "locked" / "1.png")
