@@ -102,6 +102,7 @@ def test_runs_that_differ_in_nothing_that_counts_are_one_row(tmp_path: pathlib.P
     changes: list[dict[str, Any]] = [
         {"data__resident": False},
         {"data__max_broken": 0.1},
+        {"data": DATA | {"sampled_pixels": "cd"}},  # earlier versions did not record it
         {"data__dir": "elsewhere"},  # the same data, by their fingerprint
         {"mesh__data": 4, "mesh__model": 2},
         {"checkpoint__every": 7, "checkpoint__keep": 1},
@@ -111,7 +112,7 @@ def test_runs_that_differ_in_nothing_that_counts_are_one_row(tmp_path: pathlib.P
     for number, change in enumerate(changes):
         write_run(tmp_path / "runs" / f"b{number}", seed=2 + number, **change)
     (row,) = make(tmp_path, str(tmp_path / "runs"))
-    assert row["seeds"] == "8" and next(iter(row)) == "seeds"
+    assert row["seeds"] == "9" and next(iter(row)) == "seeds"
 
 
 @pytest.mark.parametrize(

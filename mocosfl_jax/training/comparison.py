@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocosfl_jax.config import upgraded
+from mocosfl_jax.data.fingerprint import SAMPLED
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.training import workdir
 
@@ -84,6 +85,8 @@ def read_outcome(folder: Path) -> Outcome:
     """
     record = workdir.read_record(folder)
     data = record.pop(DATA, None)
+    if isinstance(data, dict):  # earlier versions did not record the sample
+        data = {name: value for name, value in data.items() if not name.endswith(SAMPLED)}
     record.pop("environment", None)
     every = flat(upgraded(record))
     try:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax.data import in_memory, load
-from mocosfl_jax.data.fingerprint import changes, fingerprint
+from mocosfl_jax.data.fingerprint import Fingerprint, changes, fingerprint
 from mocosfl_jax.data.images import OnDisk
 from tests.support.data_files import small
 
@@ -89,6 +89,44 @@ def test_images_on_disk_are_not_all_read(tmp_path: pathlib.Path) -> None:
     assert len(read) == 64 and (min(read), max(read)) == (0, 999)
     assert found == fingerprint(dataset)
     assert found["labels"] == fingerprint(in_memory(dataset))["labels"]
+
+
+def test_the_same_arrays_are_the_same_data_compressed_or_not(tmp_path: pathlib.Path) -> None:
+    """Compressed, all 200 images count, and else 64, which are compared where one of two is not compressed."""
+    x = np.random.default_rng(0).integers(0, 256, (200, 4, 4, 3)).astype(np.uint8)
+    y = np.arange(200) % 3
+    sampled = np.linspace(0, 199, 64).astype(int)
+    found: dict[str, list[Fingerprint]] = {"npz": [], "compressed": []}
+    for change in (None, int(np.setdiff1d(np.arange(200), sampled)[0]), int(sampled[7])):
+        images = x.copy()
+        if change is not None:
+            images[change] ^= 1
+        arrays: Any = {"x_train": images, "y_train": y, "x_test": x[:9], "y_test": y[:9]}
+        for kind, save in (("npz", np.savez), ("compressed", np.savez_compressed)):
+            save(tmp_path / f"{kind}{change}.npz", **arrays)
+            found[kind].append(fingerprint(load("npz", str(tmp_path / f"{kind}{change}.npz"), None)))
+    other = ["other pixels"]
+    plain, compressed = found["npz"], found["compressed"]
+    assert changes(plain[0], compressed[0]) == changes(compressed[0], plain[0]) == []
+    assert changes(plain[0], compressed[2]) == changes(compressed[0], plain[2]) == other
+    assert changes(compressed[0], compressed[1]) == changes(plain[0], plain[2]) == other
+    assert changes(plain[0], plain[1]) == changes(plain[0], compressed[1]) == []  # not in the sample
+
+    earlier = [
+        {name: value for name, value in each.items() if name != "sampled_pixels"}
+        for each in (plain[0], compressed[0])
+    ]
+    for now, same in (
+        (plain[0], [True, False]),
+        (compressed[0], [True, True]),
+        (compressed[2], [False, False]),
+    ):
+        assert [changes(before, now) == [] for before in earlier] == same
+    source = [{f"source_{name}": value for name, value in each.items()} for each in (plain[0], compressed[0])]
+    assert changes(*source) == []
+    assert changes(source[0], {f"source_{name}": value for name, value in plain[2].items()}) == [
+        "other source pixels"
+    ]
 
 
 def test_names_that_are_not_utf8_count(tmp_path: pathlib.Path) -> None:
