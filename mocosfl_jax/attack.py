@@ -53,7 +53,7 @@ from mocosfl_jax.commandline import say
 from mocosfl_jax.config import Data
 from mocosfl_jax.data import download
 from mocosfl_jax.errors import UserError, renamed
-from mocosfl_jax.paths import user_path, utf8_path
+from mocosfl_jax.paths import replacing, user_path, utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
@@ -333,9 +333,8 @@ def _bar(name: str, total: int) -> Iterator[Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 if __name__ == "__main__":

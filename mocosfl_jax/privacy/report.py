@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mocosfl_jax.paths import replacing
 from mocosfl_jax.privacy.attacks import SHOWN, Result
 
 _COLUMNS = ("MSE", "SSIM", "PSNR", "MSE/const", "MSE p5")
@@ -68,9 +69,8 @@ def draw_reconstructions(path: Path, victims: np.ndarray, results: Mapping[str, 
         labels = ["victims", *(_label(row) for row in rows)]
         axes.set_yticks([size * (i + 0.5) for i in range(len(labels))], labels, parse_math=False)
         axes.set_title(client, parse_math=False)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100, bbox_inches="tight")
 
 
 def _label(row: Result) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import SplitModel, split_model
@@ -64,11 +64,10 @@ def export_encoder(path: Path, client_params: Params, server_params: Params, met
         header["version"] = version("mocosfl-jax")
     except PackageNotFoundError:  # the package is used without being installed
         header["version"] = "unknown"
+    content = save(tensors, {"format": FORMAT, **header})
+    # Not by safetensors, whose errors are no OSError, and whose files only their owner may read.
     with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, {"format": FORMAT, **header})
-        except SafetensorError as error:  # which is no OSError
-            raise OSError(f"{path}: {error}") from error
+        temporary.write_bytes(content)
 
 
 def describe(client_params: Params, server_params: Params, metadata: Metadata) -> str:

@@ -92,7 +92,7 @@ def test_images_on_disk_are_not_all_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_same_arrays_are_the_same_data_compressed_or_not(tmp_path: pathlib.Path) -> None:
-    """Compressed, all 200 images count, and else 64, which are compared where one of two is not compressed."""
+    """Compressed, all 200 images count, and else 64, which are compared where one set is not compressed."""
     x = np.random.default_rng(0).integers(0, 256, (200, 4, 4, 3)).astype(np.uint8)
     y = np.arange(200) % 3
     sampled = np.linspace(0, 199, 64).astype(int)
