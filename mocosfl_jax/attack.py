@@ -31,7 +31,7 @@
   --accept_other_data  use the data set even if it is not the one that the run was trained on
 
 Prints a table. MSE/const is the attacker's error in terms of the error of one constant colour: 1 means that
-nothing was learned. Nothing is downloaded.
+nothing was learned, clearly more that the attack did not converge. Nothing is downloaded.
 """
 
 import json

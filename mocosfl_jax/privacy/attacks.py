@@ -212,8 +212,9 @@ def attack(
             for view, client in views.items():
                 targets = smashed_victims[view][: settings.optimised]
                 sent = client if noise is None else partial(_bounded, client, noise)
-                found = np.asarray(optimise_images(sent, targets, size, mean, std, steps=settings.steps))
-                results.append(result("optimisation", view, None, found[None]))
+                rng = jax.random.key(settings.seed)
+                images_found = optimise_images(rng, sent, targets, size, mean, std, steps=settings.steps)
+                results.append(result("optimisation", view, None, np.asarray(images_found)[None]))
                 advance()
     return results
 

@@ -71,7 +71,7 @@ def test_open_smashed_data_are_inverted_and_blind_ones_are_not(results: list[Res
     assert rows["ridge", "query"]["relative_mse"] < 0.02
     assert rows["ridge", "key"]["relative_mse"] == pytest.approx(1, abs=0.05)
     assert rows["optimisation", "query"]["relative_mse"] < 0.05
-    assert rows["optimisation", "key"]["relative_mse"] == pytest.approx(1, abs=1e-4)
+    assert rows["optimisation", "key"]["relative_mse"] == pytest.approx(1, abs=0.05)
 
 
 def test_noise_on_smashed_data_hides(images: np.ndarray) -> None:
