@@ -105,6 +105,25 @@ def test_official_clients_of_several_cuts(tmp_path: pathlib.Path, images: str) -
     assert {row["client"] for row in rows(tmp_path / "out")} == {"three"}
 
 
+def test_privacy_json_is_json_where_images_are_reconstructed_perfectly(
+    run: pathlib.Path, images: str, tmp_path: pathlib.Path
+) -> None:
+    """Black victims have their mean colour."""
+    encoder = tmp_path / "encoder.safetensors"
+    assert export.main(["export", f"--workdir={run}", f"--out={encoder}"]) == 0
+    black = {name: array * (0 if name == "x_test" else 1) for name, array in np.load(images).items()}
+    np.savez(tmp_path / "black.npz", **black)
+    argv = [f"--encoder={encoder}", f"--out={tmp_path}", "--attackers=trivial"]
+    data = ["--data.name=npz", f"--data.dir={tmp_path / 'black.npz'}"]
+    assert attack.main(["attack", *argv, *data]) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    record = json.loads((tmp_path / "privacy.json").read_text(), parse_constant=refuse)
+    assert record["rows"][1]["psnr"] == pytest.approx(100)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

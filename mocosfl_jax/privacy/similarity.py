@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 WINDOW = 11  # pixels
 SIGMA = 1.5  # pixels
+LEAST_MSE = 1e-10  # of `psnr`
 C1, C2 = 0.01**2, 0.03**2  # for values in [0, 1]
 
 
@@ -29,7 +30,9 @@ def mse(images: ArrayLike, others: ArrayLike) -> Array:
 
 
 def psnr(images: ArrayLike, others: ArrayLike) -> Array:
-    """Peak signal-to-noise ratio of each image in decibels, 10 log10(1 / MSE); infinite for equal images.
+    """Peak signal-to-noise ratio of each image in decibels, 10 log10(1 / MSE).
+
+    MSEs below 1e-10 count as 1e-10, so that equal images have 100 decibels, and means and JSON are finite.
 
     Args:
       images: [..., H, W, 3] in [0, 1].
@@ -42,7 +45,7 @@ def psnr(images: ArrayLike, others: ArrayLike) -> Array:
       >>> psnr(jnp.zeros((1, 4, 4, 3)), jnp.full((1, 4, 4, 3), 0.1)).round(3).tolist()
       [20.0]
     """
-    return -10 * jnp.log10(mse(images, others))
+    return -10 * jnp.log10(jnp.maximum(mse(images, others), LEAST_MSE))
 
 
 def ssim(images: ArrayLike, others: ArrayLike) -> Array:

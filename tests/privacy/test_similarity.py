@@ -69,3 +69,10 @@ def test_mse_and_psnr_equal_scikit_image(pair: tuple[np.ndarray, np.ndarray], x6
         assert errors[index] == pytest.approx(metrics.mean_squared_error(*images), rel=1e-12)
         expected = metrics.peak_signal_noise_ratio(*images, data_range=1)
         assert decibels[index] == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_images_have_100_decibels() -> None:
+    """Not infinitely many, which a mean would keep and JSON does not have."""
+    black = np.zeros((2, 4, 4, 3))
+    others = np.stack([black[0], black[1] + 0.1])
+    np.testing.assert_allclose(psnr(black, others), [100, 20], rtol=1e-6)
