@@ -30,8 +30,9 @@
   --seed=N, --seeds=N  the first seed, and the number of attackers of each kind; default: 0 and 1
   --accept_other_data  use the data set even if it is not the one that the run was trained on
 
-Prints a table. MSE/const is the attacker's error in terms of the error of one constant colour: 1 means that
-nothing was learned, clearly more that the attack did not converge. Nothing is downloaded.
+Prints a table. MSE/const is the attacker's error in terms of the error of one constant colour, the mean of
+its own images: 1 means that nothing was learned, clearly more that the attack did not converge. Nothing is
+downloaded.
 """
 
 import json
@@ -229,12 +230,15 @@ def _of_encoder(values: flags.FlagValues) -> Material:
     network = encoder.metadata.network
     _require_layers(network["cut_layer"])
     dataset, data_name = _load(values, network.get("image_size", 32))
+    mean, std = encoder.metadata.mean, encoder.metadata.std
+    if not np.allclose([mean, std], [dataset.mean, dataset.std], atol=5e-4):
+        say(f"{path}: normalises by mean {_shown(mean)} and std {_shown(std)}, not those of {data_name}")
     return Material(
         {path.name: {"query": _client(encoder.model, encoder.params[0])}},
         dataset.x_train,
         dataset.x_test[: values.victims],
-        encoder.metadata.mean,
-        encoder.metadata.std,
+        mean,
+        std,
         _victims_std(data_name),
         str(path),
         data_name,
@@ -292,6 +296,10 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
         str(path),
         data_name,
     )
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:.3f}" for number in numbers)
 
 
 def _client(model: Any, params: Any) -> Any:

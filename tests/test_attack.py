@@ -60,7 +60,7 @@ def test_the_noise_of_a_run_is_in_what_is_attacked(run: pathlib.Path) -> None:
 
 
 def test_the_client_of_an_export_is_that_of_the_run(
-    run: pathlib.Path, images: str, tmp_path: pathlib.Path
+    run: pathlib.Path, images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
     encoder, out = tmp_path / "encoder.safetensors", tmp_path / "new" / "out"
     assert export.main(["export", f"--workdir={run}", f"--out={encoder}"]) == 0
@@ -68,11 +68,22 @@ def test_the_client_of_an_export_is_that_of_the_run(
     data = ["--data.name=npz", f"--data.dir={images}"]
     out.parent.mkdir()
     assert attack.main(["attack", f"--encoder={encoder}", f"--out={out}", *data, *QUICK]) == 0
+    assert "normalises by" not in capsys.readouterr().out
     of_run = [row for row in rows(run) if row["smashed"] == "query"]
     of_encoder = [row for row in rows(out) if row["smashed"]]
     assert [row["attacker"] for row in of_encoder] == ["ridge", "strong decoder"]
     for one, other in zip(of_run, of_encoder, strict=True):
         assert one["mse"] == pytest.approx(other["mse"], rel=1e-3)
+
+    # Other images: the constant predictor has their colour, not that of the run's images.
+    dark = {name: array // (4 if array.ndim == 4 else 1) for name, array in np.load(images).items()}
+    np.savez(tmp_path / "dark.npz", **dark)
+    data[1] = f"--data.dir={tmp_path / 'dark.npz'}"
+    trivial = ["--attackers=trivial", "--victims=6"]
+    assert attack.main(["attack", f"--encoder={encoder}", f"--out={out}", *data, *trivial]) == 0
+    assert "normalises by mean 0." in capsys.readouterr().out
+    colour = np.mean(dark["x_train"] / 255, axis=(0, 1, 2))
+    assert rows(out)[0]["mse"] == pytest.approx(np.mean((dark["x_test"][:6] / 255 - colour) ** 2), rel=1e-3)
 
 
 def write_clients(file: pathlib.Path, **more: np.ndarray) -> None:

@@ -26,7 +26,9 @@ OFFICIAL_IMAGES = 500  # of which 50 are held out
 RIDGE_IMAGES, RIDGE_DIMENSIONS = 10_000, 2000
 BLOCKS = (16, 8, 4)  # pixels, of the block means; those that divide the image size
 SHOWN = 10  # victims whose reconstructions are kept for the picture
-SMASHED_BYTES = 4 * 2**30  # of the strong attacker's smashed data; it has fewer images if they take more
+# Of the strong attackers' smashed data, all seeds and views together. They have fewer images if these take
+# more.
+SMASHED_BYTES = 4 * 2**30
 
 Bar = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], None]]]
 
@@ -54,7 +56,7 @@ class Result(NamedTuple):
     mse: np.ndarray  # [S, m]
     ssim: np.ndarray  # [S, m]
     psnr: np.ndarray  # [S, m], decibels
-    constant_mse: float  # mean error of the constant predictor on these victims
+    constant_mse: float  # mean error on these victims of the mean colour of the attacker's images
     shown: np.ndarray  # [k, H, W, 3], the first victims' reconstructions, k <= SHOWN
 
     def summary(self) -> dict[str, Any]:
@@ -168,14 +170,15 @@ def attack(
     size = victims.shape[1]
     shape = check(settings, len(images), views["query"], size)
     truth = given.truth / np.float32(255)
-    constant = float(np.mean(similarity.mse(trivial.constant_colour(truth, mean), truth)))
+    colour = mean_colour(images)
+    constant = float(np.mean(similarity.mse(trivial.constant_colour(truth, colour), truth)))
 
     def result(name: str, smashed: str, count: int | None, found: np.ndarray) -> Result:
         """`found` is [S, m', H, W, 3], of the first m' victims."""
         of_these = truth[: found.shape[1]]
         level = constant
         if len(of_these) < len(truth):
-            level = float(np.mean(similarity.mse(trivial.constant_colour(of_these, mean), of_these)))
+            level = float(np.mean(similarity.mse(trivial.constant_colour(of_these, colour), of_these)))
         mse, ssim, psnr = (
             np.stack([np.asarray(measure(one, of_these)) for one in found])
             for measure in (similarity.mse, similarity.ssim, similarity.psnr)
@@ -184,7 +187,7 @@ def attack(
 
     results = []
     if "trivial" in settings.attackers:
-        predictors = {"constant colour": trivial.constant_colour(truth, mean)}
+        predictors = {"constant colour": trivial.constant_colour(truth, colour)}
         predictors["own mean colour"] = trivial.block_means(truth, size)
         blocks = [block for block in BLOCKS if size % block == 0 and block < size]
         predictors |= {f"means of {b}x{b} blocks": trivial.block_means(truth, b) for b in blocks}
@@ -198,9 +201,9 @@ def attack(
     few = _official_images(settings, len(images))
     runs: list[tuple[str, str, int, Callable[..., np.ndarray]]] = [
         ("ridge", "ridge", few, _ridge),
-        ("ridge", "ridge", _ridge_images(settings, len(images), shape), _ridge),
+        ("ridge", "ridge", _ridge_images(settings, len(images), shape, len(views)), _ridge),
         ("official", "official decoder", few, _official),
-        ("strong", "strong decoder", _strong_images(settings, len(images), shape), _strong),
+        ("strong", "strong decoder", _strong_images(settings, len(images), shape, len(views)), _strong),
     ]
     for kind, name, count, run in dict.fromkeys(runs):
         if kind in settings.attackers:
@@ -217,6 +220,18 @@ def attack(
                 results.append(result("optimisation", view, None, np.asarray(images_found)[None]))
                 advance()
     return results
+
+
+def mean_colour(images: np.ndarray) -> tuple[float, ...]:
+    """The mean of each channel, in [0, 1], of uint8 images: the constant predictor's colour.
+
+    A client may have been trained on other images, so what it normalises by need not be their mean.
+
+    Example:
+      >>> mean_colour(np.array([[[[0, 51, 255]]], [[[255, 51, 255]]]], np.uint8))
+      (0.5, 0.2, 1.0)
+    """
+    return tuple(float(mean) / 255 for mean in images.mean((0, 1, 2)))
 
 
 def without(images: np.ndarray, victims: np.ndarray) -> np.ndarray:
@@ -321,11 +336,11 @@ def _official_images(settings: Settings, images: int) -> int:
     return min(OFFICIAL_IMAGES, images)
 
 
-def _ridge_images(settings: Settings, images: int, shape: tuple[int, ...]) -> int:
+def _ridge_images(settings: Settings, images: int, shape: tuple[int, ...], views: int) -> int:
     most = RIDGE_IMAGES if np.prod(shape) <= RIDGE_DIMENSIONS else RIDGE_DIMENSIONS
-    return min(_strong_images(settings, images, shape), most)
+    return min(_strong_images(settings, images, shape, views), most)
 
 
-def _strong_images(settings: Settings, images: int, shape: tuple[int, ...]) -> int:
-    most = SMASHED_BYTES // (4 * int(np.prod(shape)))
+def _strong_images(settings: Settings, images: int, shape: tuple[int, ...], views: int) -> int:
+    most = SMASHED_BYTES // (4 * int(np.prod(shape)) * views * settings.seeds)
     return min(images, settings.images or images, most)

@@ -1,6 +1,7 @@
 """All attackers on one client, and the figures of a result."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -74,6 +75,26 @@ def test_open_smashed_data_are_inverted_and_blind_ones_are_not(results: list[Res
     assert rows["optimisation", "key"]["relative_mse"] == pytest.approx(1, abs=0.05)
 
 
+def test_the_constant_is_the_colour_of_the_attackers_images(images: np.ndarray) -> None:
+    """Not that by which the client normalises, which may come from other images."""
+    dark = images // 4
+    (result, *_) = attacks.attack(
+        {"query": halved},
+        dark,
+        dark[:12],
+        MEAN,
+        STD,
+        settings=Settings(attackers=("trivial",)),
+        forms=CPU,
+    )
+    colour = np.mean(dark[12:] / 255, axis=(0, 1, 2))
+    expected = np.mean((dark[:12] / 255 - colour) ** 2)
+    assert expected < 0.1 * np.mean((dark[:12] / 255 - MEAN) ** 2)
+    assert result.constant_mse == pytest.approx(expected, rel=1e-5)
+    assert result.summary()["relative_mse"] == pytest.approx(1)
+    np.testing.assert_allclose(result.shown[0, 0, 0], colour, rtol=1e-5)
+
+
 def test_noise_on_smashed_data_hides(images: np.ndarray) -> None:
     """Ridge regression, which is the best linear guess, against its error in closed form."""
 
@@ -97,6 +118,33 @@ def test_noise_on_smashed_data_hides(images: np.ndarray) -> None:
     for found, std in ((little, 0.05), (much, 1.0)):
         noise = (10 * std) ** 2 / 4
         assert found == pytest.approx(noise / (noise + signal), abs=0.15)
+
+
+def test_the_smashed_data_of_all_seeds_and_views_are_bounded(
+    images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 78 images with 48 float32 numbers each, 30 for each of two views and two seeds."""
+    monkeypatch.setattr(attacks, "SMASHED_BYTES", 30 * 48 * 4 * 4)
+    drawn: list[int] = []
+
+    def draw(self: attacks.Stacked, count: int) -> tuple[Any, ...]:
+        found = original(self, count)
+        drawn.append(found[1].nbytes)
+        return found
+
+    original = attacks.Stacked.draw
+    monkeypatch.setattr(attacks.Stacked, "draw", draw)
+    results = attacks.attack(
+        {"query": halved, "key": blind},
+        images,
+        images[:12],
+        MEAN,
+        STD,
+        settings=Settings(attackers=("strong",), decoder="custom", epochs=1, seeds=2),
+        forms=CPU,
+    )
+    assert drawn == [attacks.SMASHED_BYTES]
+    assert [result.images for result in results] == [30, 30]
 
 
 def test_a_summary_is_over_victims_and_seeds() -> None:
