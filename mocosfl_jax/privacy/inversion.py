@@ -33,7 +33,8 @@ class Training(NamedTuple):
     cosine: bool = False  # whether the learning rate falls to 0; otherwise it is constant
     # Share of the images that are held out. The weights of the epoch with the smallest error on them stay.
     validation: float = 0.1
-    # Validate as the official attack: batch norms use and record each batch, and one batch alone decides.
+    # Validate as the official attack: batch norms use and record each batch, one batch alone decides, and the
+    # weights stay as they are right after it.
     validate_in_training_mode: bool = False
 
 
@@ -132,9 +133,10 @@ def train_decoder(
 
         state = _over_batches(step, state, rows, training.batch_size)
         validate = _validate_in_training_mode if training.validate_in_training_mode else _validate
-        weights, mse = validate(decoder, state.weights, smashed, images, validation, training.batch_size)
-        better = mse < state.best_mse
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), weights, state.best)
+        weights, candidate, mse = validate(
+            decoder, state.weights, smashed, images, validation, training.batch_size
+        )
+        best = _where(mse < state.best_mse, candidate, state.best)
         return state._replace(weights=weights, best=best, best_mse=jnp.minimum(mse, state.best_mse)), mse
 
     run_epoch = jax.jit(lambda *stacked: forms.over_clients(epoch)(*stacked), donate_argnums=0)
@@ -195,29 +197,40 @@ def _step(
 
 def _validate(
     decoder: Decoder, weights: Weights, smashed: Array, images: Array, rows: Array, batch_size: int
-) -> tuple[Weights, Array]:
-    """The mean squared error on the rows, in evaluation mode."""
+) -> tuple[Weights, Weights, Array]:
+    """The weights twice, and their mean squared error on the rows, in evaluation mode."""
 
     def add(total: Array, batch: Array) -> tuple[Array, None]:
         found, _ = decoder.apply(*weights, smashed[batch], training=False)
         return total + _mse(found, images[batch]) * len(batch), None
 
-    return weights, _over_batches(add, jnp.zeros(()), rows, batch_size) / len(rows)
+    return weights, weights, _over_batches(add, jnp.zeros(()), rows, batch_size) / len(rows)
 
 
 def _validate_in_training_mode(
     decoder: Decoder, weights: Weights, smashed: Array, images: Array, rows: Array, batch_size: int
-) -> tuple[Weights, Array]:
-    """The official attack's validation: the smallest error of a single batch, in training mode."""
+) -> tuple[Weights, Weights, Array]:
+    """The official attack's validation, in training mode, which changes the running statistics.
 
-    def least(carry: tuple[Any, Array], batch: Array) -> tuple[tuple[Any, Array], None]:
-        statistics, mse = carry
+    Returns:
+      The weights after all batches, those right after the batch with the smallest error, and that error.
+    """
+
+    def least(carry: tuple[Any, Any, Array], batch: Array) -> tuple[tuple[Any, Any, Array], None]:
+        statistics, best, best_mse = carry
         found, statistics = decoder.apply(weights.params, statistics, smashed[batch], training=True)
-        return (statistics, jnp.minimum(mse, _mse(found, images[batch]))), None
+        mse = _mse(found, images[batch])
+        best = _where(mse < best_mse, statistics, best)
+        return (statistics, best, jnp.minimum(mse, best_mse)), None
 
-    carry = (weights.statistics, jnp.full((), jnp.inf, smashed.dtype))
-    statistics, mse = _over_batches(least, carry, rows, batch_size)
-    return weights._replace(statistics=statistics), mse
+    carry = (weights.statistics, weights.statistics, jnp.full((), jnp.inf, smashed.dtype))
+    statistics, best, mse = _over_batches(least, carry, rows, batch_size)
+    return weights._replace(statistics=statistics), weights._replace(statistics=best), mse
+
+
+def _where(condition: Array, new: Any, old: Any) -> Any:
+    """The leaves of one tree or of the other."""
+    return jax.tree.map(lambda *leaves: jnp.where(condition, *leaves), new, old)
 
 
 def _over_batches(function: Callable[[Any, Array], Any], carry: Any, rows: Array, batch_size: int) -> Any:
