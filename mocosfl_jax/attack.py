@@ -7,7 +7,7 @@
   --workdir=FOLDER     attack client 0 of a run of mocosfl_jax.train, on the run's data set
   --checkpoint=STEP    a number in the run's checkpoints; default: the newest
   --config=FILE        the config file of a run with functions of its own, which no workdir holds
-  --encoder=FILE       attack the client side of an exported encoder
+  --encoder=FILE       attack the client side of an exported encoder, without the noise of its run
   --official_clients=FILE.npz
                        attack ResNet-18 clients of the official code: arrays NAME/PARAMETER, with the official
                        names of parameters; victims are attack_test_images_uint8_nhwc if the file has them
@@ -59,6 +59,14 @@ from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
 USAGE = "--workdir=FOLDER, --encoder=FILE, --official_clients=FILE and others, see --help"
+# Flags that belong to one way of naming clients.
+BELONGS = {
+    "checkpoint": "workdir",
+    "config": "workdir",
+    "accept_other_data": "workdir",
+    "clients": "official_clients",
+    "bottleneck": "official_clients",
+}
 VICTIMS = "attack_test_images_uint8_nhwc"  # in a file of official clients
 
 
@@ -115,6 +123,9 @@ def attack(argv: Sequence[str]) -> None:
     if len(given) != 1:
         found = " and ".join(f"--{name}" for name in given) or "none"
         raise UserError(f"found {found}, allowed: one of --workdir, --encoder and --official_clients")
+    for name, allowed in BELONGS.items():
+        if values[name].present and given != [allowed]:
+            raise UserError(f"--{name}: found with --{given[0]}, allowed: with --{allowed}")
     data_name = commandline.given_data(values).get("name")
     if data_name is not None and given == ["workdir"]:
         raise UserError(
@@ -169,9 +180,12 @@ def attack(argv: Sequence[str]) -> None:
             noise=material.noise,
             bar=_bar,
         )
-        say(f"{name}\n{report.table(results[name])}")
+        say(f"{name}, {_noise_shown(material.noise)}\n{report.table(results[name])}")
     out.mkdir(parents=True, exist_ok=True)
     about = {"source": material.source, "data": material.data_name, **settings._asdict()}
+    about |= {"noise": 0.0, "clip": None}
+    if material.noise is not None:
+        about |= {"noise": material.noise.std, "clip": material.noise.clip}
     _write(out / "privacy.json", json.dumps(report.record(results, about), indent=2) + "\n")
     report.draw_reconstructions(out / "reconstructions.png", material.victims, results)
     say(f"{out}: privacy.json, reconstructions.png")
@@ -296,6 +310,10 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
         str(path),
         data_name,
     )
+
+
+def _noise_shown(noise: Noise | None) -> str:
+    return "no noise" if noise is None else f"noise {noise.std:g}, clip {noise.clip:g}"
 
 
 def _shown(numbers: Sequence[float]) -> str:

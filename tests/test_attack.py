@@ -47,12 +47,20 @@ def test_a_run_is_attacked_at_queries_and_keys(run: pathlib.Path, capsys: pytest
     assert captured.err == ""
 
 
-def test_the_noise_of_a_run_is_in_what_is_attacked(run: pathlib.Path) -> None:
+def test_the_noise_of_a_run_is_in_what_is_attacked(run: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     def error_of_ridge(**privacy: float) -> float:
         config = json.loads((run / "config.json").read_text())
         config["privacy"] |= privacy
         (run / "config.json").write_text(json.dumps(config))
         assert attack.main(["attack", f"--workdir={run}", "--attackers=ridge", "--victims=20"]) == 0
+        record = json.loads((run / "privacy.json").read_text())
+        shown = capsys.readouterr().out
+        if privacy:
+            assert (record["noise"], record["clip"]) == (privacy["noise"], 1.0)
+            assert f"client 0, noise {privacy['noise']:g}, clip 1\n" in shown
+        else:
+            assert (record["noise"], record["clip"]) == (0.0, None)
+            assert "client 0, no noise\n" in shown
         return next(row["relative_mse"] for row in rows(run) if row["smashed"] == "query")
 
     without = error_of_ridge()
@@ -148,6 +156,15 @@ def test_privacy_json_is_json_where_images_are_reconstructed_perfectly(
         (["--workdir={run}", "--images=5"], "attacker's images: found 5 of 48 training images"),
         (["--workdir={run}", "--protocol=official"], "attacker's images: found 0 of 48 training images"),
         (["--workdir={run}", "--data.name=npz"], "--data.name: found npz with --workdir, allowed: with"),
+        (["--workdir={run}", "--clients=a"], "--clients: found with --workdir, allowed: with --official_"),
+        (["--workdir={run}", "--bottleneck=C4S2"], "--bottleneck: found with --workdir, allowed: with --off"),
+        (["--encoder=x", "--clients=a"], "--clients: found with --encoder, allowed: with --official_clients"),
+        (["--encoder=x", "--checkpoint=1"], "--checkpoint: found with --encoder, allowed: with --workdir"),
+        (
+            ["--official_clients=x", "--config=x"],
+            "--config: found with --official_clients, allowed: with",
+        ),
+        (["--encoder=x", "--accept_other_data"], "--accept_other_data: found with --encoder, allowed: with"),
         (["--workdir={run}", "--data_dir=x"], "found --data_dir, did you mean --data.dir=x?"),
         (
             ["--official_clients={tmp}/c.npz", "--out={tmp}", "--data.name=npz", "--data.dir={tmp}/none"],
