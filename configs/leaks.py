@@ -13,6 +13,7 @@ The points, where C is the cut layer:
     bottleneck             cut after the first convolution, with the bottleneck C4S2
     taressfl-L-T           and a client with it that an expert was trained to be: lambda L, SSIM target T
     expert-L-T             that expert
+    taressfl-0, expert-0   the same pre-training without a decoder: what the expert adds to the accuracy
     noise-S                cut after the first convolution, noise with a standard deviation of S of the bound
 """
 
@@ -58,7 +59,7 @@ def base(
     )
 
 
-def expert(strength: float, target: float) -> Config:
+def expert(strength: float, target: float = 0.6) -> Config:
     """Client and server in one place, on the source and two percent of the target."""
     config = base(bottleneck="C4S2")
     config.clients = Clients(num=1, batch_size=100, noniid_ratio=1.0)
@@ -76,20 +77,29 @@ def expert(strength: float, target: float) -> Config:
     return config
 
 
+def frozen(name: str) -> Config:
+    """Clients that stay as those of the expert of this name."""
+    return base(bottleneck="C4S2", init_from=f"{FOLDER}/{name}", frozen=True)
+
+
 POINTS = {
     **{f"open-{cut}": base(cut) for cut in (1, 3, 6)},
     "bottleneck": base(bottleneck="C4S2"),
     **{
-        f"taressfl-{strength}-{target}": base(
-            bottleneck="C4S2", init_from=f"{FOLDER}/expert-{strength}-{target}", frozen=True
-        )
+        f"taressfl-{strength}-{target}": frozen(f"expert-{strength}-{target}")
         for strength in STRENGTHS
         for target in TARGETS
     },
+    "taressfl-0": frozen("expert-0"),
     **{f"noise-{std}": base(privacy=Privacy(noise=std)) for std in (0.25, 1.0)},
 }
 EXPERTS = {
-    f"expert-{strength}-{target}": expert(strength, target) for strength in STRENGTHS for target in TARGETS
+    "expert-0": expert(0),
+    **{
+        f"expert-{strength}-{target}": expert(strength, target)
+        for strength in STRENGTHS
+        for target in TARGETS
+    },
 }
 
 

@@ -145,6 +145,35 @@ def test_every_configuration_is_possible() -> None:
             assert pathlib.Path(point.init_from).name in module["EXPERTS"] and point.optim.client_lr == 0
 
 
+def test_the_control_differs_from_another_point_by_the_decoder_alone() -> None:
+    get_config = leaks.runpy.run_path(str(leaks.CONFIGS))["get_config"]
+    control, other = get_config("expert-0"), get_config("expert-4-0.6")
+    assert resolve(control).resist.strength == 0 and resolve(other).resist.strength == 4
+    other.resist.strength = control.resist.strength
+    assert control == other
+    control, other = get_config("taressfl-0"), get_config("taressfl-4-0.6")
+    assert control.init_from == "runs/leaks/expert-0"
+    other.init_from = control.init_from
+    assert control == other
+
+
+def test_the_page_has_the_marks(tmp_path: pathlib.Path) -> None:
+    page = leaks.CONFIGS.parents[1] / "docs" / "privacy.md"
+    text = page.read_text()
+    before, after = text.split(leaks.MARKS[0])[0], text.split(leaks.MARKS[1])[1]
+    copy = tmp_path / "privacy.md"
+    copy.write_text(text)
+    (tmp_path / "leaks.png").write_bytes(b"png")
+    (tmp_path / "leaks.md").write_text("| a |\n|---|\n| 1 |\n")
+    leaks.fill(copy, tmp_path)
+    filled = copy.read_text()
+    assert filled.startswith(before) and filled.endswith(after) and len(before) > 1000 and len(after) > 100
+    assert "| 1 |" in filled and (tmp_path / "privacy" / "leaks.png").read_bytes() == b"png"
+    # Once more, nothing is doubled.
+    leaks.fill(copy, tmp_path)
+    assert copy.read_text() == filled
+
+
 def test_nothing_begins_after_the_stop(tmp_path: pathlib.Path) -> None:
     stop = threading.Event()
     stop.set()
