@@ -162,10 +162,11 @@ def output_file(text: str) -> Path:
     """Return the path given by --out.
 
     Raises:
-      UserError: if the path is a URL or a folder, or its parent folder does not exist or takes no files.
+      UserError: if the path is a URL, a folder or a device, or its parent folder does not exist or takes no
+        files.
     """
     path = user_path("--out", text)
-    if path.is_dir() or not path.parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():  # a device would be replaced
         raise UserError(f"--out: found {path}, allowed: a file in an existing folder")
     if why := why_not_writable(path.parent):
         raise UserError(f"--out: found {path}, allowed: a writable file ({why})")

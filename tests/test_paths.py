@@ -29,6 +29,13 @@ def test_the_home_folder_is_expanded_everywhere(
     assert user_path("--workdir", "a~/~") == pathlib.Path("a~/~")
 
 
+def test_a_device_is_not_replaced(tmp_path: pathlib.Path) -> None:
+    """As root, a new file would take the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"^--out: found .*pipe, allowed: a file in an existing folder$"):
+        commandline.output_file(str(tmp_path / "pipe"))
+
+
 @pytest.mark.parametrize(
     "command, arguments",
     [

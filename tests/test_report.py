@@ -182,7 +182,7 @@ def test_names_that_are_not_utf8_or_the_same(tmp_path: pathlib.Path) -> None:
         {"clients__num": 50, "seed": 3, "optim__server_lr": 0.5},
         {"clients__num": 7, "clients__batch_size": 2, "clients__seed": 5, "data__dir": "my data's"},
         {"moco__preset": "v1", "moco__key_dim": None, "model__width": None, "moco__symmetric": True},
-        {"algorithm": "flmoco", "optim__client_lr": 0.0, "clients__dirichlet_alpha": 0.3, "epochs": 200},
+        {"algorithm": "flmoco", "optim__client_lr": 0.5, "clients__dirichlet_alpha": 0.3, "epochs": 200},
     ],
 )
 def test_the_command_gives_the_configuration_again(fields: dict[str, Any]) -> None:
