@@ -61,11 +61,15 @@ def describe(
         )
     if size is None:
         raise UserError(f"--image_size: found None for {config.data.name}, allowed: its image size in pixels")
-    share = count // config.clients.num
-    if share < config.clients.batch_size:
+    share, batch = count // config.clients.num, config.clients.batch_size
+    if count < batch:
         raise UserError(
-            f"config.clients.num: found {config.clients.num}, allowed: 1 to "
-            f"{count // config.clients.batch_size} ({count} images in batches of {config.clients.batch_size})"
+            f"config.clients.batch_size: found {batch}, allowed: 1 to {count}, the images there are"
+        )
+    if share < batch:
+        raise UserError(
+            f"config.clients.num: found {config.clients.num}, allowed: 1 to {count // batch} ({count} images "
+            f"in batches of {batch})"
         )
     experiment.check(config, mesh)
 

@@ -61,7 +61,7 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def described(**fields: Any) -> Any:
+def described(images: int | None = None, **fields: Any) -> Any:
     """A run on the CPU's devices, whose compiler is always here."""
     values = config.quickstart()
     values.model.width, values.clients.num, values.clients.cohort = 4, 8, 4
@@ -69,7 +69,20 @@ def described(**fields: Any) -> Any:
     for name, value in fields.items():
         setattr(values.data, name, value)
     mesh = meshes.make_mesh(config.Mesh(data=2, model=1), jax.devices()[:2])
-    return programs.describe(config.resolve(values), mesh, 2**34)
+    return programs.describe(config.resolve(values), mesh, 2**34, images)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (1, "config.clients.batch_size: found 2, allowed: 1 to 1, the images there are"),
+        (15, "config.clients.num: found 8, allowed: 1 to 7 (15 images in batches of 2)"),
+    ],
+)
+def test_too_few_images_are_refused(images: int, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        described(images)
+    assert str(error.value) == message
 
 
 def test_figures_of_a_run_that_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
