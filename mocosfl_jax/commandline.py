@@ -28,6 +28,7 @@ from mocosfl_jax.config import CHOICES, PRESET_FIELDS, Config, Data, Own, commen
 from mocosfl_jax.errors import UserError, one_line, renamed
 from mocosfl_jax.paths import user_path, why_not_writable
 
+_FIELD = re.compile(r"--?(?:no)?config\.([^=]*)")  # an argument that sets a field
 HELP = {"--help", "-h", "-help", "--helpfull"}
 
 
@@ -81,7 +82,7 @@ def parse(
         raise UserError(explain(error, values, usage)) from error
     if rest:
         raise UserError(unexpected(repr(rest[0]), rest[0], _names(values), usage))
-    given = {match[1] for argument in argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", argument))}
+    given = {match[1] for argument in argv if (match := _FIELD.match(argument))}
     if "moco.preset" in given:  # it sets all of its fields, also those of the quickstart or the file
         unset += [path for field in PRESET_FIELDS if (path := f"moco.{field}") not in given]
     for path in unset:
@@ -210,7 +211,7 @@ def check_field(argument: str, flag_names: Iterable[str] = ()) -> None:
 
     The message says which field, or flag of `flag_names`, was probably meant.
     """
-    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    match = _FIELD.match(argument)
     node: Any = quickstart()
     path = "config"
     if match and match[1].split(".")[0] == "own":

@@ -115,7 +115,8 @@ def evaluate(argv: Sequence[str]) -> None:
         rng_few = jax.random.fold_in(jax.random.key(config.seed), 3)  # a fourth key, beside those three
         numbers |= monitor.semi_supervised(dataset, config.eval, features, rng_few)
     voted = [(each.knn_k, each.knn_temperature) for each in (recorded, config.eval)]
-    say(report.accuracies(numbers, subject.untrained if voted[0] == voted[1] else {}))
+    untrained = subject.untrained if voted[0] == voted[1] else {}
+    say(report.accuracies(numbers, untrained, report.before_training(config.init_from)))
     settings = {name: getattr(config.eval, name) for name in ("knn_k", "knn_temperature", "probe_epochs")}
     workdir.write_evaluation(folder, {**subject.record, **settings, **numbers}, subject.file)
     ending = subject.file.removeprefix("evaluation").removesuffix(".json")

@@ -326,7 +326,8 @@ def test_changed_data_are_evaluated_as_other_data(
     expected = json.loads((run / "evaluation_npz_dark.json").read_text())
     shown = [line for line in capsys.readouterr().out.splitlines() if "kNN" in line or "linear" in line]
     assert shown == [line for line in out.splitlines() if "kNN" in line or "linear" in line]
-    assert found.pop("other_data")[0] == "training images: 48 there, 21 now"  # type: ignore[index]
+    changes: Any = found.pop("other_data")
+    assert changes[0] == "training images: 48 there, 21 now"
     assert found.pop("epoch") == 2
     del expected["data"]
     assert found == expected

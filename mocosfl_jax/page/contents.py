@@ -10,7 +10,7 @@ from mocosfl_jax.costs.__main__ import table
 from mocosfl_jax.costs.accounting import from_config
 from mocosfl_jax.errors import UserError, printable
 from mocosfl_jax.page.command import command, paper_defaults
-from mocosfl_jax.training import comparison, workdir
+from mocosfl_jax.training import comparison, report, workdir
 
 NO_OWN = {"network": None, "algorithm": None}
 # The pictures of a run, with what they show and what draws them if they are missing.
@@ -134,7 +134,7 @@ def verdict(outcome: comparison.Outcome, metrics: Sequence[workdir.Metrics]) -> 
     parts = [f"kNN {accuracy:.3f}"]
     if not outcome.finished:
         parts[0] += f" after epoch {trained[-1]['epoch']:,}"
-    start = "at the start" if outcome.fields.get("init_from") else "untrained"
+    start = report.before_training(outcome.fields.get("init_from"))
     parts += [f"{start} {first['knn_backbone']:.3f}"] if "knn_backbone" in first else []
     parts += [f"raw pixels {pixels:.3f}"] if pixels is not None else []
     text = f"{done} {', '.join(parts)}"

@@ -389,7 +389,7 @@ def finish(
         if progress.unwritten:
             workdir.append_metrics(output.folder, progress.unwritten)
         plot_features(output.folder, run.dataset, features)
-        start = "untrained" if run.config.init_from is None else "at the start"
+        start = report.before_training(run.config.init_from)
         output.say(report.summary(workdir.read_metrics(output.folder), output.folder, start))
 
 

@@ -216,6 +216,16 @@ _PROBES = {
 }
 
 
+def before_training(init_from: str | None) -> str:
+    """What the network before the first step is called: it need not be untrained.
+
+    Example:
+      >>> before_training(None), before_training("runs/expert")
+      ('untrained', 'at the start')
+    """
+    return "untrained" if init_from is None else "at the start"
+
+
 def accuracies(trained: Mapping[str, float], untrained: Mapping[str, float], start: str = "untrained") -> str:
     """Format accuracies as a table.
 

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import run, split_model, train
+from mocosfl_jax import evaluate, report, run, split_model, train
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Optim
 from mocosfl_jax.training.initial import initial_models
 from mocosfl_jax.weights.encoder_file import Metadata, export_encoder
-from tests.support.small_run import write_images
+from tests.support.small_run import arguments, write_images
 from tests.support.training import prepare
 
 NETWORK: dict[str, Any] = {
@@ -153,3 +153,20 @@ def test_impossible_parts_are_refused(
 ) -> None:
     assert train.main(["train", f"--workdir={tmp_path}", *arguments]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_run_that_starts_from_a_trained_one_says_so(
+    images: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    """And a run with weighted averages can be such a start."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--config.epochs=1", "--config.eval.probe_epochs=0"]
+    assert train.main(arguments(images, first, *options, "--config.sync.weighted=True")) == 0
+    assert "kNN, untrained" in capsys.readouterr().out
+    assert train.main(arguments(images, second, *options, f"--init_from={first}")) == 0
+    assert evaluate.main(["evaluate", f"--workdir={second}"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("kNN, at the start") == 2 and "untrained" not in out
+    page = tmp_path / "page.html"
+    assert report.main(["report", f"--workdir={second}", f"--out={page}"]) == 0
+    assert ", at the start 0." in page.read_text()
