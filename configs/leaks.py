@@ -62,6 +62,7 @@ def base(
 def expert(strength: float, target: float = 0.6) -> Config:
     """Client and server in one place, on the source and two percent of the target."""
     config = base(bottleneck="C4S2")
+    config.epochs = 5
     config.clients = Clients(num=1, batch_size=100, noniid_ratio=1.0)
     config.resist = Resist(
         strength=strength,
@@ -71,7 +72,7 @@ def expert(strength: float, target: float = 0.6) -> Config:
         source_dir=f"{FOLDER}/source.npz",
         target_share=0.02,
         judge_images=500,
-        judge_epochs=10,
+        judge_epochs=5,
     )
     config.eval = Eval(every=0, probe_epochs=0)
     return config

@@ -1,4 +1,4 @@
-"""The default run: 20 clients with at most 2 classes of Fashion-MNIST each, a narrow VGG-11, on a CPU.
+"""The default run: 20 clients with at most 2 classes of Fashion-MNIST each, a narrow VGG-9, on a CPU.
 
     python -m mocosfl_jax.train
 

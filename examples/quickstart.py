@@ -31,11 +31,11 @@ SEED = 1234
 
 
 def main(
-    epochs: int = 20,
+    epochs: int = 15,
     num_clients: int = 20,
     batch_size: int = 5,
     syncs_per_epoch: int = 10,
-    width: int = 16,
+    width: int = 8,
     queue_size: int = 2000,
     max_images: int = 6000,
 ) -> list[dict[str, float]]:
@@ -68,7 +68,7 @@ def main(
     # A program that is fast on a CPU is slow on an accelerator: `forms` chooses. The numbers are the same.
     platform = forms(jax.default_backend())
     model = split_model(
-        "vgg11", cut_layer=1, width=width, key_dim=128, head="linear", init="xavier", forms=platform
+        "vgg9", cut_layer=1, width=width, key_dim=128, head="linear", init="xavier", forms=platform
     )
     rate = optim.schedule("cosine", 0.03, epochs=epochs, steps_per_epoch=steps)
     algorithm = mocosfl(

@@ -6,6 +6,7 @@
 
   --workdir=FOLDER     attack client 0 of a run of mocosfl_jax.train, on the run's data set
   --checkpoint=STEP    a number in the run's checkpoints; default: the newest
+  --smashed=query,key  which smashed data of a run; default: both
   --config=FILE        the config file of a run with functions of its own, which no workdir holds
   --encoder=FILE       attack the client side of an exported encoder, without the noise of its run
   --official_clients=FILE.npz
@@ -63,6 +64,7 @@ USAGE = "--workdir=FOLDER, --encoder=FILE, --official_clients=FILE and others, s
 BELONGS = {
     "checkpoint": "workdir",
     "config": "workdir",
+    "smashed": "workdir",
     "accept_other_data": "workdir",
     "clients": "official_clients",
     "bottleneck": "official_clients",
@@ -100,6 +102,7 @@ def attack(argv: Sequence[str]) -> None:
         for name in ("workdir", "config", "encoder", "official_clients", "out"):
             flags.DEFINE_string(name, None, "Path.", flag_values=values)
         flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint.", flag_values=values)
+        flags.DEFINE_list("smashed", ["query", "key"], "Of a run.", flag_values=values)
         flags.DEFINE_list("clients", None, "Names of official clients.", flag_values=values)
         flags.DEFINE_string("bottleneck", "C4S2", "Of the official clients.", flag_values=values)
         commandline.define_data(values)
@@ -163,7 +166,7 @@ def attack(argv: Sequence[str]) -> None:
     size = material.victims.shape[1]
     for views in material.clients.values():
         with renamed({"decoder": "--decoder"}):
-            attacks.check(settings, len(material.images), views["query"], size)
+            attacks.check(settings, len(material.images), next(iter(views.values())), size)
 
     images = data.images.in_memory(material.images)
     results = {}
@@ -202,6 +205,11 @@ def _of_run(values: flags.FlagValues) -> Material:
             f"config.algorithm: found {config.algorithm}, allowed: mocosfl, as others send no smashed data"
         )
     _require_layers(config.model.cut_layer)
+    wanted = dict.fromkeys(values.smashed)
+    if not wanted or not set(wanted) <= {"query", "key"}:
+        raise UserError(
+            f"--smashed: found {','.join(values.smashed) or 'nothing'}, allowed: query, key or both"
+        )
 
     from mocosfl_jax.algorithm.pool import online_model
     from mocosfl_jax.parallel.mesh import one_device
@@ -214,7 +222,8 @@ def _of_run(values: flags.FlagValues) -> Material:
         workdir.require_same_data(folder, run.fingerprint)
     state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, run.algorithm, device)
     say(f"{folder}: checkpoint {progress.step:,}")
-    views = {"query": online_model(state), "key": _momentum_model(state)}
+    models = {"query": online_model, "key": _momentum_model}
+    views = {name: models[name](state) for name in wanted}
     return Material(
         {"client 0": {name: _client(run.model, params) for name, params in views.items()}},
         run.dataset.x_train,

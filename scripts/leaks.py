@@ -1,7 +1,7 @@
 """Accuracy against leak: trains and attacks the points of configs/leaks.py, and draws one against the other.
 
     python -m scripts.leaks --data_dir=data [--workdir=runs/leaks] [--points=open-1,noise-1.0] [--seeds=1,2,3]
-                            [--jobs=2] [--minutes=300] [--page=docs/privacy.md] [--epochs=10]
+                            [--jobs=2] [--minutes=300] [--page=docs/privacy.md] [--epochs=6]
 
 --data_dir has CIFAR-10. A point is trained, after its expert if it has one, and attacked, with --epochs of
 the strong attacker. Each of these is a process of its own, and --jobs points are at work at a time: all
@@ -49,7 +49,7 @@ MEASURES = {
     "ssim": "SSIM",
     "mse_5th_percentile": "MSE p5",
 }
-ATTACK = ["--attackers=trivial,ridge,strong", "--decoder=res_normN2C32"]
+ATTACK = ["--attackers=trivial,ridge,strong", "--decoder=res_normN1C16", "--smashed=query"]
 
 Line = dict[str, Any]  # of leaks.jsonl
 
@@ -119,7 +119,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=300)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--page", type=Path)
     return parser.parse_args(argv)
 
@@ -221,7 +221,7 @@ def read(points: Sequence[str], workdir: Path) -> list[Line]:
 
 
 def results(folder: Path) -> Line:
-    """Accuracies of a run, and what the strongest attacker sees: of queries or keys, by whatever means."""
+    """Accuracies of a run, and what the strongest attacker sees, by whatever means."""
     found: Line = {}
     for line in read_metrics(folder):
         found |= {name: line[name] for name in ("knn_backbone", "linear_probe") if name in line}

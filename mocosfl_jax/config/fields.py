@@ -113,7 +113,7 @@ class Saving:
 class Model:
     """The network, and where it is cut."""
 
-    # resnet18, resnet34, resnet50, resnet101, resnet152, vgg11, vgg13, vgg16, vgg19 or mobilenetv2.
+    # resnet18, resnet34, resnet50, resnet101, resnet152, vgg9, vgg11, vgg13, vgg16, vgg19 or mobilenetv2.
     name: str = "resnet18"
     # Channels of the first convolution; all others scale with it. None: the paper's value, 64 (MobileNetV2:
     # 32).
@@ -349,10 +349,10 @@ def quickstart() -> Config:
     direction, since a step then costs half as much. README says how the recipe was chosen.
     """
     return Config(
-        epochs=20,
+        epochs=15,
         data=Data(name="fashion_mnist_sample"),
         clients=Clients(num=20, noniid_ratio=0.2),
-        model=Model(name="vgg11", width=16, cut_layer=1, init="xavier"),
+        model=Model(name="vgg9", width=8, cut_layer=1, init="xavier"),
         moco=Moco(
             preset="v2",
             head="linear",
@@ -364,5 +364,5 @@ def quickstart() -> Config:
             min_crop_scale=0.95,
         ),
         optim=Optim(server_lr=0.03, client_lr=0.03),
-        eval=Eval(every=4),
+        eval=Eval(every=5),
     )

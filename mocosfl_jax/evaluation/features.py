@@ -31,7 +31,7 @@ Head = Callable[[State, np.ndarray], Array]  # state, pooled features [n, D] -> 
 class Extracted(NamedTuple):
     """Features of a whole set of images, in the memory of the host."""
 
-    backbone: np.ndarray  # [n, D], after global average pooling
+    backbone: np.ndarray  # [n, D]: what the head sees, after global average pooling in most networks
     projection: np.ndarray  # [n, key_dim], output of the projection head, not normalised
 
 
@@ -51,8 +51,9 @@ def encode_images(
       Features of all n images, float32.
 
     Raises:
-      UserError: if the images have another shape or dtype, are floats far above 1 or not finite, or are
-        smaller than the network's layers allow; if `batch_size` is not positive; if a feature is not finite.
+      UserError: if the images have another shape or dtype, are floats far above 1 or not finite, are smaller
+        than the network's layers allow, or of another size where its features are not pooled; if
+        `batch_size` is not positive; if a feature is not finite.
 
     Example:
       >>> from mocosfl_jax import split_model
@@ -79,6 +80,12 @@ def encode_images(
         raise UserError(
             f"images: found {size}, allowed: {network.smallest_image} or more a side for "
             f"{network.name}, whose layers leave nothing of smaller ones"
+        )
+    trained = encoder.metadata.network.get("image_size")
+    if network and not network.pooled and images.shape[1:3] != (trained, trained):
+        raise UserError(
+            f"images: found {size}, allowed: {trained}x{trained} for {network.name}, whose features are not "
+            "pooled"
         )
     if isinstance(images, np.ndarray) and images.dtype.kind == "f" and not np.isfinite(images).all():
         raise UserError("images: found values that are not finite, allowed: finite ones")

@@ -170,7 +170,7 @@ class _Upsampling(nn.Module):
         of_kernel, of_bias = self.options.draws(3 * 3 * self.features, 3 * 3 * x.shape[-1])
         kernel = self.param("kernel", of_kernel, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", of_bias, (self.features,))
-        return transposed_conv(x, kernel, self.options.conv) + bias.reshape(1, 1, 1, -1)
+        return transposed_conv(x, kernel) + bias.reshape(1, 1, 1, -1)
 
 
 class _BatchNorm(nn.Module):

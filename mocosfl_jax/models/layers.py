@@ -139,7 +139,7 @@ class TransposedConv(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
         x, kernel = self.options.cast(x), self.options.cast(kernel)
-        return _add_bias(self, transposed_conv(x, kernel, self.options.conv), nn.initializers.zeros)
+        return _add_bias(self, transposed_conv(x, kernel), nn.initializers.zeros)
 
 
 def _add_bias(module: nn.Module, x: Array, init: Initializer) -> Array:

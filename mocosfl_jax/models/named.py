@@ -48,12 +48,13 @@ class _Client(nn.Module):
 
 
 class _Server(nn.Module):
-    """The layers after the cut, the global average pool and the projection head."""
+    """The layers after the cut, the global average pool unless there is none, and the projection head."""
 
     layers: Sequence[Module]
     options: Options
     head: ProjectionHead
     arrange: Callable[[Array], Array]
+    pooled: bool
 
     def __call__(self, smashed: Array) -> Array:
         return self.head(self.backbone(smashed))
@@ -63,13 +64,13 @@ class _Server(nn.Module):
         x = self.arrange(smashed)
         for layer in self.layers:
             x = layer(options=self.options)(x)
-        # Pooled features and projections are not rounded, since loss and evaluation are computed from them.
+        # Features and projections are not rounded, since loss and evaluation are computed from them.
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return jnp.mean(x, axis=(1, 2))
+        return jnp.mean(x, axis=(1, 2)) if self.pooled else x.reshape(len(x), -1)
 
 
 def _layers(network: Network, *, width: int | None, image_size: int, stem_stride: int | None) -> list[Layer]:
-    """All layers between the images and the global average pool. None stands for the paper's values."""
+    """All layers between the images and the last feature map. None stands for the paper's values."""
     return network.layers(
         width=width or network.paper_width,
         image_size=image_size,
@@ -173,12 +174,13 @@ def split_model(
       ((2, 8, 8, 4), (2, 32), (2, 8))
 
     Args:
-      name: resnet18, 34, 50, 101 or 152, vgg11, 13, 16 or 19, or mobilenetv2.
+      name: resnet18, 34, 50, 101 or 152, vgg9, 11, 13, 16 or 19, or mobilenetv2.
       cut_layer: Number of layers on the client. With 0 a client has no parameters and its smashed data are
         the images, which is MoCo on the server. The server keeps at least one layer.
       width: Channels of the first convolution; all others scale with it. A multiple of 4, or of 16 for
-        mobilenetv2. None takes the paper's width: 64, or 32 for mobilenetv2.
-      image_size: Pixels a side; at least 32 for a VGG.
+        mobilenetv2. None takes the paper's width: 64, or 32 for vgg9 and mobilenetv2.
+      image_size: Pixels a side; at least 32 for a VGG, or 8 for vgg9. The features of vgg9 are all values of
+        its last map, so that their number depends on it; those of the others are means over the map.
       stem_stride: Stride of the first convolution. None takes 2 for images of 64 pixels and of 224 or more,
         and 1 otherwise. A VGG has no stem and accepts None only.
       key_dim: Width of query and key embeddings.
@@ -243,6 +245,7 @@ def split_model(
         dataclasses.replace(options, conv=stacked if stacked_server else single),
         ProjectionHead(key_dim, hidden_dim, batch_norm=head == "mlp_bn", name="head"),
         forms.arrange,
+        network.pooled,
     )
 
     def init_params(rng: Array) -> tuple[Params, Params]:

@@ -17,7 +17,7 @@ class Layer(NamedTuple):
 
 
 class Layers(Protocol):
-    """Makes the layers of a network, from the images to the global average pool."""
+    """Makes the layers of a network, from the images to the last feature map."""
 
     def __call__(self, *, width: int, image_size: int, stem_stride: int) -> list[Layer]: ...
 
@@ -32,6 +32,8 @@ class Network(NamedTuple):
     layers_in_words: str  # for messages about the cut: "stem and 8 blocks"
     has_stem: bool = True  # whether its first layer has a stride
     smallest_image: int = 1  # pixels a side of which the layers leave one
+    # Whether the features are the means of the last map, by global average pooling, or all of its values.
+    pooled: bool = True
     head_expansion: int = 1  # width of the hidden layer of the head "mlp", divided by `key_dim`
     # Names of submodules that the official code calls otherwise. It calls each norm "bn".
     official_names: Mapping[str, str] = {}

@@ -19,7 +19,7 @@ ImageShape = tuple[int, int, int]  # height, width, channels
 class Features(NamedTuple):
     """Outputs of the whole network for n images, in float32 or wider."""
 
-    backbone: Array  # [n, D], after global average pooling
+    backbone: Array  # [n, D]: what the head sees, after global average pooling in most networks
     projection: Array  # [n, key_dim], output of the projection head, not normalised
 
 

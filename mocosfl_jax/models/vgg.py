@@ -1,7 +1,9 @@
 """VGG for small images, as a list of layers between which it can be cut.
 
 Simonyan and Zisserman 2015, with a norm after every convolution. As in the official MocoSFL code, a global
-average pool and a projection head replace the three fully connected layers.
+average pool and a projection head replace the three fully connected layers. VGG-9 is the small network of
+Wang et al. 2020 (Federated learning with matched averaging), whose fully connected layers see the whole map,
+and so does its head here. The official MocoSFL code does not have it.
 """
 
 import functools
@@ -12,14 +14,15 @@ from jax import Array
 from mocosfl_jax.models.layers import Conv, Norm, Options, max_pool
 from mocosfl_jax.models.network import Layer, Network
 
-# Channels of each 3x3 convolution in the paper, and "M" for a max-pool.
+# Channels of each 3x3 convolution in the papers, and "M" for a max-pool.
 ENTRIES: dict[str, tuple[int | str, ...]] = {
+    "vgg9": (32, 64, "M", *2 * (128,), "M", *2 * (256,), "M"),
     "vgg11": (64, "M", 128, "M", *2 * (256,), "M", *2 * (512,), "M", *2 * (512,), "M"),
     "vgg13": (*2 * (64,), "M", *2 * (128,), "M", *2 * (256,), "M", *2 * (512,), "M", *2 * (512,), "M"),
     "vgg16": (*2 * (64,), "M", *2 * (128,), "M", *3 * (256,), "M", *3 * (512,), "M", *3 * (512,), "M"),
     "vgg19": (*2 * (64,), "M", *2 * (128,), "M", *4 * (256,), "M", *4 * (512,), "M", *4 * (512,), "M"),
 }
-WIDTH = 64  # of the first one
+NOT_POOLED = ("vgg9",)
 
 
 class ConvBlock(nn.Module):
@@ -46,7 +49,7 @@ class MaxPool(nn.Module):
 def vgg_layers(
     entries: tuple[int | str, ...], *, width: int, image_size: int, stem_stride: int
 ) -> list[Layer]:
-    """The layers between the images and the global average pool: convolutions and max-pools.
+    """The layers between the images and the last feature map: convolutions and max-pools.
 
     Args:
       entries: One of `ENTRIES`.
@@ -58,7 +61,7 @@ def vgg_layers(
     channels = 3
     for entry in entries:
         if isinstance(entry, int):
-            channels = entry * width // WIDTH
+            channels = entry * width // paper_width(entries)
             relu = None
             layers.append(Layer(functools.partial(ConvBlock, channels), channels, ("conv", "norm", relu)))
         else:
@@ -66,15 +69,21 @@ def vgg_layers(
     return layers
 
 
+def paper_width(entries: tuple[int | str, ...]) -> int:
+    """Channels of the first convolution in the paper."""
+    return int(entries[0])
+
+
 NETWORKS = tuple(
     Network(
         name,
-        paper_width=WIDTH,
+        paper_width=paper_width(entries),
         width_step=4,
         layers=functools.partial(vgg_layers, entries),
         layers_in_words=f"{len(entries)} convolutions and max-pools",
         has_stem=False,
         smallest_image=2 ** entries.count("M"),
+        pooled=name not in NOT_POOLED,
         official_flat_head=True,
     )
     for name, entries in ENTRIES.items()

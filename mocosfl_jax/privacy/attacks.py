@@ -143,7 +143,8 @@ def attack(
     """Attack the smashed data of one client.
 
     Args:
-      views: the client-side models by name: the online model as "query", the momentum model as "key".
+      views: the client-side models by name, one or both: the online model as "query", the momentum model as
+        "key".
       images: [n, H, W, 3] uint8 that attackers may have. The clean protocol leaves out those of the victims.
       victims: [m, H, W, 3] uint8.
       mean: of each channel, with which the models' images are normalised.
@@ -168,7 +169,7 @@ def attack(
         given = protocol.clean(victims, mean, std)
         images = without(images, victims)
     size = victims.shape[1]
-    shape = check(settings, len(images), views["query"], size)
+    shape = check(settings, len(images), next(iter(views.values())), size)
     truth = given.truth / np.float32(255)
     colour = mean_colour(images)
     constant = float(np.mean(similarity.mse(trivial.constant_colour(truth, colour), truth)))

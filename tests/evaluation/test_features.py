@@ -46,6 +46,18 @@ def test_images_smaller_than_the_network_needs(name: str, least: int, shape: tup
         encode_images(encoder, np.zeros((2, *shape, 3), np.uint8))
 
 
+@pytest.mark.parametrize("shape", [(16, 17), (24, 24)])
+def test_images_of_another_size_where_features_are_not_pooled(shape: tuple[int, int]) -> None:
+    network: dict[str, Any] = {"name": "vgg9", "cut_layer": 2, "width": 4, "image_size": 16, "key_dim": 6}
+    model = split_model(**network)
+    params = jax.jit(model.init)(jax.random.key(0))
+    encoder = Encoder(model, params, Metadata(network, (0.5,) * 3, (0.25,) * 3))
+    assert encode_images(encoder, np.zeros((2, 16, 16, 3), np.uint8)).backbone.shape == (2, 2 * 2 * 32)
+    message = f"^images: found {shape[0]}x{shape[1]} pixels, allowed: 16x16 for vgg9, whose features are not"
+    with pytest.raises(UserError, match=message):
+        encode_images(encoder, np.zeros((2, *shape, 3), np.uint8))
+
+
 @pytest.mark.parametrize(
     "images, more, message",
     [

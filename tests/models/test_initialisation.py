@@ -19,7 +19,7 @@ def networks() -> list[Any]:
     """Each network. Networks that differ from another one only in depth are marked slow."""
     cases = []
     for name in NETWORKS:
-        quick = name in ("resnet18", "resnet50", "vgg11", "mobilenetv2")
+        quick = name in ("resnet18", "resnet50", "vgg9", "vgg11", "mobilenetv2")
         marks = () if quick else (pytest.mark.slow,)
         cases += [pytest.param(name, standardised, marks=marks) for standardised in (True, False)]
     return cases

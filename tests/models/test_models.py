@@ -23,7 +23,7 @@ from mocosfl_jax.models.named import NETWORKS
 from mocosfl_jax.models.network import Layer, Network
 from mocosfl_jax.models.norms import group_norm
 from mocosfl_jax.models.resnet import BasicBlock
-from mocosfl_jax.models.vgg import MaxPool
+from mocosfl_jax.models.vgg import ConvBlock, MaxPool
 from mocosfl_jax.weights.official import from_official
 
 
@@ -61,6 +61,14 @@ def test_parameters_on_each_side_of_the_cut(settings: Any, client: int, server: 
         ("vgg11", 132_868_840 - 123_642_856 + 513_000),
         ("vgg16", 138_365_992 - 123_642_856 + 513_000),
         ("vgg19", 143_678_248 - 123_642_856 + 513_000),
+        # Kernels and biases of the six convolutions, scales and biases of their norms, and the head, which
+        # sees the whole map of 28 x 28 pixels.
+        (
+            "vgg9",
+            9 * (3 * 32 + 32 * 64 + 64 * 128 + 128 * 128 + 128 * 256 + 256 * 256)
+            + 3 * (32 + 64 + 2 * 128 + 2 * 256)
+            + (28 * 28 * 256 + 1) * 1000,
+        ),
     ],
 )
 def test_parameters_of_the_networks_for_imagenet(name: str, total: int) -> None:
@@ -82,7 +90,12 @@ def named_values(shapes: object) -> Any:
 
 @pytest.mark.parametrize(
     "name, width, image_size, cuts",
-    [("resnet18", 4, 8, (1, 7)), ("vgg11", 4, 32, (0, 6)), ("mobilenetv2", 16, 8, (2, 7))],
+    [
+        ("resnet18", 4, 8, (1, 7)),
+        ("vgg9", 4, 16, (1, 5)),
+        ("vgg11", 4, 32, (0, 6)),
+        ("mobilenetv2", 16, 8, (2, 7)),
+    ],
 )
 def test_two_cuts_of_a_network_compute_the_same(
     name: str, width: int, image_size: int, cuts: tuple[int, int]
@@ -96,6 +109,22 @@ def test_two_cuts_of_a_network_compute_the_same(
 
     for one, other in zip(*map(run, cuts), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
+
+
+def test_the_features_of_vgg9_are_its_last_map() -> None:
+    """Against the layers one by one: on the server are the last convolution and the last max-pool."""
+    model = split_model("vgg9", cut_layer=7, width=4, image_size=16, key_dim=8)
+    _, params = jax.jit(model.init)(jax.random.key(0))
+    smashed = jax.random.normal(jax.random.key(1), (3, 4, 4, 32))
+    options = Options(direct_conv, group_norm, weight_standardisation=True, norm="group", residual=True)
+    block = ConvBlock(32, options).apply({"params": params["layer7"]}, smashed)
+    expected = np.asarray(block).reshape(3, 2, 2, 2, 2, 32).max(axis=(2, 4)).reshape(3, -1)
+    found = model.server(params, smashed)
+    np.testing.assert_allclose(found.backbone, expected, rtol=1e-5, atol=1e-5)
+    head = jax.tree.map(np.asarray, params["head"])
+    hidden = np.maximum(expected @ head["hidden"]["kernel"] + head["hidden"]["bias"], 0)
+    projection = hidden @ head["out"]["kernel"] + head["out"]["bias"]
+    np.testing.assert_allclose(found.projection, projection, rtol=1e-4, atol=1e-5)
 
 
 def test_a_stacked_server_computes_the_same() -> None:
@@ -289,6 +318,7 @@ def test_bottlenecks_are_parsed(text: str, expected: Bottleneck) -> None:
         ({"stem_stride": 3}, r"^stem_stride: found 3, allowed: None, 1, 2 or 4"),
         ({"name": "vgg13", "stem_stride": 2}, r"^stem_stride: found 2, allowed: None for vgg13"),
         ({"name": "vgg13", "image_size": 16}, r"^image_size: found 16, allowed: 32 or more"),
+        ({"name": "vgg9", "image_size": 7}, r"^image_size: found 7, allowed: 8 or more"),
         ({"key_dim": 0}, "^key_dim: found 0, allowed: 1 or more"),
         ({"norm": "batch"}, r"^norm: found 'batch', allowed: group, layer, instance"),
         ({"compute_dtype": "float16"}, r"^compute_dtype: found 'float16', allowed: float32, bfl"),
