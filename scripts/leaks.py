@@ -10,7 +10,9 @@ end, and attacks end; the same command goes on.
 
 In the workdir, POINT-seedN are the runs with their privacy.json, leaks.jsonl has a line for each, and
 leaks.png and leaks.md are the picture and the table of all that are done. With --page they go between the
-marks `<!-- leaks -->` and `<!-- end of leaks -->` on that page, the picture into the folder beside it.
+marks `<!-- leaks -->` and `<!-- end of leaks -->` on that page, leaks.png and leaks.jsonl into the folder
+beside it. Lines that are there already stay, for points and seeds that this workdir does not have. So seeds
+can come from several machines.
 """
 
 import argparse
@@ -97,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         failed = follow(chains, options.jobs, stop)
     finally:
         end.cancel()
-    lines = read(points, options.workdir)
+    lines = read(points, options.workdir, options.page)
     report(options.workdir, lines)
     if options.page and lines:
         fill(options.page, options.workdir)
@@ -205,16 +207,23 @@ def run(step: Step, jobs: int, stop: threading.Event) -> bool | None:
     return process.returncode == 0
 
 
-def read(points: Sequence[str], workdir: Path) -> list[Line]:
-    """What each attacked point in the workdir has come to, with any seed. leaks.jsonl gets it too."""
-    lines = []
+def read(points: Sequence[str], workdir: Path, page: Path | None) -> list[Line]:
+    """What each attacked point has come to, with any seed: in the workdir, or else beside the page.
+
+    The workdir's leaks.jsonl gets it too.
+    """
+    found: dict[tuple[str, int], Line] = {}
+    if page and (published := page.with_suffix("") / "leaks.jsonl").exists():
+        earlier = [json.loads(line) for line in published.read_text().splitlines()]
+        found = {(line["point"], line["seed"]): line for line in earlier}
     for name in points:
-        for marker in sorted(workdir.glob(f"{name}-seed*/attacked")):
+        for marker in workdir.glob(f"{name}-seed*/attacked"):
             folder = marker.parent
             seed = int(folder.name.rpartition("-seed")[2])
             date = datetime.date.fromtimestamp(marker.stat().st_mtime)
             about = {"point": name, "seed": seed, "date": f"{date}", "commit": commit(folder)}
-            lines.append(about | results(folder))
+            found[name, seed] = about | results(folder)
+    lines = [found[key] for name in points for key in sorted(found) if key[0] == name]
     with (workdir / "leaks.jsonl").open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     return lines
@@ -296,12 +305,13 @@ def plot(path: Path, points: Mapping[str, Sequence[Line]]) -> None:
 
 
 def fill(page: Path, folder: Path) -> None:
-    """Put the picture and the table between the marks on the page."""
+    """Put the picture and the table between the marks on the page, and the lines beside the picture."""
     before, _, rest = page.read_text().partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     pictures = page.with_suffix("")
     pictures.mkdir(exist_ok=True)
-    shutil.copy(folder / "leaks.png", pictures / "leaks.png")
+    for name in ("leaks.png", "leaks.jsonl"):
+        shutil.copy(folder / name, pictures / name)
     shown = f"![Accuracy against leak]({pictures.name}/leaks.png)\n\n{(folder / 'leaks.md').read_text()}"
     page.write_text(f"{before}{MARKS[0]}{shown}{MARKS[1]}{after}")
 

@@ -47,6 +47,16 @@ def test_a_run_is_attacked_at_queries_and_keys(run: pathlib.Path, capsys: pytest
     assert captured.err == ""
 
 
+def test_one_kind_of_smashed_data_is_attacked_as_beside_the_other(run: pathlib.Path) -> None:
+    quick = ["--attackers=ridge", "--victims=6"]
+    assert attack.main(["attack", f"--workdir={run}", *quick]) == 0
+    both = {row["smashed"]: row["mse"] for row in rows(run)}
+    for view in ("query", "key"):
+        assert attack.main(["attack", f"--workdir={run}", *quick, f"--smashed={view}"]) == 0
+        found = {row["smashed"]: row["mse"] for row in rows(run)}
+        assert found == {view: pytest.approx(both[view], rel=1e-4)}
+
+
 def test_the_noise_of_a_run_is_in_what_is_attacked(run: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     def error_of_ridge(**privacy: float) -> float:
         config = json.loads((run / "config.json").read_text())
@@ -149,6 +159,11 @@ def test_privacy_json_is_json_where_images_are_reconstructed_perfectly(
         ([], "found none, allowed: one of --workdir, --encoder and --official_clients"),
         (["--workdir={run}", "--encoder=x"], "found --workdir and --encoder, allowed: one of"),
         (["--encoder=x"], "--out is missing"),
+        (["--workdir={run}", "--smashed=value"], "--smashed: found value, allowed: query, key or both"),
+        (
+            ["--encoder=x", "--out=y", "--smashed=key"],
+            "--smashed: found with --encoder, allowed",
+        ),
         (["--workdir={run}", "--attackers=magic"], "--attackers: found 'magic', allowed: trivial"),
         (["--workdir={run}", "--protocol=x"], "--protocol: found 'x', allowed: clean, official"),
         (["--workdir={run}", "--decoder=x"], "error: --decoder: found 'x', allowed: res_normNxCy"),

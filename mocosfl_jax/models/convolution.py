@@ -133,20 +133,20 @@ def transposed_conv(x: Array, kernel: Array) -> Array:
     pixels at (y, x), to its right and below. On one CPU core, with gradients, it takes 11 ms for
     [100, 16, 16, 16]; a convolution of the image with zeros between its pixels takes 168 ms.
     """
-    n, height, width, channels = x.shape
+    (n, height, width, channels), features = x.shape, kernel.shape[-1]
     x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
     pixels = jnp.concatenate([x[:, i : i + height, j : j + width] for i, j in _SQUARE], axis=-1)
     # Along one axis: by which entry of the kernel an input pixel reaches an output pixel of the square.
     entry = {(0, 0): 1, (0, 1): 2, (1, 1): 0}
-    nothing = jnp.zeros((channels, kernel.shape[-1]), kernel.dtype)
+    nothing = jnp.zeros((channels, features), kernel.dtype)
 
     def block(pixel: tuple[int, int], output: tuple[int, int]) -> Array:
         row, column = (entry.get(pair) for pair in zip(pixel, output, strict=True))
         return nothing if row is None or column is None else kernel[row, column]
 
     matrix = jnp.concatenate([jnp.concatenate([block(i, o) for o in _SQUARE], axis=1) for i in _SQUARE])
-    out = matmul(pixels, matrix).reshape(n, height, width, 2, 2, -1)
-    return out.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, -1)
+    out = matmul(pixels, matrix).reshape(n, height, width, 2, 2, features)
+    return out.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, features)
 
 
 _SQUARE = ((0, 0), (0, 1), (1, 0), (1, 1))  # a pixel, and those to its right and below

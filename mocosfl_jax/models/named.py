@@ -66,7 +66,7 @@ class _Server(nn.Module):
             x = layer(options=self.options)(x)
         # Features and projections are not rounded, since loss and evaluation are computed from them.
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return jnp.mean(x, axis=(1, 2)) if self.pooled else x.reshape(len(x), -1)
+        return jnp.mean(x, axis=(1, 2)) if self.pooled else x.reshape(x.shape[0], -1)
 
 
 def _layers(network: Network, *, width: int | None, image_size: int, stem_stride: int | None) -> list[Layer]:

@@ -63,10 +63,12 @@ def test_a_whole_encoder_takes_any_number_of_pictures(forms: Forms) -> None:
     check(encode, np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3)).astype(np.uint8))
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vgg11", "mobilenetv2"])
+@pytest.mark.parametrize("name", ["resnet50", "vgg9", "vgg11", "mobilenetv2"])
 def test_every_kind_of_network_can_be_exported(name: str) -> None:
     for forms in (ACCELERATOR, CPU):
-        model = split_model(name, cut_layer=2, width=32, key_dim=8, head="mlp_bn", forms=forms)
+        model = split_model(
+            name, cut_layer=2, width=32, key_dim=8, head="mlp_bn", bottleneck="C4S2", forms=forms
+        )
         params = jax.eval_shape(model.init, jax.random.key(0))
         (n,) = export.symbolic_shape("n")
         images = jax.ShapeDtypeStruct((n, 32, 32, 3), jnp.float32)
