@@ -115,14 +115,14 @@ def test_the_page_needs_nothing_else(finished: pathlib.Path, tmp_path: pathlib.P
 def test_an_unfinished_run_says_what_is_missing(tmp_path: pathlib.Path) -> None:
     page = make(tmp_path / "a.html", write_run(tmp_path / "run", [START, FIRST]))
     assert (
-        "Unfinished: epoch 1 of 20 epochs. kNN 0.613 after epoch 1, untrained 0.481, raw pixels 0.759"
+        "Unfinished: epoch 1 of 15 epochs. kNN 0.613 after epoch 1, untrained 0.481, raw pixels 0.759"
         in page.text
     )
     assert "0.146 below raw pixels" in page.text
     for name in ("partition.png", "neighbours.png", "embedding.png"):
         assert f"There is no {name}" in page.text
     page = make(tmp_path / "b.html", write_run(tmp_path / "new", []))
-    assert "Unfinished: epoch 0 of 20 epochs. No accuracy of the trained network yet." in page.text
+    assert "Unfinished: epoch 0 of 15 epochs. No accuracy of the trained network yet." in page.text
 
 
 def test_differences_between_runs_and_from_the_paper_are_marked_and_first(tmp_path: pathlib.Path) -> None:
