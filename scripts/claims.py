@@ -12,8 +12,9 @@ interrupted ones resumed, failed ones tried again. What follows -- is added to e
 
 In the workdir, runs.jsonl has a line for each run, with its command, date, commit, seconds and results.
 NAME.png and NAME.md are the curves and tables of each claim, from the runs that are finished. With --page,
-the tables go between the marks on that page, and the curves into the folder beside it that has its name. A
-collapse, and a run that ends because its loss is not finite, are results and are recorded as such.
+the tables go between the marks on that page, curves and runs.jsonl into the folder beside it that has its
+name. What is finished there counts as finished, so seeds can come from several machines. A collapse, and a
+run that ends because its loss is not finite, are results and are recorded as such.
 """
 
 import argparse
@@ -112,10 +113,13 @@ def main(argv: Sequence[str]) -> int:
     images = options.workdir / "cifar10.npz"
     table = options.workdir / "runs.jsonl"
     lines = read(table)
+    if options.page:
+        published = read(options.page.with_suffix("") / "runs.jsonl")
+        lines = {name: line for name, line in published.items() if is_done(line)} | lines
     try:
         wanted = runs(options.claims, options.seeds)
         if options.page:
-            fill(options.page, options.workdir)
+            check_marks(options.page)
         if not images.exists():
             subset.write(subset.cifar10(options.data_dir), images, train=PER_CLASS)
     except UserError as error:
@@ -124,6 +128,7 @@ def main(argv: Sequence[str]) -> int:
     waiting = collections.deque(run for run in wanted if not is_done(lines.get(run.name)))
     print(f"{len(wanted) - len(waiting)} of {len(wanted)} runs are done", flush=True)
     train(waiting, lines, options, images)
+    write(table, lines)
     report(options.workdir, lines)
     if options.page:
         fill(options.page, options.workdir)
@@ -431,21 +436,29 @@ def values(lines: Sequence[Line], measure: str) -> list[float]:
     return [line[measure] for line in lines if measure in line]
 
 
-def fill(page: Path, folder: Path) -> None:
-    """Put the tables of each claim between its marks on the page, its picture into the folder beside it.
+def marks(claim: str) -> tuple[str, str]:
+    """Between which a claim's curves and tables stand on the page."""
+    return f"<!-- {claim} -->\n", f"<!-- end of {claim} -->"
 
-    Raises:
-      UserError: If the page lacks the marks.
-    """
-    text, pictures = page.read_text(), page.with_suffix("")
-    for claim in MEASURES:
-        first, last = f"<!-- {claim} -->\n", f"<!-- end of {claim} -->"
-        before, mark, rest = text.partition(first)
-        _, end, after = rest.partition(last)
-        if not mark or not end:
+
+def check_marks(page: Path) -> None:
+    """Raise UserError if the page lacks marks."""
+    text = page.read_text()
+    for first, last in map(marks, MEASURES):
+        if last not in text.partition(first)[2]:
             raise UserError(f"{page}: found no {first.strip()} with its {last}, allowed: both")
+
+
+def fill(page: Path, folder: Path) -> None:
+    """Put the tables of each claim between its marks on the page, curves and runs.jsonl into its folder."""
+    text, pictures = page.read_text(), page.with_suffix("")
+    pictures.mkdir(exist_ok=True)
+    shutil.copy(folder / "runs.jsonl", pictures / "runs.jsonl")
+    for claim in MEASURES:
         if (folder / f"{claim}.md").exists():
-            pictures.mkdir(exist_ok=True)
+            first, last = marks(claim)
+            before, _, rest = text.partition(first)
+            after = rest.partition(last)[2]
             shutil.copy(folder / f"{claim}.png", pictures / f"{claim}.png")
             tables = (folder / f"{claim}.md").read_text()
             alt = f"{NAMES['knn_backbone']}, over {XS[claim]}"

@@ -213,6 +213,17 @@ def test_tables_have_means_and_standard_errors_and_stand_on_the_page(
     with Image.open(tmp_path / "page" / "sharing.png") as picture:
         assert picture.width > 600 and len(np.unique(np.asarray(picture)[..., :3].reshape(-1, 3), axis=0)) > 5
 
+    # Another machine runs what the page does not have yet.
+    other = tmp_path / "other"
+    stand_in["sharing-noniid-on-400-seed4"] = 0.5
+    names = "--claims=sharing-noniid-on-400"
+    assert claims.main([f"--workdir={other}", names, "--seeds=1,2,3,4", f"--page={page}"]) == 0
+    assert [path.name for path in other.glob("*/calls")] == ["calls"]
+    published = tmp_path / "page" / "runs.jsonl"
+    assert published.read_text() == (other / "runs.jsonl").read_text()
+    assert len(published.read_text().splitlines()) == 10
+    assert f"| two classes, one queue | {(3 * mean + 0.5) / 4:.3f} ± " in page.read_text()
+
     page.write_text("# No marks")
     assert claims.main(argv) == 2
 
