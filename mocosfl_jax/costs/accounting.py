@@ -305,7 +305,7 @@ def from_config(config: Resolved, images: int | None = None, image_size: int | N
       >>> from mocosfl_jax.config import quickstart, resolve
       >>> costs = from_config(resolve(quickstart()))
       >>> costs.parameters, costs.plan.steps, costs.client.memory.parameters  # 4 bytes per parameter
-      (480, 60, 1920)
+      (240, 60, 960)
     """
     clients, moco = config.clients, config.moco
     for field, value, allowed in (

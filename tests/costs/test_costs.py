@@ -414,7 +414,7 @@ def test_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> N
     [
         ("--images=0", "flag --images=0"),
         ("--config.data.name=food", "--images: found None"),
-        ("--config.model.cut_layer=14", "config.model.cut_layer: found 14, allowed: 0 to 12"),
+        ("--config.model.cut_layer=14", "config.model.cut_layer: found 14, allowed: 0 to 8"),
         ("--workdir=x", "workdir"),
     ],
 )

@@ -64,7 +64,8 @@ def nbytes(tree: Any) -> int:
 def described(images: int | None = None, **fields: Any) -> Any:
     """A run on the CPU's devices, whose compiler is always here."""
     values = config.quickstart()
-    values.model.width, values.clients.num, values.clients.cohort = 4, 8, 4
+    values.model.name, values.model.width = "vgg11", 4
+    values.clients.num, values.clients.cohort = 8, 4
     values.clients.batch_size, values.moco.queue_size, values.moco.key_dim = 2, 200, 8
     for name, value in fields.items():
         setattr(values.data, name, value)

@@ -119,8 +119,8 @@ def test_epochs_are_not_confused(tmp_path: pathlib.Path) -> None:
 def test_a_store_beyond_its_budget_is_refused(tmp_path: pathlib.Path) -> None:
     config = quickstart()
     config.saving = Saving(loss_threshold=1.0, replay_gib=0.1)
-    # 60 steps of 2 x 100 x 32 x 32 x 16 floats.
-    with pytest.raises(UserError, match=r"config\.saving\.replay_gib: found 0.1, allowed: 0.732 or more"):
+    # 60 steps of 2 x 100 x 32 x 32 x 8 floats.
+    with pytest.raises(UserError, match=r"config\.saving\.replay_gib: found 0.1, allowed: 0.366 or more"):
         prepare(config)
     saving.Store(tmp_path, floats(1024, 2, 1024, 16, 16, 1)).require_space()
     with pytest.raises(UserError, match=r"found .* GiB free, 2.15e\+09 GiB are needed"):
