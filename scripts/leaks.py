@@ -298,7 +298,7 @@ def plot(path: Path, points: Mapping[str, Sequence[Line]]) -> None:
         axes.set(
             xlabel="what the strongest attacker does not see: MSE / MSE of one constant colour",
             ylabel="accuracy of the linear probe",
-            xlim=(0, None),
+            xlim=(0, 1.2 * max(values(every, "relative_mse"))),  # room for the names
         )
 
     figure.save(path, (8, 5.5), draw)
