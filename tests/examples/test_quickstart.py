@@ -9,8 +9,7 @@ QUICKSTART = pathlib.Path(__file__).parents[2] / "examples" / "quickstart.py"
 def test_the_quickstart_learns() -> None:
     main = runpy.run_path(str(QUICKSTART))["main"]
     untrained, first, *_, trained = main(
-        epochs=3, num_clients=10, batch_size=5, syncs_per_epoch=4, width=4, queue_size=400, max_images=1000
+        epochs=4, num_clients=10, batch_size=2, syncs_per_epoch=4, width=4, queue_size=400, max_images=1000
     )
-    # 0.571 and 0.611 when this was written. Without training, features of a whole map are good already.
-    assert trained["kNN"] > untrained["kNN"] + 0.02
-    assert trained["loss"] < first["loss"] - 0.3
+    assert trained["kNN"] > untrained["kNN"] + 0.05
+    assert trained["loss"] < first["loss"]
