@@ -317,7 +317,9 @@ def _strong(stacked: Stacked, count: int, name: str, bar: Bar) -> np.ndarray:
 def _decode(stacked: Stacked, count: int, name: str, bar: Bar, family: str, training: Training) -> np.ndarray:
     """Train decoders of one family, and apply them to the victims."""
     rngs, smashed, targets, victims = stacked.draw(count)
-    decoder = make_decoder(family, smashed.shape[2:], targets.shape[2], stacked.forms)
+    forms = stacked.forms
+    shape, size = smashed.shape[2:], targets.shape[2]
+    decoder = make_decoder(family, shape, size, forms, stacked=forms.scan_rounds)
     with bar(f"{name}, {count:,} images", training.epochs) as advance:
         trained = inversion.train_decoder(
             rngs,
@@ -325,10 +327,10 @@ def _decode(stacked: Stacked, count: int, name: str, bar: Bar, family: str, trai
             targets,
             decoder=decoder,
             training=training,
-            forms=stacked.forms,
+            forms=forms,
             each_epoch=lambda mse: advance(),
         )
-    return stacked.by_seed(inversion.reconstruct(decoder, trained.weights, victims, forms=stacked.forms))
+    return stacked.by_seed(inversion.reconstruct(decoder, trained.weights, victims, forms=forms))
 
 
 def _official_images(settings: Settings, images: int) -> int:

@@ -3,7 +3,9 @@
 The attacker knows the client-side model, or can query it, and has images of its own. It computes their
 smashed data, trains the decoder on these pairs, and applies it to the smashed data of its victims.
 
-All attackers that are trained together are a leading axis A of every array, as clients are.
+All attackers that are trained together are a leading axis A of every array, as clients are. Where the forms
+scan rounds, an epoch of all of them is one program. Elsewhere, on a CPU, whose convolutions are slow inside a
+loop of a program, each batch of each attacker is a call.
 """
 
 from collections.abc import Callable
@@ -22,6 +24,8 @@ from mocosfl_jax.models.decoders import Decoder
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
 
 FEWEST_IMAGES = 20  # of an attacker, of which it validates on 2
+
+Rows = Array | np.ndarray  # [n, ...] of one attacker, or stacked [A, n, ...]
 
 
 class Training(NamedTuple):
@@ -77,7 +81,7 @@ def train_decoder(
       rngs: [A] keys: for the initial weights, the held-out images and the order of the batches.
       smashed: [A, n, h, w, c] smashed data of the attackers' images.
       images: [A, n, H, W, 3] uint8, the attackers' images.
-      decoder: from `make_decoder`.
+      decoder: from `make_decoder`, fastest with `stacked=forms.scan_rounds`.
       training: how to train. The last batch of an epoch may be smaller.
       forms: of the platform.
       each_epoch: called after each epoch with the validation errors [A].
@@ -102,7 +106,8 @@ def train_decoder(
       >>> trained.validation_mse.shape
       (1, 2)
     """
-    smashed, images = jnp.asarray(smashed), jnp.asarray(images)
+    store: Callable[[ArrayLike], Rows] = jnp.asarray if forms.scan_rounds else np.asarray
+    smashed, images = store(smashed), store(images)
     count = images.shape[1]
     if count < FEWEST_IMAGES:
         raise UserError(f"attacker's images: found {count}, allowed: {FEWEST_IMAGES} or more")
@@ -123,27 +128,31 @@ def train_decoder(
         best = jax.tree.map(jnp.copy, weights)
         return _State(weights, optimizer.init(weights.params), best, jnp.full((), jnp.inf, smashed.dtype))
 
-    def epoch(state: _State, rng: Array, smashed: Array, images: Array, order: Array) -> tuple[_State, Array]:
+    step = jax.jit(partial(_step, decoder, optimizer), donate_argnums=0)
+    validation_step = jax.jit(
+        partial(_least_error if training.validate_in_training_mode else _add_error, decoder)
+    )
+
+    def epoch(state: _State, rng: Array, order: Array, smashed: Rows, images: Rows) -> tuple[_State, Array]:
         """One attacker's epoch."""
         validation, rows = order[:held_out], order[held_out:]
-        rows = jax.random.permutation(rng, rows)
-
-        def step(state: _State, batch: Array) -> tuple[_State, None]:
-            return _step(decoder, optimizer, state, smashed[batch], images[batch]), None
-
-        state = _over_batches(step, state, rows, training.batch_size)
-        validate = _validate_in_training_mode if training.validate_in_training_mode else _validate
-        weights, candidate, mse = validate(
-            decoder, state.weights, smashed, images, validation, training.batch_size
-        )
+        fold = partial(_over_batches, forms, training.batch_size, smashed, images)
+        state = fold(step, state, jax.random.permutation(rng, rows))
+        weights = state.weights
+        if training.validate_in_training_mode:
+            none = jnp.full((), jnp.inf, smashed.dtype)
+            weights, candidate, mse = fold(validation_step, (weights, weights, none), validation)
+        else:
+            _, total = fold(validation_step, (weights, jnp.zeros(())), validation)
+            candidate, mse = weights, total / held_out
         best = _where(mse < state.best_mse, candidate, state.best)
         return state._replace(weights=weights, best=best, best_mse=jnp.minimum(mse, state.best_mse)), mse
 
-    run_epoch = jax.jit(lambda *stacked: forms.over_clients(epoch)(*stacked), donate_argnums=0)
+    run_epoch = _over_attackers(forms, epoch, donate=(0,))
     state, errors = init(rngs_init), []
     for number in range(training.epochs):
         rngs_epoch = jax.vmap(lambda rng, number=number: jax.random.fold_in(rng, number))(rngs_order)
-        state, mse = run_epoch(state, rngs_epoch, smashed, images, order)
+        state, mse = run_epoch(state, rngs_epoch, order, smashed, images)
         errors.append(np.asarray(mse))
         each_epoch(errors[-1])
     return Trained(state.best, np.stack(errors, axis=1))
@@ -171,10 +180,11 @@ def reconstruct(
     """
     smashed = np.asarray(smashed)
 
+    @jax.jit
     def one(weights: Weights, smashed: Array) -> Array:
         return decoder.apply(*weights, smashed, training=False)[0]
 
-    run = jax.jit(lambda *stacked: forms.over_clients(one)(*stacked))
+    run = _over_attackers(forms, one)
     starts = range(0, smashed.shape[1], batch_size)
     parts = [np.asarray(run(weights, smashed[:, start : start + batch_size])) for start in starts]
     return np.concatenate(parts, axis=1)
@@ -195,37 +205,30 @@ def _step(
     return state._replace(weights=weights, opt_state=opt_state)
 
 
-def _validate(
-    decoder: Decoder, weights: Weights, smashed: Array, images: Array, rows: Array, batch_size: int
+def _add_error(
+    decoder: Decoder, carry: tuple[Weights, Array], smashed: Array, images: Array
+) -> tuple[Weights, Array]:
+    """Add a batch to the sum of squared errors, in evaluation mode."""
+    weights, total = carry
+    found, _ = decoder.apply(*weights, smashed, training=False)
+    return weights, total + _mse(found, images) * len(images)
+
+
+def _least_error(
+    decoder: Decoder, carry: tuple[Weights, Weights, Array], smashed: Array, images: Array
 ) -> tuple[Weights, Weights, Array]:
-    """The weights twice, and their mean squared error on the rows, in evaluation mode."""
+    """A batch of the official attack's validation, in training mode, which changes the running statistics.
 
-    def add(total: Array, batch: Array) -> tuple[Array, None]:
-        found, _ = decoder.apply(*weights, smashed[batch], training=False)
-        return total + _mse(found, images[batch]) * len(batch), None
-
-    return weights, weights, _over_batches(add, jnp.zeros(()), rows, batch_size) / len(rows)
-
-
-def _validate_in_training_mode(
-    decoder: Decoder, weights: Weights, smashed: Array, images: Array, rows: Array, batch_size: int
-) -> tuple[Weights, Weights, Array]:
-    """The official attack's validation, in training mode, which changes the running statistics.
-
-    Returns:
-      The weights after all batches, those right after the batch with the smallest error, and that error.
+    Args:
+      decoder: The decoder.
+      carry: Its weights, those right after the batch with the smallest error so far, and that error.
+      smashed: [n, h, w, c].
+      images: [n, H, W, 3].
     """
-
-    def least(carry: tuple[Any, Any, Array], batch: Array) -> tuple[tuple[Any, Any, Array], None]:
-        statistics, best, best_mse = carry
-        found, statistics = decoder.apply(weights.params, statistics, smashed[batch], training=True)
-        mse = _mse(found, images[batch])
-        best = _where(mse < best_mse, statistics, best)
-        return (statistics, best, jnp.minimum(mse, best_mse)), None
-
-    carry = (weights.statistics, weights.statistics, jnp.full((), jnp.inf, smashed.dtype))
-    statistics, best, mse = _over_batches(least, carry, rows, batch_size)
-    return weights._replace(statistics=statistics), weights._replace(statistics=best), mse
+    weights, best, least = carry
+    found, statistics = decoder.apply(*weights, smashed, training=True)
+    weights, mse = weights._replace(statistics=statistics), _mse(found, images)
+    return weights, _where(mse < least, weights, best), jnp.minimum(mse, least)
 
 
 def _where(condition: Array, new: Any, old: Any) -> Any:
@@ -233,11 +236,43 @@ def _where(condition: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.where(condition, *leaves), new, old)
 
 
-def _over_batches(function: Callable[[Any, Array], Any], carry: Any, rows: Array, batch_size: int) -> Any:
-    """Fold `function` over the batches of `rows`; the last batch may be smaller."""
+def _over_batches(
+    forms: Forms,
+    batch_size: int,
+    smashed: Rows,
+    images: Rows,
+    function: Callable[[Any, Array, Array], Any],
+    carry: Any,
+    rows: Array,
+) -> Any:
+    """Fold `function` over the batches of `rows` of one attacker; the last batch may be smaller."""
+    if not forms.scan_rounds:
+        for start in range(0, len(rows), batch_size):
+            batch = np.asarray(rows[start : start + batch_size])
+            carry = function(carry, smashed[batch], images[batch])
+        return carry
+
+    def step(carry: Any, batch: Array) -> tuple[Any, None]:
+        return function(carry, smashed[batch], images[batch]), None
+
     whole = len(rows) // batch_size * batch_size
-    carry, _ = jax.lax.scan(function, carry, rows[:whole].reshape(-1, batch_size))
-    return function(carry, rows[whole:])[0] if whole < len(rows) else carry
+    carry, _ = jax.lax.scan(step, carry, rows[:whole].reshape(-1, batch_size))
+    return step(carry, rows[whole:])[0] if whole < len(rows) else carry
+
+
+def _over_attackers(
+    forms: Forms, function: Callable[..., Any], donate: tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """A function of one attacker -> that of stacked attackers [A, ...]."""
+    if forms.scan_rounds:
+        return jax.jit(forms.over_clients(function), donate_argnums=donate)
+
+    def one_after_another(*stacked: Any) -> Any:
+        count = len(jax.tree.leaves(stacked)[0])
+        each = [function(*jax.tree.map(lambda leaf, a=a: leaf[a], stacked)) for a in range(count)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+    return one_after_another
 
 
 def _mse(found: Array, images: Array) -> Array:

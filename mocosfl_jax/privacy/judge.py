@@ -52,7 +52,7 @@ def judge(
       victims: [m, H, W, 3] uint8, on which both are compared.
       mean: Of each channel, by which the client's images are normalised.
       std: Of each channel.
-      fresh: The decoder that is trained afresh, in the forms of a stack.
+      fresh: The decoder that is trained afresh, as `train_decoder` takes it.
       training: How.
       rng: For the fresh decoder.
       batch_statistics: Whether the decoder of the loop uses the statistics of the victims in its batch norms.

@@ -54,7 +54,7 @@ def _judge(run: Run, state: TrainState, epoch: int) -> Verdict:
         victims=dataset.x_test[:VICTIMS],
         mean=dataset.mean,
         std=dataset.std,
-        fresh=make_decoder(settings.decoder, shape, size, run.forms),
+        fresh=make_decoder(settings.decoder, shape, size, run.forms, stacked=run.forms.scan_rounds),
         training=Training(epochs=settings.judge_epochs),
         rng=jax.random.fold_in(jax.random.key(run.config.seed), epoch),
         batch_statistics=settings.preset != "faithful",
