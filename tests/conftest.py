@@ -68,6 +68,7 @@ def require_accelerator(workers: int | None) -> None:
     """End the run in one line where its tests cannot run."""
     if workers:
         pytest.exit("-m accelerator needs -n 0: one process at a time can hold an accelerator", 4)
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the processes of tests need memory too
     if jax.devices()[0].platform == "cpu":
         pytest.exit("-m accelerator needs a GPU or TPU: JAX found only a CPU", 4)
 

@@ -8,21 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax import CohortState, SplitModel, Views
+from mocosfl_jax import SplitModel, Views
 from mocosfl_jax.algorithm import moco
 from mocosfl_jax.algorithm.clients import Sync
 from mocosfl_jax.algorithm.concatenation import merge, real_rows, split
 from mocosfl_jax.algorithm.messages import SmashedData
 from mocosfl_jax.costs.flops import forward_flops
-from tests.support.algorithms import B, Build, K, N, assert_trees_close, client, diverse
+from tests.support.algorithms import B, Build, K, N, assert_trees_close, client, diverse, in_float64
 from tests.support.toy import KEY_DIM, random_views
 
 TAU = 0.99  # momentum coefficient, mocosfl's default
-
-
-def in_float64(state: CohortState, views: Views) -> tuple[CohortState, Views]:
-    wide = jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, (state, views))
-    return wide[0], Views(*wide[1])
 
 
 def test_concatenation_drops_the_padding_and_restores_it() -> None:
@@ -72,7 +67,7 @@ def test_a_client_contrasts_only_with_its_own_queue(
 ) -> None:
     """The loss is the mean of the losses that each client has when trained alone with its queue."""
     algorithm, state = build(toy_model, feature_sharing=False, symmetric=symmetric)
-    state, views = in_float64(diverse(state), random_views(1, N, B))
+    state, views = in_float64((diverse(state), random_views(1, N, B)))
     _, info = algorithm.step(state, views)
     losses = []
     for i in range(N):
@@ -96,7 +91,7 @@ def test_padding_has_no_effect(
 ) -> None:
     """Different padding gives the same bits of loss, gradients, parameters and queue. nan would spread."""
     algorithm, state = build(toy_model, batch_sizes=[3, 3, 1, 2], **options)
-    state, views = in_float64(diverse(state), random_views(1, N, 3))
+    state, views = in_float64((diverse(state), random_views(1, N, 3)))
     real = real_rows([3, 3, 1, 2])[..., None, None, None]
     one = algorithm.step(state, views)
     other = algorithm.step(state, Views(*(jnp.where(real, x, 100 * jnp.cos(x)) for x in views)))
@@ -109,7 +104,7 @@ def test_uneven_batches_equal_a_loop_over_clients(build: Build, toy_model: Split
     """Against the gradient of the mean over all 9 rows, computed client by client."""
     sizes = [3, 3, 1, 2]
     algorithm, state = build(toy_model, batch_sizes=sizes, symmetric=False)
-    state, views = in_float64(state, random_views(1, N, 3))
+    state, views = in_float64((state, random_views(1, N, 3)))
     new, info = algorithm.step(state, views)
 
     def smash(params: list[Any], images: jax.Array) -> jax.Array:
@@ -148,7 +143,7 @@ def test_equal_batch_sizes_give_the_plain_step(build: Build, toy_model: SplitMod
 def test_full_symmetric_is_the_gradient_of_both_views(build: Build, toy_model: SplitModel, x64: None) -> None:
     """Mean InfoNCE over 2 M B rows; gradients reach the clients from both views."""
     algorithm, state = build(toy_model, full_symmetric=True)
-    state, views = in_float64(diverse(state), random_views(1, N, B))
+    state, views = in_float64((diverse(state), random_views(1, N, B)))
     new, info = algorithm.step(state, views)
 
     def blend(old: Any, new: Any) -> Any:

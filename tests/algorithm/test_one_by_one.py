@@ -12,7 +12,7 @@ from mocosfl_jax.algorithm import moco, optim
 from mocosfl_jax.algorithm.adversary import Adversary
 from mocosfl_jax.algorithm.messages import SmashedData
 from mocosfl_jax.errors import UserError
-from tests.support.algorithms import LR, B, Build, K, N, assert_trees_close, client, diverse
+from tests.support.algorithms import LR, B, Build, K, N, assert_trees_close, client, diverse, in_float64
 from tests.support.toy import random_views
 
 OPTIONS: list[dict[str, Any]] = [
@@ -25,10 +25,6 @@ OPTIONS: list[dict[str, Any]] = [
 
 def falling(step: jax.Array) -> jax.Array:
     return LR / (1 + step)
-
-
-def in_float64(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, tree)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

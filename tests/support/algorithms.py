@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mocosfl_jax import Algorithm, CohortState, Forms, MomentumContrast, SplitModel, mocosfl, one_device
@@ -24,6 +25,11 @@ class Build(Protocol):
     def __call__(
         self, model: SplitModel, num_clients: int = N, **changes: Any
     ) -> tuple[Algorithm, CohortState]: ...
+
+
+def in_float64(tree: Any) -> Any:
+    """The tree, with its float32 arrays in float64, which has to be enabled."""
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
 
 
 def build(

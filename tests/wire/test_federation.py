@@ -45,6 +45,7 @@ from mocosfl_jax.training.programs import compile_programs
 from mocosfl_jax.wire import federation, member, messages
 from mocosfl_jax.wire.codec import pack_leaves
 from mocosfl_jax.wire.contract import read_contract
+from tests.support.algorithms import in_float64
 from tests.support.federation import hub_of, joined, train
 from tests.support.small_run import write_images
 from tests.support.toy import IMAGE, make_toy_model
@@ -63,10 +64,6 @@ def config(images: str, **sections: Any) -> Config:
         "epochs": EPOCHS,
     }
     return Config(**given | sections)
-
-
-def in_float64(state: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, state)
 
 
 CASES: dict[str, dict[str, Any]] = {
