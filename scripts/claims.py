@@ -318,7 +318,7 @@ def report(folder: Path, lines: Mapping[str, Line]) -> None:
             plot(folder / f"{claim}.png", claim, curves)
             tables = [table(NAMES[measure], curves, measure) for measure in measures]
             tables.append(differences(claim, curves, "knn_backbone"))
-            text = "\n\n".join([*tables, baselines(curves), costs(curves)])
+            text = "\n\n".join(filter(None, [*tables, baselines(curves), costs(curves)]))
             (folder / f"{claim}.md").write_text(f"{text}\n")
 
 
@@ -338,9 +338,9 @@ def plot(path: Path, claim: str, curves: Curves) -> None:
                 axes.scatter(*zip(*dots, strict=True), color=color, s=14, alpha=0.6) if dots else None
             if measure == "knn_backbone":
                 for name, style in (("knn_untrained", ":"), ("knn_raw_pixels", "--")):
-                    level = statistics.fmean(values(every(curves), name))
                     label = name.removeprefix("knn_").replace("_", " ")
-                    axes.axhline(level, color="tab:gray", ls=style, label=label)
+                    if levels := values(every(curves), name):
+                        axes.axhline(statistics.fmean(levels), color="tab:gray", ls=style, label=label)
             ticks = sorted({x for points in curves.values() for x in points})
             axes.set(xscale="log", xlabel=XS[claim], ylabel=NAMES[measure])
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -399,10 +399,14 @@ def cell(lines: Sequence[Line], measure: str) -> str:
 
 
 def baselines(curves: Curves) -> str:
-    """What the accuracies are to be compared with."""
+    """What the accuracies are to be compared with, of the runs that have it."""
     untrained, pixels = (values(every(curves), name) for name in ("knn_untrained", "knn_raw_pixels"))
-    span = f"{min(untrained):.3f} to {max(untrained):.3f}"
-    return f"kNN of backbone features before training: {span}; of raw pixels: {statistics.fmean(pixels):.3f}."
+    known = []
+    if untrained:
+        known.append(f"of backbone features before training: {min(untrained):.3f} to {max(untrained):.3f}")
+    if pixels:
+        known.append(f"of raw pixels: {statistics.fmean(pixels):.3f}")
+    return f"kNN {'; '.join(known)}." if known else ""
 
 
 def costs(curves: Curves) -> str:

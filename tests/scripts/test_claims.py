@@ -224,6 +224,14 @@ def test_tables_have_means_and_standard_errors_and_stand_on_the_page(
     assert len(published.read_text().splitlines()) == 10
     assert f"| two classes, one queue | {(3 * mean + 0.5) / 4:.3f} ± " in page.read_text()
 
+    # Runs that were published without what they began from.
+    lines = [json.loads(line) for line in published.read_text().splitlines()]
+    for line in lines:
+        del line["knn_untrained"]
+    published.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert claims.main([f"--workdir={tmp_path / 'third'}", names, f"--page={page}"]) == 0
+    assert "\nkNN of raw pixels: 0.350.\n" in page.read_text()
+
     page.write_text("# No marks")
     assert claims.main(argv) == 2
 
