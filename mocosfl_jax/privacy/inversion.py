@@ -37,8 +37,8 @@ class Training(NamedTuple):
     cosine: bool = False  # whether the learning rate falls to 0; otherwise it is constant
     # Share of the images that are held out. The weights of the epoch with the smallest error on them stay.
     validation: float = 0.1
-    # Validate as the official attack: batch norms use and record each batch, one batch alone decides, and the
-    # weights stay as they are right after it.
+    # Validate as the official attack: batches are drawn anew each epoch, batch norms use and record each, one
+    # batch alone decides, and the weights stay as they are right after it.
     validate_in_training_mode: bool = False
 
 
@@ -141,7 +141,8 @@ def train_decoder(
         weights = state.weights
         if training.validate_in_training_mode:
             none = jnp.full((), jnp.inf, smashed.dtype)
-            weights, candidate, mse = fold(validation_step, (weights, weights, none), validation)
+            drawn = jax.random.permutation(jax.random.fold_in(rng, 1), validation)
+            weights, candidate, mse = fold(validation_step, (weights, weights, none), drawn)
         else:
             _, total = fold(validation_step, (weights, jnp.zeros(())), validation)
             candidate, mse = weights, total / held_out

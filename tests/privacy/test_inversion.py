@@ -54,14 +54,16 @@ def test_training_equals_a_loop(rngs: jax.Array, forms: Forms, slips: bool, x64:
             return jnp.mean((found - y[rows]) ** 2), statistics  # noqa: B023
 
         for epoch in range(3):
-            rows = jax.random.permutation(jax.random.fold_in(rng_order, epoch), rest)
+            rng_epoch = jax.random.fold_in(rng_order, epoch)
+            rows = jax.random.permutation(rng_epoch, rest)
             for batch in (rows[:8], rows[8:]):
                 grads, statistics = jax.grad(error, has_aux=True)(params, statistics, batch, True)
                 updates, opt_state = optimizer.update(grads, opt_state, params)
                 params = optax.apply_updates(params, updates)
             if slips:
                 of_batches, after = [], []
-                for batch in (validation[:8], validation[8:]):
+                drawn = jax.random.permutation(jax.random.fold_in(rng_epoch, 1), validation)
+                for batch in (drawn[:8], drawn[8:]):
                     mse, statistics = error(params, statistics, batch, True)
                     of_batches.append(float(mse))
                     after.append(statistics)
