@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -17,6 +16,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.convolution import Convolution, transposed_conv
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
 from mocosfl_jax.models.layers import Initializer, uniform
+from mocosfl_jax.models.norms import ImageBatchNorm, affine
 
 Params = Any  # a tree of arrays
 Statistics = Any  # a tree of arrays
@@ -108,7 +108,7 @@ def make_decoder(
 
     def network(training: bool) -> nn.Module:
         conv = forms.convolutions.stacked if stacked else forms.convolutions.single
-        options = _Options(conv, training, xavier)
+        options = _Options(conv, forms.image_batch_norm, training, xavier)
         if family.block == "custom":
             return _Custom(doublings, options)
         return _Norm(family, doublings, options)
@@ -131,6 +131,7 @@ def make_decoder(
 @dataclasses.dataclass(frozen=True)
 class _Options:
     conv: Convolution
+    batch_norm: ImageBatchNorm
     training: bool  # whether batch norms use, and record, the statistics of the batch
     xavier: bool  # how kernels and biases are drawn
 
@@ -185,16 +186,15 @@ class _BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape)
         running_mean = self.variable("statistics", "mean", jnp.zeros, shape)
         running_var = self.variable("statistics", "variance", jnp.ones, shape)
-        mean, var = running_mean.value, running_var.value
-        if self.options.training:
-            mean, var = jnp.mean(x, axis=(0, 1, 2)), jnp.var(x, axis=(0, 1, 2))
-            if not self.is_initializing():
-                count = x.size // x.shape[-1]
-                unbiased = var * (count / max(count - 1, 1))
-                running_mean.value = (1 - MOMENTUM) * running_mean.value + MOMENTUM * mean
-                running_var.value = (1 - MOMENTUM) * running_var.value + MOMENTUM * unbiased
-        factor = scale * jax.lax.rsqrt(var + 1e-5)
-        return x * factor.reshape(1, 1, 1, -1) + (bias - mean * factor).reshape(1, 1, 1, -1)
+        if not self.options.training:
+            return affine(x, scale, bias, running_mean.value, running_var.value)
+        x, mean, var = self.options.batch_norm(x, scale, bias)
+        if not self.is_initializing():
+            count = x.size // x.shape[-1]
+            unbiased = var * (count / max(count - 1, 1))
+            running_mean.value = (1 - MOMENTUM) * running_mean.value + MOMENTUM * mean
+            running_var.value = (1 - MOMENTUM) * running_var.value + MOMENTUM * unbiased
+        return x
 
 
 class _ResBlock(nn.Module):

@@ -19,7 +19,14 @@ from mocosfl_jax.models.convolution import (
     matmul_conv,
     patches_conv,
 )
-from mocosfl_jax.models.norms import GroupNorm, fused_group_norm, group_norm
+from mocosfl_jax.models.norms import (
+    GroupNorm,
+    ImageBatchNorm,
+    cpu_image_batch_norm,
+    fused_group_norm,
+    group_norm,
+    image_batch_norm,
+)
 
 
 def at_once(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,6 +63,7 @@ class Forms(NamedTuple):
     # outside.
     scan_rounds: bool
     arrange: Callable[[Array], Array] = as_it_is  # the order in memory of what enters the server's layers
+    image_batch_norm: ImageBatchNorm = image_batch_norm  # of decoders
 
 
 # For models without a platform: fast on accelerators but for the clients' convolutions; not slow on a CPU.
@@ -64,7 +72,13 @@ GPU = ACCELERATOR._replace(convolutions=Lowering(direct_conv, grouped_conv))
 TPU = GPU._replace(arrange=images_in_lanes)
 # What the others are tested against, and what is counted as the cost of a network.
 PLAIN = Forms(Lowering(direct_conv, patches_conv), group_norm, at_once, scan_rounds=False)
-CPU = Forms(Lowering(cpu_conv, matmul_conv), group_norm, one_by_one, scan_rounds=False)
+CPU = Forms(
+    Lowering(cpu_conv, matmul_conv),
+    group_norm,
+    one_by_one,
+    scan_rounds=False,
+    image_batch_norm=cpu_image_batch_norm,
+)
 
 
 def forms(platform: str) -> Forms:

@@ -19,6 +19,15 @@ class GroupNorm(Protocol):
     def __call__(self, x: Array, scale: Array, bias: Array, group: int) -> Array: ...
 
 
+class ImageBatchNorm(Protocol):
+    """A form of the batch norm of images. All forms compute the same function."""
+
+    def __call__(self, x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]: ...
+
+
+EPSILON = 1e-5
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def group_norm(
     x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP, epsilon: float = 1e-5
@@ -70,13 +79,18 @@ group_norm.defvjp(_group_norm_fwd, _group_norm_bwd)
 
 
 def _pixel_mean(x: Array) -> Array:
-    """The mean over pixels, [n, H, W, C] -> [n, 1, 1, C]. Adding halves lets XLA vectorise the sum."""
+    """The mean over pixels, [n, H, W, C] -> [n, 1, 1, C]."""
     n, height, width, channels = x.shape
-    x = x.reshape(n, height * width, channels)
+    return _mean(x.reshape(n, height * width, channels)).reshape(n, 1, 1, channels)
+
+
+def _mean(x: Array) -> Array:
+    """The mean over rows, [n, rows, C] -> [n, C]. Adding halves lets XLA vectorise the sum."""
+    rows = x.shape[1]
     while x.shape[1] > 1 and x.shape[1] % 2 == 0:
         half = x.shape[1] // 2
         x = x[:, :half] + x[:, half:]
-    return jnp.sum(x, axis=1).reshape(n, 1, 1, channels) / (height * width)
+    return jnp.sum(x, axis=1) / rows
 
 
 def _group_mean(per_channel: Array, group: int) -> Array:
@@ -112,6 +126,69 @@ def fused_group_norm(
     mean, square = group_mean(x), group_mean(jnp.square(x))
     a = scale.reshape(1, 1, 1, -1) * jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + epsilon)
     return (x * a + (bias.reshape(1, 1, 1, -1) - mean * a)).astype(dtype)
+
+
+def image_batch_norm(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """Batch normalisation of `x` [n, H, W, C] by mean and biased variance of each channel.
+
+    This is the form for accelerators.
+
+    Returns:
+      The result, and the mean and the variance [C], for running statistics. These two carry no gradient.
+    """
+    mean, variance = jnp.mean(x, axis=(0, 1, 2)), jnp.var(x, axis=(0, 1, 2))
+    statistics = jax.lax.stop_gradient((mean, variance))
+    return affine(x, scale, bias, mean, variance), *statistics
+
+
+def affine(x: Array, scale: Array, bias: Array, mean: Array, variance: Array) -> Array:
+    """`x` [n, H, W, C] normalised by a given mean and variance [C]."""
+    a = scale * jax.lax.rsqrt(variance + EPSILON)
+    return x * _channels(a) + _channels(bias - mean * a)
+
+
+@jax.custom_vjp
+def cpu_image_batch_norm(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """`image_batch_norm` in a form that is several times faster on a CPU.
+
+    XLA sums over the rows of a matrix one number at a time; sums of halves are vectorised.
+    """
+    return _batch_norm_fwd(x, scale, bias)[0]
+
+
+def _batch_norm_fwd(
+    x: Array, scale: Array, bias: Array
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+    mean = _batch_mean(x)
+    variance = _batch_mean(jnp.square(x - _channels(mean)))
+    return (affine(x, scale, bias, mean, variance), mean, variance), (x, scale, mean, variance)
+
+
+def _batch_norm_bwd(
+    saved: tuple[Array, ...], grads: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    x, scale, mean, variance = saved
+    grad, *_ = grads
+    inverse = jax.lax.rsqrt(variance + EPSILON)
+    normalised = (x - _channels(mean)) * _channels(inverse)
+    of_bias, of_scale = _batch_mean(grad), _batch_mean(grad * normalised)
+    # The parts of the gradient that would change a mean or a variance are removed.
+    of_x = _channels(scale * inverse) * (grad - _channels(of_bias) - normalised * _channels(of_scale))
+    count = x.size // x.shape[-1]
+    return of_x, count * of_scale, count * of_bias
+
+
+cpu_image_batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
+
+
+def _batch_mean(x: Array) -> Array:
+    """The mean over images and pixels, [n, H, W, C] -> [C]."""
+    return jax.lax.optimization_barrier(_mean(x.reshape(1, -1, x.shape[-1]))[0])
+
+
+def _channels(x: Array) -> Array:
+    """[C] -> [1, 1, 1, C]."""
+    return x.reshape(1, 1, 1, -1)
 
 
 def batch_norm(x: Array, scale: Array, bias: Array, *, epsilon: float = 1e-5) -> Array:

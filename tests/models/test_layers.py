@@ -110,6 +110,38 @@ def test_a_constant_image_has_a_finite_gradient(form: norms.GroupNorm) -> None:
     assert np.isfinite(float(value)) and np.all(np.isfinite(np.asarray(grad, np.float32)))
 
 
+@pytest.mark.parametrize("form", [norms.image_batch_norm, norms.cpu_image_batch_norm])
+@pytest.mark.parametrize("images, size", [(4, 6), (3, 5), (1, 1)])
+def test_batch_norm_of_images_has_the_values_and_gradients_of_its_plain_form(
+    x64: None, form: norms.ImageBatchNorm, images: int, size: int
+) -> None:
+    rng = np.random.default_rng(11)
+    shape = (2, images, size, size, 5)  # of two stacked models
+    x, weight = (jnp.asarray(rng.normal(3.0, 2.0, shape)) for _ in range(2))
+    scale, bias = (jnp.asarray(rng.normal(size=(2, 5))) for _ in range(2))
+
+    def plain(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        mean = jnp.sum(x, axis=(0, 1, 2), keepdims=True) / (images * size * size)
+        variance = jnp.sum((x - mean) ** 2, axis=(0, 1, 2), keepdims=True) / (images * size * size)
+        normalised = (x - mean) / jnp.sqrt(variance + 1e-5)
+        return normalised * scale.reshape(1, 1, 1, 5) + bias.reshape(1, 1, 1, 5)
+
+    def loss(norm: Any) -> Any:
+        return jax.vmap(
+            jax.grad(lambda x, scale, bias, weight: jnp.sum(weight * norm(x, scale, bias)), (0, 1, 2))
+        )
+
+    found, mean, variance = jax.vmap(form)(x, scale, bias)
+    np.testing.assert_allclose(found, jax.vmap(plain)(x, scale, bias), rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(mean, x.mean((1, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(variance, x.var((1, 2, 3)), rtol=1e-9, atol=1e-10)
+    gradients = loss(lambda *args: form(*args)[0])(x, scale, bias, weight)
+    for got, expected in zip(gradients, loss(plain)(x, scale, bias, weight), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
+    of_statistics = jax.grad(lambda x: sum(jnp.sum(s) for s in form(x, scale[0], bias[0])[1:]))(x[0])
+    assert not np.any(of_statistics)
+
+
 def test_batch_norm_treats_views_as_separate_batches(x64: None) -> None:
     x = jnp.asarray(np.random.default_rng(10).normal(size=(2, 5, 3)))
     module = layers.BatchNorm()
