@@ -64,9 +64,11 @@ def normed(layer: nn.Module, channels: int) -> nn.Module:
     return module
 
 
-def decoder(family: str, blocks: int, channels: int, side: int, inputs: int) -> nn.Sequential:
-    """The official decoder of a family."""
-    doublings = int(np.log2(SIZE // side))
+def decoder(
+    family: str, blocks: int, channels: int, side: int, inputs: int, size: int = SIZE
+) -> nn.Sequential:
+    """The official decoder of a family, with its initial weights."""
+    doublings = int(np.log2(size // side))
     net = nn.Sequential()
     if family == "custom":
         names = {"_Conv": 0, "_Upsampling": 0}
