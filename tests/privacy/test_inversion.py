@@ -1,5 +1,7 @@
 """Training of decoders: against a loop written by hand, and on clients that hide nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,12 @@ def test_training_equals_a_loop(rngs: jax.Array, forms: Forms, slips: bool, x64:
     training = Training(epochs=3, batch_size=8, validation=0.4, validate_in_training_mode=slips)
     trained = train_decoder(rngs, smashed, images, decoder=decoder, training=training, forms=forms)
 
+    @functools.partial(jax.jit, static_argnames="training")
+    def error(params, statistics, x, y, training):  # type: ignore[no-untyped-def]
+        found, statistics = decoder.apply(params, statistics, x, training=training)
+        return jnp.mean((found - y) ** 2), statistics
+
+    gradient = jax.jit(jax.grad(error, has_aux=True), static_argnames="training")
     optimizer = optax.adam(1e-3)
     held_out = 9
     positions: set[int] = set()
@@ -49,22 +57,18 @@ def test_training_equals_a_loop(rngs: jax.Array, forms: Forms, slips: bool, x64:
         opt_state = optimizer.init(params)
         errors, kept = [], []
 
-        def error(params, statistics, rows, training):  # type: ignore[no-untyped-def]
-            found, statistics = decoder.apply(params, statistics, x[rows], training=training)  # noqa: B023
-            return jnp.mean((found - y[rows]) ** 2), statistics  # noqa: B023
-
         for epoch in range(3):
             rng_epoch = jax.random.fold_in(rng_order, epoch)
             rows = jax.random.permutation(rng_epoch, rest)
             for batch in (rows[:8], rows[8:]):
-                grads, statistics = jax.grad(error, has_aux=True)(params, statistics, batch, True)
+                grads, statistics = gradient(params, statistics, x[batch], y[batch], training=True)
                 updates, opt_state = optimizer.update(grads, opt_state, params)
                 params = optax.apply_updates(params, updates)
             if slips:
                 of_batches, after = [], []
                 drawn = jax.random.permutation(jax.random.fold_in(rng_epoch, 1), validation)
                 for batch in (drawn[:8], drawn[8:]):
-                    mse, statistics = error(params, statistics, batch, True)
+                    mse, statistics = error(params, statistics, x[batch], y[batch], training=True)
                     of_batches.append(float(mse))
                     after.append(statistics)
                 least = int(np.argmin(of_batches))
@@ -72,7 +76,8 @@ def test_training_equals_a_loop(rngs: jax.Array, forms: Forms, slips: bool, x64:
                 errors.append(of_batches[least])
                 kept.append(Weights(params, after[least]))
             else:
-                errors.append(float(error(params, statistics, validation, False)[0]))
+                mse, _ = error(params, statistics, x[validation], y[validation], training=False)
+                errors.append(float(mse))
                 kept.append(Weights(params, statistics))
         np.testing.assert_allclose(trained.validation_mse[attacker], errors, rtol=1e-5)
         best = kept[int(np.argmin(errors))]
