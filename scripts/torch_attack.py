@@ -5,7 +5,7 @@
 It is what `python -m mocosfl_jax.attack --protocol=official` is compared with in docs/privacy.md: the images,
 their smashed data and the victims are the same for the same seed, the decoder and its training are PyTorch's.
 Each line has an epoch's errors and what the decoder makes of the victims; a star marks epochs in which the
-weights were kept. It needs torch and takes a quarter of an hour on a CPU core.
+weights were kept. It needs torch, and takes 11 minutes on a CPU core.
 """
 
 import argparse
