@@ -345,8 +345,9 @@ def plot(path: Path, claim: str, curves: Curves) -> None:
             axes.set(xscale="log", xlabel=XS[claim], ylabel=NAMES[measure])
             axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             axes.minorticks_off()
-        seeds = len({line["seed"] for line in every(curves)})
-        canvas.suptitle(f"Means over {seeds} seeds; each dot is a run" if seeds > 1 else "One seed")
+        seeds = sorted({len(runs) for points in curves.values() for runs in points.values()})
+        spread = " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))
+        canvas.suptitle("One seed" if seeds == [1] else f"Means over {spread} seeds; each dot is a run")
         handles, names = canvas.axes[0].get_legend_handles_labels()
         canvas.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
 

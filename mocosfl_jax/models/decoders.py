@@ -28,6 +28,7 @@ class Decoder(NamedTuple):
     """A decoder as pure functions.
 
     Example:
+      >>> import jax
       >>> decoder = make_decoder("conv_normN0C16", (16, 16, 4), image_size=32)
       >>> params, statistics = decoder.init(jax.random.key(0))
       >>> sum(leaf.size for leaf in jax.tree.leaves(params))
