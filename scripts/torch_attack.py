@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from mocosfl_jax import data
+from mocosfl_jax.attack import VICTIMS
 from mocosfl_jax.data import images
 from mocosfl_jax.models import split_model
 from mocosfl_jax.privacy import protocol, similarity
 from mocosfl_jax.weights.official import client_from_official
 from scripts.save_torch_decoders import decoder
 
-VICTIMS = "attack_test_images_uint8_nhwc"  # in the file of clients
 IMAGES, TRAINED, BATCH, EPOCHS = 500, 450, 32, 50
 
 

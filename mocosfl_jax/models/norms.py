@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 CHANNELS_PER_GROUP = 4
+EPSILON = 1e-5  # added to variances, PyTorch's default
 
 
 class GroupNorm(Protocol):
@@ -25,12 +26,9 @@ class ImageBatchNorm(Protocol):
     def __call__(self, x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]: ...
 
 
-EPSILON = 1e-5
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def group_norm(
-    x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP, epsilon: float = 1e-5
+    x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP, epsilon: float = EPSILON
 ) -> Array:
     """Group normalisation (Wu and He 2018) of `x` [n, H, W, C] with `group` channels per group.
 
@@ -101,7 +99,7 @@ def _group_mean(per_channel: Array, group: int) -> Array:
 
 
 def fused_group_norm(
-    x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP, epsilon: float = 1e-5
+    x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP, epsilon: float = EPSILON
 ) -> Array:
     """`group_norm` in a form that accelerators fuse with the convolutions before and after it.
 
@@ -191,7 +189,7 @@ def _channels(x: Array) -> Array:
     return x.reshape(1, 1, 1, -1)
 
 
-def batch_norm(x: Array, scale: Array, bias: Array, *, epsilon: float = 1e-5) -> Array:
+def batch_norm(x: Array, scale: Array, bias: Array, *, epsilon: float = EPSILON) -> Array:
     """Batch normalisation of `x` [..., n, D] by mean and biased variance of its n rows, in evaluation too."""
     centred = x - jnp.mean(x, axis=-2, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-2, keepdims=True)
