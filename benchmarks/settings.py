@@ -25,6 +25,7 @@ from mocosfl_jax.models.forms import ACCELERATOR, Forms
 from mocosfl_jax.parallel import exchange
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.parallel import state as states
+from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import experiment
 from mocosfl_jax.training.experiment import Run
 from mocosfl_jax.training.programs import Programs, compile_programs
@@ -130,7 +131,10 @@ class Step(NamedTuple):
 
 
 def compile_step(setting: Setting) -> Step:
-    """Compiles a step without gathering and augmenting images. It returns only the scalars of `StepInfo`."""
+    """Compiles a step as training does, without gathering and augmenting images.
+
+    It returns only the scalars of `StepInfo`.
+    """
     _, algorithm = build(setting)
     state = jax.jit(lambda rng: algorithm.enter(algorithm.init(rng)))(jax.random.key(0))
     both = views(setting)
@@ -139,7 +143,8 @@ def compile_step(setting: Setting) -> Step:
         state, info = algorithm.step(state, views)
         return state, (info.loss, info.top1)
 
-    program: Callable[..., Any] = jax.jit(step, donate_argnums=0).lower(state, both).compile()
+    options = compiler.options(meshes.platform(mesh()))
+    program: Callable[..., Any] = jax.jit(step, donate_argnums=0).lower(state, both).compile(options)
     return Step(program, state, both)
 
 

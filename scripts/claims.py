@@ -411,17 +411,17 @@ def baselines(curves: Curves) -> str:
 
 
 def costs(curves: Curves) -> str:
-    """A row for each point: the command of its first run, and dates, commits and seconds of all."""
+    """A row for each point: the command of its first run, and dates, commits and seconds of all, by seed."""
     rows = [["command, with `--config.seed` of each run", "seeds", "dates", "commits", "seconds"]]
     points: dict[str, list[Line]] = {}
     for line in every(curves):
         points.setdefault(line["point"], []).append(line)
     for lines in points.values():
         config = next(word for word in shlex.split(lines[0]["command"]) if word.startswith("--config="))
-        each = [{str(line[name]) for line in lines} for name in ("date", "commit")]
+        each = [dict.fromkeys(str(line[name]) for line in lines) for name in ("date", "commit")]
         seconds = ", ".join(f"{line['seconds']:.0f}" for line in lines)
         seeds = ", ".join(str(line["seed"]) for line in lines)
-        rows.append([f"`{config}`", seeds, *(", ".join(sorted(found)) for found in each), seconds])
+        rows.append([f"`{config}`", seeds, *map(", ".join, each), seconds])
     return markdown(rows)
 
 

@@ -266,8 +266,10 @@ def report(folder: Path, lines: Sequence[Line]) -> None:
         for name, what in (("knn_raw_pixels", "kNN"), ("probe_raw_pixels", "linear probe"))
         if values(lines, name)
     )
+    by_date = sorted(lines, key=lambda line: line["date"])
     dates, commits, epochs = (
-        ", ".join(sorted({f"{line[name]}" for line in lines})) for name in ("date", "commit", "attack_epochs")
+        ", ".join(dict.fromkeys(f"{line[name]}" for line in by_date))
+        for name in ("date", "commit", "attack_epochs")
     )
     about = f"On raw pixels: {levels}. {dates}, commit {commits}; {epochs} epochs of attack."
     text = f"{markdown(rows)}\n\n{about}\n"

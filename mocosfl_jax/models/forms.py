@@ -66,7 +66,7 @@ class Forms(NamedTuple):
     image_batch_norm: ImageBatchNorm = image_batch_norm  # of decoders
 
 
-# For models without a platform: fast on accelerators but for the clients' convolutions; not slow on a CPU.
+# For models without a platform: fast on accelerators but for the clients' convolutions; slower on a CPU.
 ACCELERATOR = Forms(Lowering(direct_conv, patches_conv), fused_group_norm, at_once, scan_rounds=True)
 GPU = ACCELERATOR._replace(convolutions=Lowering(direct_conv, grouped_conv))
 TPU = GPU._replace(arrange=images_in_lanes)
