@@ -91,7 +91,7 @@ def check(sync: Sync, num_clients: int) -> None:
 def select(pool: Stacked, cohort: Array | None) -> Stacked:
     """The rows of `pool` [N, ...] that belong to the clients in `cohort` [M]; None selects all, in order.
 
-    The row of a client that does not exist is NaN.
+    The row of a client from N on is NaN. Negative numbers count from the end.
     """
     if cohort is None:
         return pool

@@ -57,6 +57,9 @@ def flmoco(
     pool.check(num_clients, sync)
     if moco.queue_size == 0:
         raise UserError("moco.queue_size: found 0, allowed: 1 or more")
+    for field, allowed in (("full_symmetric", False), ("feature_sharing", True), ("concatenate", True)):
+        if (found := getattr(moco, field)) != allowed:
+            raise UserError(f"moco.{field}: found {found} for FL-MoCo, allowed: {allowed}")
     optim.check("optimizer", optimizer)
     own = pool.owned(sync)
 

@@ -82,7 +82,9 @@ class StepInfo(NamedTuple):
     """Step outputs. XLA removes those that the caller drops inside a jit."""
 
     loss: Array  # []
-    top1: Array  # [], contrastive accuracy: the share of queries whose positive beats every key of the queue
+    # [], contrastive accuracy: the share of queries to which no key of the queue is more similar than their
+    # positive. After a collapse it says nothing, since rounding decides between equal similarities.
+    top1: Array
     # [n, h, w, c] each, sent from the clients to the server. n is M * B, or the sum of the batch sizes if
     # they differ; twice that under the full symmetric loss. None if nothing was sent.
     smashed: SmashedData | None
@@ -110,7 +112,8 @@ class Enter(Protocol):
 
         Raises:
           ValueError: If a number is not that of a client, or occurs twice. Inside a jit the numbers are not
-            known: then a client that does not exist has parameters of NaN.
+            known: then what a client from N on has of its own is NaN, and a negative number counts from the
+            end.
           TypeError: If another cohort has not left yet.
         """
 
@@ -122,7 +125,7 @@ class Step(Protocol):
         """Train on views [M, B, H, W, 3] of the images of the cohort.
 
         Raises:
-          ValueError: If the views do not match the cohort, or a queue is smaller than the keys of a step.
+          ValueError: If the views do not match the cohort, or a queue is smaller than the keys of one view.
         """
 
 

@@ -150,7 +150,8 @@ def mocosfl(
             queues = init_queues(rng_queue, num_clients, moco.queue_size // num_clients, model.key_dim)
         at_server: Any = server.init(online[1], momentum[1], queue, server_optimizer)
         if adversary is not None:
-            opposing = adversary.init(jax.random.fold_in(rng, 0))
+            # Another key than the two above, which are those of 0 and 1.
+            opposing = adversary.init(jax.random.fold_in(rng, 2))
             at_server = server.OpposedServerState(**at_server._asdict(), adversary=opposing)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -167,6 +168,8 @@ def mocosfl(
 
     def train(state: CohortState, views: Views, *, send_gradients: bool) -> tuple[CohortState, StepInfo]:
         pool.check_views(state, views, num_clients)
+        if batch_sizes is not None:
+            pool.check_padding(views, batch_sizes)
         if moco.full_symmetric:
             views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
         shape = (views.query.shape[0], views.query.shape[1])

@@ -108,7 +108,7 @@ def schedule(
     steps_per_epoch: int,
     decay: float = 0.1,
     milestones: Sequence[float] = (0.6, 0.8),
-) -> Schedule:
+) -> Callable[[Array | int], Array]:
     """A learning rate that changes from epoch to epoch (Li et al. 2023, section 4).
 
     Example:
@@ -133,8 +133,8 @@ def schedule(
     if name not in SCHEDULES:
         raise ValueError(f"schedule: found {name!r}, allowed: {', '.join(SCHEDULES)}")
 
-    def at(step: Array) -> Array:
-        epoch = step // steps_per_epoch
+    def at(step: Array | int) -> Array:
+        epoch = jnp.asarray(step) // steps_per_epoch
         if name == "cosine":
             return base * 0.5 * (1 + jnp.cos(jnp.pi * epoch / epochs))
         if name == "multistep":

@@ -4,7 +4,7 @@ A cohort enters training at the start of its epoch, takes steps, is synchronized
 read nor write the pool.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -199,6 +199,16 @@ def check_views(state: CohortState, views: Views, num_clients: int) -> None:
         raise ValueError(
             f"views: found query {query} and key {key}, allowed: two of [M, B, H, W, 3] with M = {size}, "
             "the clients that have entered"
+        )
+
+
+def check_padding(views: Views, batch_sizes: Sequence[int]) -> None:
+    """Raise ValueError unless `views` are padded to the largest of `batch_sizes` [M]."""
+    wanted = len(batch_sizes), max(batch_sizes)
+    if (found := jnp.shape(views.query)[:2]) != wanted:
+        raise ValueError(
+            f"views: found {found[0]} clients with batches of {found[1]}, allowed: {wanted[0]} and "
+            f"{wanted[1]}, the number and the largest of batch_sizes"
         )
 
 

@@ -263,7 +263,8 @@ class Checkpoint:
     every: int = 1
     # Number of newest checkpoints to keep.
     keep: int = 3
-    # When the disk is full. continue: train on without saving until there is space again.
+    # When the disk is full. continue: train on without saving until there is space again, unless
+    # `saving.loss_threshold` needs the space for smashed data.
     on_full_disk: str = "stop"
 
 

@@ -127,11 +127,13 @@ def encode_of(encoder: Encoder) -> Encode:
     """Return the compiled encoder, for `extract` and `extract_batches`. Its parameters are their state."""
     model, _, metadata = encoder
 
-    def batch(params: State, images: np.ndarray) -> Features:
-        return _features(model, params, augment.normalise(images, metadata.mean, metadata.std))
-
     # Of the heads of `split_model`, only mlp_bn mixes rows. That of a network of your own may.
     mixes_rows = metadata.network.get("head") == "mlp_bn" or "function" in metadata.network
+    compute = _without_head if mixes_rows else _features
+
+    def batch(params: State, images: np.ndarray) -> Features:
+        return compute(model, params, augment.normalise(images, metadata.mean, metadata.std))
+
     return Encode(batch, partial(_head, model) if mixes_rows else None)
 
 
@@ -139,6 +141,13 @@ def encode_of(encoder: Encoder) -> Encode:
 def _features(model: SplitModel, params: State, images: Array) -> Features:
     client, server = params
     return model.server(server, model.client(client, images))
+
+
+@partial(jax.jit, static_argnums=0)
+def _without_head(model: SplitModel, params: State, images: Array) -> Features:
+    """Features without projections, which the head will compute of all images together."""
+    backbone = model.whole_backbone(params, images)
+    return Features(backbone, backbone[:, :0])
 
 
 @partial(jax.jit, static_argnums=0)

@@ -113,7 +113,7 @@ def partition(
                 f"{count * size} images: they hold {len(images)}"
             )
         dealt = _deal(rng, labels[images], count, size, noniid_ratio, dirichlet_alpha)
-        _check_batch(dealt, size)
+        _check_batch(dealt, batch_size, factor=size // batch_size)
         parts += [images[part].astype(np.int32) for part in dealt]
     return parts
 
@@ -359,8 +359,14 @@ def _check_rich(rich: Rich, num_clients: int) -> None:
         raise UserError(f"rich.data_fraction: found {rich.data_fraction}, allowed: more than 0, less than 1")
 
 
-def _check_batch(parts: Sequence[np.ndarray], batch_size: int) -> None:
+def _check_batch(parts: Sequence[np.ndarray], batch_size: int, factor: int = 1) -> None:
+    """Raise UserError if a client has less images than a batch, of `factor` times `batch_size`."""
     smallest = min(map(len, parts))
+    if factor > 1 and smallest < factor * batch_size:
+        raise UserError(
+            f"batch_size: found {batch_size}, with rich_batch {factor}, and the smallest of {len(parts)} "
+            f"rich clients holds {smallest} images, less than a batch of {factor * batch_size}"
+        )
     if smallest < batch_size:
         raise UserError(
             f"batch_size: found {batch_size}, allowed: 1 to {smallest} (the smallest of "

@@ -179,7 +179,9 @@ class SplitModel(NamedTuple):
         )
 
 
-def check_independence(model: SplitModel, image_shape: ImageShape, *, tolerance: float = 0.01) -> None:
+def check_independence(
+    model: SplitModel, image_shape: ImageShape, *, tolerance: float = 0.01, head: bool = False
+) -> None:
     """Check that client and backbone give for an image alone what they give for it in a batch.
 
     The images of a batch come from different clients. A network that mixes them, by batch norm or by a mean
@@ -195,6 +197,7 @@ def check_independence(model: SplitModel, image_shape: ImageShape, *, tolerance:
       model: The network.
       image_shape: Height, width and channels of the images.
       tolerance: The largest difference that is rounding, as a share of the largest output.
+      head: Whether to check the head too, which may mix images where all clients take part in all steps.
 
     Raises:
       UserError: If a side mixes images. The message names it.
@@ -210,7 +213,9 @@ def check_independence(model: SplitModel, image_shape: ImageShape, *, tolerance:
     client, server = jax.tree.unflatten(tree, shaken)
     images = _unlike(jax.random.normal(rng_images, (4, *image_shape)))
     smashed = _apart_and_together("client", model.client, client, images, tolerance)
-    _apart_and_together("backbone", model.backbone, server, smashed, tolerance)
+    features = _apart_and_together("backbone", model.backbone, server, smashed, tolerance)
+    if head:
+        _apart_and_together("head", model.head, server, features, tolerance)
 
 
 def _unlike(x: Array) -> Array:

@@ -109,7 +109,8 @@ def build(
     }
     if config.algorithm == "flmoco":
         make: MakeAlgorithm = _flmoco
-        arguments |= {"optimizer": of_clients or optim.sgd(0.0)}
+        assert of_clients is not None  # the configuration refuses a rate of 0
+        arguments |= {"optimizer": of_clients}
     else:
         make = _mocosfl
         arguments |= {

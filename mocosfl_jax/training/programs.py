@@ -38,6 +38,7 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
       encode: from `make_encode`.
     """
     turn = rounds.make_turn(run.algorithm, state, None if run.whole_pool else run.cohort)
+    rng_views = meshes.replicate(run.mesh, rng_views)  # otherwise each call would copy it to the devices
     size = piece_steps(run)
     spread = meshes.make_spread(run.mesh, run.cohort, int(run.batch_sizes.max()))
     run_steps = rounds.make_run_steps(

@@ -5,13 +5,15 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from mocosfl_jax.algorithm.adversary import AdversaryState
 from mocosfl_jax.algorithm.interface import TrainState
-from mocosfl_jax.models.decoders import make_decoder
+from mocosfl_jax.models.decoders import Decoder, make_decoder
 from mocosfl_jax.privacy.inversion import Training, Weights
 from mocosfl_jax.privacy.judge import Verdict, judge
 from mocosfl_jax.training.build import online_models, smashed_shape
 from mocosfl_jax.training.experiment import Run
 
+_JUDGE_KEY = (1 << 30) + 1  # as `_NOISE_KEY` in training/build.py
 VICTIMS = 128  # the first test images, as in `python -m mocosfl_jax.attack`
 
 
@@ -26,12 +28,12 @@ def metrics(run: Run, state: TrainState, epoch: int, say: Callable[[str], None])
     """
     settings = run.config.resist
     adversary = getattr(state.server, "adversary", None)
-    if adversary is None:
+    if not isinstance(adversary, AdversaryState):  # there is none, or one of your own, of whatever kind
         return {}
     of_decoder, of_regulariser = jax.device_get(adversary.similarity).tolist()
     found = {"ssim_decoder": of_decoder, "ssim_regulariser": of_regulariser}
     due = settings.judge_every and epoch % settings.judge_every == 0
-    if due or epoch == run.config.total_epochs:
+    if (due or epoch == run.config.total_epochs) and _is_configured(run, adversary):
         verdict = _judge(run, state, epoch)
         found |= {"ssim_in_loop": verdict.in_loop, "ssim_fresh": verdict.fresh}
         if abs(verdict.fresh - verdict.in_loop) > settings.judge_margin:
@@ -39,24 +41,38 @@ def metrics(run: Run, state: TrainState, epoch: int, say: Callable[[str], None])
     return found
 
 
+def _decoder(run: Run, *, stacked: bool) -> Decoder:
+    """The decoder of the configuration."""
+    size = run.dataset.x_train.shape[1]
+    return make_decoder(
+        run.config.resist.decoder, smashed_shape(run.model, size), size, run.forms, stacked=stacked
+    )
+
+
+def _is_configured(run: Run, adversary: AdversaryState) -> bool:
+    """Whether an adversary is the configuration's decoder. An algorithm of your own may have another one."""
+    like = jax.eval_shape(_decoder(run, stacked=False).init, jax.random.key(0))
+    found = (adversary.params, adversary.statistics)
+    return bool(jax.tree.map(np.shape, found) == jax.tree.map(np.shape, tuple(like)))
+
+
 def _judge(run: Run, state: TrainState, epoch: int) -> Verdict:
     settings, dataset = run.config.resist, run.dataset
-    shape, size = smashed_shape(run.model, dataset.x_train.shape[1]), dataset.x_train.shape[1]
     count = min(settings.judge_images, len(dataset.x_train))
     rows = np.random.default_rng(run.config.seed).permutation(len(dataset.x_train))[:count]
     params = jax.device_get(online_models(run.algorithm, state)[0])
     adversary = jax.device_get(state.server.adversary)
     return judge(
         lambda images: run.model.client(params, images),
-        make_decoder(settings.decoder, shape, size, run.forms, stacked=False),
+        _decoder(run, stacked=False),
         Weights(adversary.params, adversary.statistics),
         images=dataset.x_train[np.sort(rows)],
         victims=dataset.x_test[:VICTIMS],
         mean=dataset.mean,
         std=dataset.std,
-        fresh=make_decoder(settings.decoder, shape, size, run.forms, stacked=run.forms.scan_rounds),
+        fresh=_decoder(run, stacked=run.forms.scan_rounds),
         training=Training(epochs=settings.judge_epochs),
-        rng=jax.random.fold_in(jax.random.key(run.config.seed), epoch),
+        rng=jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), _JUDGE_KEY), epoch),
         batch_statistics=settings.preset != "faithful",
         forms=run.forms,
     )

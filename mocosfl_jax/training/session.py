@@ -54,8 +54,9 @@ def run(
       config: the configuration.
       workdir: the folder for checkpoints, metrics and plots.
       on_epoch: called with the metrics and the state after each epoch and, with epoch 0, before the first
-        one. If it returns a true value, training saves and ends; the same call would go on. With several
-        processes it must return the same on all of them.
+        one. The state is valid during the call only, as the next epoch overwrites it; keep a copy, such as
+        that of `jax.device_get`. If it returns a true value, training saves and ends; the same call would go
+        on. With several processes it must return the same on all of them.
       model: a network of your own; None: that of the configuration.
       algorithm: a function like `config.own.algorithm`; None: that of the configuration.
       devices: the devices to use; None: all.

@@ -88,7 +88,8 @@ def plan(config: Resolved, mesh: Mesh, loaded: Loaded, images: Mapping[int, int]
     run = experiment.of_real_clients(config, mesh, loaded, images)
     if config.own.network is not None:
         height, width, channels = run.dataset.x_train.shape[1:]
-        check_independence(run.model, (height, width, channels))
+        # The rows of clients that are left out must not change those of the others.
+        check_independence(run.model, (height, width, channels), head=True)
     return run
 
 
@@ -266,6 +267,8 @@ def compile_server_step(run: Run, state: CohortState, of_client: codec.Format) -
             members = state.clients
             moved = momentum_update(members.key_params, members.params, run.config.moco.momentum)
             there = arrived.reshape(run.cohort, -1)[:, 0]
+            rows = len(jax.tree.leaves(moved)[0])  # the cohort is padded, so that the devices can share it
+            there = jnp.pad(there, (0, rows - run.cohort))
             key_params = jax.tree.map(
                 lambda new, old: jnp.where(jnp.expand_dims(there, range(1, new.ndim)), new, old),
                 moved,

@@ -87,6 +87,15 @@ def test_views_of_clients_outside_the_cohort_are_refused(toy_model: SplitModel) 
         algorithm.step(algorithm.enter(state, jnp.array([0, 1])), random_views(0, N, 4))
 
 
+@pytest.mark.parametrize(
+    "setting, found", [("full_symmetric", True), ("feature_sharing", False), ("concatenate", False)]
+)
+def test_settings_of_mocosfl_alone_are_refused(toy_model: SplitModel, setting: str, found: bool) -> None:
+    moco = MomentumContrast(queue_size=K, **{setting: found})
+    with pytest.raises(ValueError, match=f"moco.{setting}: found {found} for FL-MoCo, allowed: {not found}"):
+        flmoco(toy_model, num_clients=N, moco=moco)
+
+
 def test_sync_averages_whole_models(toy_model: SplitModel) -> None:
     algorithm = flmoco(
         toy_model, num_clients=N, moco=MomentumContrast(queue_size=K), sync=Sync(momentum_models=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax import SplitModel, Views
+from mocosfl_jax import SplitModel, Views, mocosfl
 from mocosfl_jax.algorithm import moco
 from mocosfl_jax.algorithm.clients import Sync
 from mocosfl_jax.algorithm.concatenation import merge, real_rows, split
@@ -128,6 +128,16 @@ def test_uneven_batches_equal_a_loop_over_clients(build: Build, toy_model: Split
         expected = jax.tree.map(lambda p, g: p - 0.1 * (g + 5e-4 * p), online[i], grads[i])
         assert_trees_close(client(new.clients.params, i), expected, rtol=1e-9, atol=1e-12)
     assert int(new.server.queue.cursor) == sum(sizes)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1), (1, 2)])
+def test_views_of_other_batches_are_refused(toy_model: SplitModel, shape: tuple[int, int]) -> None:
+    """With frozen clients, nothing else would notice that the wrong rows are taken for images."""
+    algorithm = mocosfl(toy_model, num_clients=2, batch_sizes=[2, 1], client_optimizer=None)
+    state = jax.jit(algorithm.init)(jax.random.key(0))
+    cohort = None if shape[0] == 2 else np.array([1])
+    with pytest.raises(ValueError, match=rf"views: found {shape[0]} clients with batches of {shape[1]}, all"):
+        algorithm.step(algorithm.enter(state, cohort), random_views(0, *shape))
 
 
 def test_equal_batch_sizes_give_the_plain_step(build: Build, toy_model: SplitModel) -> None:

@@ -40,6 +40,7 @@ def test_multistep_drops_at_60_and_80_percent(decay: float) -> None:
 
 def test_milestones_are_rounded_down() -> None:
     schedule = optim.schedule("multistep", 1.0, epochs=13, steps_per_epoch=1)
+    assert schedule(0) == 1.0  # a whole number, as an array
     got = [float(schedule(jnp.int32(epoch))) for epoch in range(13)]
     np.testing.assert_allclose(got, [1] * 7 + [0.1] * 3 + [0.01] * 3, rtol=1e-6)
 

@@ -32,6 +32,24 @@ def test_a_list_of_images_gives_the_features_of_the_array(encoder: Encoder) -> N
             np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_head_over_all_rows_does_not_see_the_batches() -> None:
+    """Batch norm refuses one image alone, but here five are encoded, one at a time."""
+    network: dict[str, Any] = {"name": "resnet18", "cut_layer": 1, "width": 4, "image_size": 8}
+    network |= {"key_dim": 6, "head": "mlp_bn"}
+    model = split_model(**network)
+    encoder = Encoder(
+        model, jax.jit(model.init)(jax.random.key(0)), Metadata(network, (0.5,) * 3, (0.25,) * 3)
+    )
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    normalised = jnp.asarray((images / 255 - 0.5) / 0.25, jnp.float32)
+    whole = model.server(encoder.params[1], model.client(encoder.params[0], normalised))
+    for size in (1, 2, 5):
+        for found, wanted in zip(encode_images(encoder, images, batch_size=size), whole, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="head: found mlp_bn and a batch of one image"):
+        encode_images(encoder, images[:1])
+
+
 @pytest.mark.parametrize("name, least", [("vgg11", 32), ("vgg13", 32)])
 @pytest.mark.parametrize("shape", [(16, 16), (32, 31), (31, 64)])
 def test_images_smaller_than_the_network_needs(name: str, least: int, shape: tuple[int, int]) -> None:

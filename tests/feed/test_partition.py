@@ -326,7 +326,7 @@ def test_small_classes_are_rounded_to_the_right_total() -> None:
         ({"rich": Rich(4, 0.99, 2)}, "each of the 16 poor clients takes 64 images: they hold 60"),
         (
             {"rich": Rich(10, 0.8, 100), "noniid_ratio": 0.1, "labels": UNBALANCED},
-            "batch_size: found 400, allowed: 1 to ",
+            "batch_size: found 4, with rich_batch 100, and the smallest of 10 rich clients holds ",
         ),
     ],
     ids=str,

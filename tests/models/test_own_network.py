@@ -298,6 +298,16 @@ def test_networks_that_mix_images_are_found(side: str, change: Any) -> None:
         check_independence(model, IMAGE)
 
 
+def test_a_head_that_mixes_images_is_found_where_it_must_not() -> None:
+    """Where clients are left out, their rows would change those of the others."""
+    model = linen()
+    mixing = model._replace(head=lambda params, x: model.head(params, x - x.mean(0, keepdims=True)))
+    check_independence(model, IMAGE, head=True)
+    check_independence(mixing, IMAGE)
+    with pytest.raises(UserError, match=r"^head: found outputs of an image that change by"):
+        check_independence(mixing, IMAGE, head=True)
+
+
 def test_a_backbone_that_averages_its_batch_is_found() -> None:
     """As a mean over axes 1 and 2 of [views, n, h, w, c] does. Without `from_linen`, no shape was checked."""
     model = linen()

@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax import normalise, run
+from mocosfl_jax import mocosfl, normalise, run
+from mocosfl_jax.algorithm import optim
+from mocosfl_jax.algorithm.adversary import Adversary, decoder_adversary
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Optim, Resist
+from mocosfl_jax.models.decoders import make_decoder
+from mocosfl_jax.privacy.similarity import ssim
 from tests.support.small_run import write_images
 from tests.support.toy import IMAGE, make_toy_model
 from tests.support.training import prepare
@@ -98,6 +102,38 @@ def test_the_margin_silences_the_warning(images: str, tmp_path: pathlib.Path) ->
     trained = train(expert(images, resist=settings), tmp_path, say=said.append)
     assert all("ssim_fresh" in line for line in trained.metrics[1:3])
     assert not any(line.startswith("warning") for line in said)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "counter"])
+def test_an_adversary_of_your_own_is_not_judged(kind: str, images: str, tmp_path: pathlib.Path) -> None:
+    """Another decoder has its similarities in metrics.jsonl; of anything else nothing is known."""
+    like = jax.eval_shape(make_toy_model().client, *toy_client_and_images())
+    counter = Adversary(
+        lambda rng: jnp.zeros(()), lambda state, smashed, views, number: (state + 1, 0 * smashed)
+    )
+    decoder = decoder_adversary(
+        make_decoder("custom", like.shape[1:], IMAGE[0]),
+        ssim,
+        lambda views: 0.25 * views + 0.5,
+        strength=1.0,
+        target=0.5,
+        optimizer=optim.adam(1e-3),
+        steps_per_epoch=6,
+    )
+
+    def algorithm(config: Any, model: Any, arguments: dict[str, Any]) -> Any:
+        return mocosfl(model, **arguments | {"adversary": decoder if kind == "decoder" else counter})
+
+    config = expert(images)
+    trained = run(config, tmp_path / "run", model=make_toy_model(), algorithm=algorithm, say=quiet)
+    assert [line["epoch"] for line in trained.metrics] == [0, 1, 2]
+    assert ("ssim_decoder" in trained.metrics[-1]) == (kind == "decoder")
+    assert "ssim_fresh" not in trained.metrics[-1]
+
+
+def toy_client_and_images() -> tuple[Any, jax.Array]:
+    params, _ = make_toy_model().init(jax.random.key(0))
+    return params, jnp.zeros((1, *IMAGE))
 
 
 def test_a_federation_with_the_frozen_client_of_an_expert(images: str, tmp_path: pathlib.Path) -> None:

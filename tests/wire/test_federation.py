@@ -43,7 +43,7 @@ from mocosfl_jax.training import experiment
 from mocosfl_jax.training.build import constant_network
 from mocosfl_jax.training.programs import compile_programs
 from mocosfl_jax.wire import federation, member, messages
-from mocosfl_jax.wire.codec import pack_leaves
+from mocosfl_jax.wire.codec import Format, pack_leaves
 from mocosfl_jax.wire.contract import read_contract
 from tests.support.algorithms import in_float64
 from tests.support.federation import hub_of, joined, train
@@ -257,6 +257,37 @@ def test_a_silent_client_has_no_part_in_the_average(shares: list[int]) -> None:
     assert hub.doubted == [2]
     kept = federation.collect(hub, state, cohort, ["params"], terms, 1.0).clients.params["kernel"]
     np.testing.assert_array_equal(kept, np.stack([sent[0], sent[1], np.full(3, 9.0), sent[3]]))
+
+
+def test_frozen_clients_on_several_devices_are_those_on_one(tmp_path: pathlib.Path) -> None:
+    """Three clients on two devices are padded to four. The second has not sent its rows."""
+    sections: dict[str, Any] = CASES["frozen"] | {
+        "clients": Clients(num=3, batch_size=2, noniid_ratio=0.5),
+        "moco": Moco(preset="v1", key_dim=8, queue_size=40, momentum=0.5),
+    }
+    resolved = resolve(config(write_images(tmp_path / "set.npz", IMAGE), **sections))
+    found = []
+    for devices in (1, 2):
+        mesh = meshes.make_mesh(resolved.mesh, jax.devices()[:devices])
+        counts = dict.fromkeys(range(3), 10)
+        run = federation.plan(resolved, mesh, experiment.load(resolved, mesh), counts)
+        state = jax.jit(run.algorithm.init)(jax.random.key(0))
+        moved = jax.tree.map(lambda leaf: leaf + 0.1, state.pool.shared.key_params)
+        state = state._replace(pool=state.pool._replace(shared=state.pool.shared._replace(key_params=moved)))
+        at_work = run.algorithm.enter(state)
+        params, _ = jax.eval_shape(run.model.init, jax.random.key(0))
+        smashed = jax.eval_shape(run.model.client, params, jax.ShapeDtypeStruct((2, *IMAGE), jnp.float32))
+        of_client = Format(smashed.shape, "float32", "float32")
+        program = federation.compile_server_step(run, at_work, of_client)
+        sent = np.random.default_rng(0).normal(size=(2, 6, *smashed.shape[1:])).astype(np.float32)
+        arrived = np.repeat([True, False, True], 2)
+        new, curve, grad = program(at_work, tuple(jnp.asarray(sent)), jnp.asarray(arrived))
+        key_params = jax.tree.map(lambda leaf: np.asarray(leaf)[:3], new.clients.key_params)
+        found.append((key_params, np.asarray(grad), [np.asarray(loss) for loss in curve.loss]))
+        (first, second, third), *_ = jax.tree.leaves(key_params)
+        np.testing.assert_array_equal(first, third)
+        assert np.any(first != second)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *found)
 
 
 def test_no_step_begins_with_fewer_clients_than_the_least() -> None:
