@@ -55,7 +55,7 @@ from mocosfl_jax.commandline import say
 from mocosfl_jax.config import Data
 from mocosfl_jax.data import download
 from mocosfl_jax.errors import UserError, renamed
-from mocosfl_jax.paths import replacing, user_path, utf8_path
+from mocosfl_jax.paths import replacing, user_path, utf8_path, why_not_writable
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
@@ -138,8 +138,9 @@ def attack(argv: Sequence[str]) -> None:
     if values.out is None and given != ["workdir"]:
         raise UserError(f"--out is missing; allowed: {USAGE}")
     out = user_path("--out", values.out) if values.out is not None else utf8_path("--workdir", values.workdir)
+    name = "--out" if values.out is not None else "--workdir"
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out: found {out}, allowed: a folder")
+        raise UserError(f"{name}: found {out}, allowed: a folder")
 
     compiler.set_up()
     # Imported lazily, so that argument errors precede slow imports.
@@ -168,10 +169,19 @@ def attack(argv: Sequence[str]) -> None:
         with renamed({"decoder": "--decoder"}):
             attacks.check(settings, len(material.images), next(iter(views.values())), size)
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{name}: found {out}, allowed: a folder that can be made ({error.strerror})"
+        ) from error
+    if why := why_not_writable(out):
+        raise UserError(f"{name}: found {out}, allowed: a folder that can be written to ({why})")
+
     images = data.images.in_memory(material.images)
     results = {}
-    for name, views in material.clients.items():
-        results[name] = attacks.attack(
+    for client, views in material.clients.items():
+        results[client] = attacks.attack(
             views,
             images,
             material.victims,
@@ -183,8 +193,7 @@ def attack(argv: Sequence[str]) -> None:
             noise=material.noise,
             bar=_bar,
         )
-        say(f"{name}, {_noise_shown(material.noise)}\n{report.table(results[name])}")
-    out.mkdir(parents=True, exist_ok=True)
+        say(f"{client}, {_noise_shown(material.noise)}\n{report.table(results[client])}")
     about = {"source": material.source, "data": material.data_name, **settings._asdict()}
     about |= {"noise": 0.0, "clip": None}
     if material.noise is not None:
@@ -282,9 +291,16 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
         missing = sorted(set(names) - set(states)) or "no array NAME/PARAMETER"
         raise UserError(f"{path}: found {missing}, allowed for --clients: {', '.join(states) or 'none'}")
     victims = arrays.get(VICTIMS)
-    if victims is not None and (victims.dtype != np.uint8 or victims.ndim != 4 or victims.shape[-1] != 3):
+    if victims is not None and (
+        victims.dtype != np.uint8
+        or victims.ndim != 4
+        or victims.shape[-1] != 3
+        or victims.shape[1] != victims.shape[2]
+        or not victims.size
+    ):
         raise UserError(
-            f"{path}: {VICTIMS}: found {victims.dtype} of shape {victims.shape}, allowed: uint8 [m, H, W, 3]"
+            f"{path}: {VICTIMS}: found {victims.dtype} of shape {victims.shape}, allowed: uint8 [m, H, H, 3] "
+            "with m of 1 or more"
         )
 
     from mocosfl_jax.models import split_model

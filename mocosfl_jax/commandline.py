@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import runpy
 import shutil
@@ -80,6 +81,7 @@ def parse(
         rest = values(list(argv))[1:]
     except flags.Error as error:
         raise UserError(explain(error, values, usage)) from error
+    _refuse_nan(values)
     if rest:
         raise UserError(unexpected(repr(rest[0]), rest[0], _names(values), usage))
     given = {match[1] for argument in argv if (match := _FIELD.match(argument))}
@@ -119,6 +121,7 @@ def parse_flags(
         found = values(list(argv))[1:]
     except flags.Error as error:
         raise UserError(explain(error, values, usage)) from error
+    _refuse_nan(values)
     if rest is not None:
         rest += found
     elif found:
@@ -127,6 +130,15 @@ def parse_flags(
         if not values[name].value:
             raise UserError(f"--{name} is missing; allowed: {usage}")
     return values
+
+
+def _refuse_nan(values: flags.FlagValues) -> None:
+    """Raise UserError for a flag that is not a number, which passes any bound."""
+    for name in values:
+        value = values[name].value
+        # Fields of the configuration have checks of their own.
+        if isinstance(value, float) and math.isnan(value) and not name.startswith("config."):
+            raise UserError(f"--{name}: found nan, allowed: a number")
 
 
 def define_data(values: flags.FlagValues) -> None:
@@ -318,7 +330,11 @@ def load_config(file: str, parameter: Sequence[str] = ()) -> Config:
     Raises:
       UserError: if the file does not exist, fails, or returns something else.
     """
-    if not Path(file).is_file():
+    try:
+        there = Path(file).is_file()
+    except OSError as error:
+        raise UserError(f"--config: {error}, allowed: a Python file with get_config()") from error
+    if not there:
         raise UserError(f"--config: found no file {file}, allowed: a Python file with get_config()")
     try:
         with _importable(Path(file).resolve().parent):

@@ -27,6 +27,7 @@ it is missing, that is reported. A data set that --data.name names is downloaded
 """
 
 import dataclasses
+import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -252,7 +253,10 @@ def file_name(about: Data) -> str:
     words = about.name
     if about.name in ("npz", "npy", "image_folder", "imagenet12"):
         words += f"_{user_path('--data.dir', about.dir).resolve().name.removesuffix('.npz')}"
-    return f"evaluation_{re.sub(r'[^A-Za-z0-9.-]+', '_', words)}.json"
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", words)
+    if not words.isascii():  # names in other letters would all be the same
+        plain += f"_{hashlib.sha256(words.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"evaluation_{plain}.json"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ def user_path(name: str, text: str) -> Path:
       text: its value.
 
     Raises:
-      UserError: if the value is a URL, or the home folder is not known.
+      UserError: if the value is empty or a URL, or the home folder is not known.
 
     Example:
       >>> user_path("--workdir", "gs://bucket/run")
@@ -25,6 +26,8 @@ def user_path(name: str, text: str) -> Path:
       ...
       mocosfl_jax.errors.UserError: --workdir: found 'gs://bucket/run', allowed: a path; URLs are not opened
     """
+    if not text:  # as of a variable of a shell that is not set
+        raise UserError(f"{name}: found an empty path, allowed: a path; . is the current folder")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         raise UserError(f"{name}: found {text!r}, allowed: a path; URLs are not opened")
     try:
@@ -70,9 +73,11 @@ def why_not_writable(folder: Path) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the path of a new file that replaces `path` at the end, or is removed if something fails.
 
-    So a reader sees either the old file or the complete new one.
+    So a reader sees either the old file or the complete new one. The new file has a name of its own: a folder
+    from elsewhere could hold a link under a name that can be foreseen, and writing would follow it.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         temporary.replace(path)

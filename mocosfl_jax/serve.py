@@ -99,7 +99,8 @@ def parse(argv: Sequence[str]) -> Options:
     values = arguments.flags
     listen = checked_address("--listen", values.listen)
     tls = checked_tls(values.tls, values.insecure, listen)
-    folder = utf8_path("--workdir", values.workdir or f"runs/{arguments.name}")
+    workdir_given = f"runs/{arguments.name}" if values.workdir is None else values.workdir
+    folder = utf8_path("--workdir", workdir_given)
     return Options(arguments.config, folder, listen, tls)
 
 

@@ -15,7 +15,6 @@ is put beside what was measured. --toy tries everything at a size for a laptop.
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,6 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from mocosfl_jax.paths import replacing
 
 HEADLINE = [
     "--config=configs/cifar10_noniid.py:1000",
@@ -140,9 +141,8 @@ def progress(workdir: Path, estimates: Path | None) -> dict[str, Any]:
 
 def write(path: Path, results: dict[str, Any]) -> None:
     """Replace the file of results, so that a kill leaves the old or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

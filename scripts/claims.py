@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.paths import replacing
 from mocosfl_jax.pictures import figure
 from mocosfl_jax.training import workdir
 from scripts import subset
@@ -109,22 +110,31 @@ Line = dict[str, Any]  # of runs.jsonl
 def main(argv: Sequence[str]) -> int:
     """Run what is missing, draw what there is, and return 0 if no run failed."""
     options = parse(argv)
-    options.workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        wanted = runs(options.claims, options.seeds)
+        if options.page:
+            check_marks(options.page)
+        with workdir.locked(options.workdir):  # another process would write runs.jsonl without these runs
+            return work(wanted, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def work(wanted: Sequence[Run], options: argparse.Namespace) -> int:
+    """`main`, in a workdir that is locked.
+
+    Raises:
+      UserError: If there is no CIFAR-10.
+    """
     images = options.workdir / "cifar10.npz"
     table = options.workdir / "runs.jsonl"
     lines = read(table)
     if options.page:
         published = read(options.page.with_suffix("") / "runs.jsonl")
         lines = {name: line for name, line in published.items() if is_done(line)} | lines
-    try:
-        wanted = runs(options.claims, options.seeds)
-        if options.page:
-            check_marks(options.page)
-        if not images.exists():
-            subset.write(subset.cifar10(options.data_dir), images, train=PER_CLASS)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not images.exists():
+        subset.write(subset.cifar10(options.data_dir), images, train=PER_CLASS)
     waiting = collections.deque(run for run in wanted if not is_done(lines.get(run.name)))
     print(f"{len(wanted) - len(waiting)} of {len(wanted)} runs are done", flush=True)
     train(waiting, lines, options, images)
@@ -140,6 +150,13 @@ def main(argv: Sequence[str]) -> int:
     return int(bool(failed))
 
 
+def one_or_more(text: str) -> int:
+    """Parse a number of jobs."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"found {text}, allowed: 1 or more")
+    return int(text)
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; `more` has the arguments behind --."""
     own, more = list(argv), []
@@ -153,7 +170,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workdir", type=Path, default=Path("runs/claims"))
     parser.add_argument("--claims", type=lambda text: text.split(","), default=[])
     parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=one_or_more, default=2)
     parser.add_argument("--minutes", type=float, default=300)
     parser.add_argument("--page", type=Path)
     return parser.parse_args(own, argparse.Namespace(more=more))
@@ -296,9 +313,8 @@ def read(path: Path) -> dict[str, Line]:
 
 def write(path: Path, lines: Mapping[str, Line]) -> None:
     """Replace runs.jsonl, so that a kill leaves the old or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))
 
 
 # --- curves and tables

@@ -36,9 +36,9 @@ from typing import Any, NamedTuple
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.pictures import figure
-from mocosfl_jax.training.workdir import read_metrics
+from mocosfl_jax.training import workdir
 from scripts import subset
-from scripts.claims import PER_CLASS, commit, markdown, mean_and_error, values
+from scripts.claims import PER_CLASS, commit, markdown, mean_and_error, one_or_more, values
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "leaks.py"
 SOURCE, TARGET = range(5), range(5, 10)  # classes
@@ -81,14 +81,24 @@ def main(argv: Sequence[str]) -> int:
         text = options.page.read_text() if options.page and options.page.exists() else ""
         if options.page and not all(mark in text for mark in MARKS):
             raise UserError(f"{options.page}: found no {' ... '.join(MARKS)}, allowed: both")
-        options.workdir.mkdir(parents=True, exist_ok=True)
-        if not (options.workdir / "target.npz").exists():
-            images = subset.cifar10(options.data_dir)
-            for name, classes in (("source", SOURCE), ("target", TARGET)):
-                subset.write(images, options.workdir / f"{name}.npz", classes=classes, train=PER_CLASS)
+        with workdir.locked(options.workdir):
+            return work(configs, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def work(configs: Mapping[str, Any], options: argparse.Namespace) -> int:
+    """`main`, in a workdir that is locked.
+
+    Raises:
+      UserError: If there is no CIFAR-10.
+    """
+    points = configs["POINTS"]
+    if not (options.workdir / "target.npz").exists():
+        images = subset.cifar10(options.data_dir)
+        for name, classes in (("source", SOURCE), ("target", TARGET)):
+            subset.write(images, options.workdir / f"{name}.npz", classes=classes, train=PER_CLASS)
     chains = [
         steps(name, seed, configs, options) for seed in options.seeds for name in options.points or points
     ]
@@ -119,7 +129,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workdir", type=Path, default=Path("runs/leaks"))
     parser.add_argument("--points", type=lambda text: text.split(","), default=[])
     parser.add_argument("--seeds", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=one_or_more, default=2)
     parser.add_argument("--minutes", type=float, default=300)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--page", type=Path)
@@ -207,7 +217,7 @@ def run(step: Step, jobs: int, stop: threading.Event) -> bool | None:
     return process.returncode == 0
 
 
-def read(points: Sequence[str], workdir: Path, page: Path | None) -> list[Line]:
+def read(points: Sequence[str], runs: Path, page: Path | None) -> list[Line]:
     """What each attacked point has come to, with any seed: in the workdir, or else beside the page.
 
     The workdir's leaks.jsonl gets it too.
@@ -217,14 +227,14 @@ def read(points: Sequence[str], workdir: Path, page: Path | None) -> list[Line]:
         earlier = [json.loads(line) for line in published.read_text().splitlines()]
         found = {(line["point"], line["seed"]): line for line in earlier}
     for name in points:
-        for marker in workdir.glob(f"{name}-seed*/attacked"):
+        for marker in runs.glob(f"{name}-seed*/attacked"):
             folder = marker.parent
             seed = int(folder.name.rpartition("-seed")[2])
             date = datetime.date.fromtimestamp(marker.stat().st_mtime)
             about = {"point": name, "seed": seed, "date": f"{date}", "commit": commit(folder)}
             found[name, seed] = about | results(folder)
     lines = [found[key] for name in points for key in sorted(found) if key[0] == name]
-    with (workdir / "leaks.jsonl").open("w") as file:
+    with (runs / "leaks.jsonl").open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     return lines
 
@@ -232,7 +242,7 @@ def read(points: Sequence[str], workdir: Path, page: Path | None) -> list[Line]:
 def results(folder: Path) -> Line:
     """Accuracies of a run, and what the strongest attacker sees, by whatever means."""
     found: Line = {}
-    for line in read_metrics(folder):
+    for line in workdir.read_metrics(folder):
         found |= {name: line[name] for name in ("knn_backbone", "linear_probe") if name in line}
         for ours, theirs in (
             ("knn_raw_pixels", "knn_raw_pixels"),

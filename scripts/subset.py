@@ -6,7 +6,6 @@
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from mocosfl_jax import data
 from mocosfl_jax.errors import UserError
+from mocosfl_jax.paths import replacing
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,16 +69,15 @@ def write(
         for labels, most in ((dataset.y_train, train), (dataset.y_test, test))
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(
-        temporary,
-        x_train=dataset.x_train[rows[0]],
-        y_train=number[dataset.y_train[rows[0]]],
-        x_test=dataset.x_test[rows[1]],
-        y_test=number[dataset.y_test[rows[1]]],
-        class_names=np.array([dataset.class_names[c] for c in classes]),
-    )
-    os.replace(temporary, path)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            x_train=dataset.x_train[rows[0]],
+            y_train=number[dataset.y_train[rows[0]]],
+            x_test=dataset.x_test[rows[1]],
+            y_test=number[dataset.y_test[rows[1]]],
+            class_names=np.array([dataset.class_names[c] for c in classes]),
+        )
 
 
 if __name__ == "__main__":

@@ -191,6 +191,14 @@ def test_privacy_json_is_json_where_images_are_reconstructed_perfectly(
         (["--official_clients={tmp}/text", "--out={tmp}"], "text: not an npz file"),
         (["--official_clients={tmp}/c.npz", "--out={tmp}", "--clients=two"], "found ['two'], allowed"),
         (["--official_clients={tmp}/c.npz", "--out={tmp}", "--bottleneck=C8S2"], "one: client side: 1."),
+        (
+            ["--workdir={run}", "--attackers=trivial", "--out={tmp}/text/below"],
+            "text/below, allowed: a folder that can be made (Not a directory)",
+        ),
+        (
+            ["--workdir={run}", "--attackers=trivial", "--out=/proc/x"],
+            "--out: found /proc/x, allowed: ",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -209,6 +217,16 @@ def test_a_mistake_is_one_line(
     assert error.startswith("error: ") and message in error
     assert error.count("\n") == 1
     assert not (run / "privacy.json").exists() and not (tmp_path / "privacy.json").exists()
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 16, 3), (2, 16, 24, 3), (2, 16, 16, 1)])
+def test_victims_of_an_odd_shape_are_refused(
+    shape: tuple[int, ...], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_clients(tmp_path / "clients.npz", attack_test_images_uint8_nhwc=np.zeros(shape, np.uint8))
+    assert attack.main(["attack", f"--official_clients={tmp_path / 'clients.npz'}", f"--out={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert f"clients.npz: attack_test_images_uint8_nhwc: found uint8 of shape {shape}, allowed: " in error
 
 
 @pytest.mark.parametrize(

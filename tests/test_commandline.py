@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
+import types
 from typing import Any
 
 import pytest
 
-from mocosfl_jax import data, train
+from mocosfl_jax import data, evaluate, join, serve, train
 from mocosfl_jax.commandline import field_paths, guesses, help_text, parse
 from mocosfl_jax.config import (
     CHOICES,
@@ -21,6 +22,7 @@ from mocosfl_jax.config import (
 from mocosfl_jax.costs import __main__ as costs_command
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models import layers, named
+from mocosfl_jax.preflight import __main__ as preflight
 
 RATES = "--config.optim.server_lr=1, --config.optim.client_lr=1 or --config.resist.decoder_lr=1?"
 
@@ -77,6 +79,33 @@ def test_the_argument_that_was_probably_meant(argument: str, message: str) -> No
     with pytest.raises(UserError) as error:
         train.parse(["train", argument])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "command, arguments, message",
+    [
+        (train, ["--workdir="], "--workdir: found an empty path, allowed: a path; . is the current folder"),
+        (serve, ["--listen=127.0.0.1:1", "--insecure", "--workdir="], "--workdir: found an empty path"),
+        (train, [f"--config={'x' * 300}"], "File name too long"),
+        (
+            join,
+            ["--server=127.0.0.1:1", "--data=.", "--patience=nan"],
+            "--patience: found nan, allowed: a nu",
+        ),
+        (
+            evaluate,
+            ["--workdir=x", "--data.max_broken=nan"],
+            "--data.max_broken: found nan, allowed: a number",
+        ),
+        (preflight, ["--programs="], "--programs: found , allowed: init, "),
+    ],
+)
+def test_what_is_empty_or_no_number_is_refused(
+    command: types.ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert command.main(["command", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_a_command_offers_its_own_flags_only(capsys: pytest.CaptureFixture) -> None:

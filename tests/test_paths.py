@@ -10,7 +10,7 @@ from mocosfl_jax import attack, commandline, encode, evaluate, export, import_of
 from mocosfl_jax.costs import __main__ as costs
 from mocosfl_jax.data import load
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.paths import user_path, utf8_path
+from mocosfl_jax.paths import replacing, user_path, utf8_path
 
 
 def test_the_home_folder_is_expanded_everywhere(
@@ -27,6 +27,26 @@ def test_the_home_folder_is_expanded_everywhere(
         assert (options.config.epochs, options.folder) == (epochs, tmp_path / "run")
     assert commandline.output_file("~/x.npz") == tmp_path / "x.npz"
     assert user_path("--workdir", "a~/~") == pathlib.Path("a~/~")
+
+
+def test_a_file_is_replaced_by_one_that_is_new(tmp_path: pathlib.Path) -> None:
+    """Links of a folder from elsewhere are not followed, and files with similar names stay."""
+    outside, path = tmp_path / "outside", tmp_path / "run" / "x.json"
+    outside.write_text("before")
+    path.parent.mkdir()
+    path.with_name("x.json.tmp").symlink_to(outside)
+    path.symlink_to(outside)
+    before = os.umask(0o027)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text("new")
+            with replacing(path) as another:  # of a second process
+                another.write_text("newer")
+    finally:
+        os.umask(before)
+    assert outside.read_text() == "before" and path.with_name("x.json.tmp").is_symlink()
+    assert not path.is_symlink() and path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o640
+    assert {file.name for file in path.parent.iterdir()} == {"x.json", "x.json.tmp"}
 
 
 def test_a_device_is_not_replaced(tmp_path: pathlib.Path) -> None:

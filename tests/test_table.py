@@ -231,7 +231,7 @@ def test_numbers_that_are_not_finite_are_shown(
         (["{runs}/garbled"], "{runs}/garbled/config.json: not JSON"),
         (["{runs}/list"], "{runs}/list/config.json: found no configuration of a run"),
         (["{runs}/other"], "{runs}/other/config.json: found no configuration of a run"),
-        (["{runs}/line"], "{runs}/line/metrics.jsonl: found a line without epoch"),
+        (["{runs}/line"], "{runs}/line/metrics.jsonl: found line 1 without step and epoch"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -244,8 +244,9 @@ def _build(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
         raise ValueError("an array without a type or without bytes")
     if order not in ("C", "F"):
         raise ValueError("an array of unknown order")
-    if any(type(size) is not int or size < 0 for size in _of(tuple, shape)):
-        raise ValueError("an array whose shape is not of sizes")
+    # The product of many large sizes would take long.
+    if len(_of(tuple, shape)) > 4 or any(type(size) is not int or not 0 <= size < 1 << 48 for size in shape):
+        raise ValueError("an array whose shape is not of at most four sizes")
     kind = dtype.dtype()
     if len(data) != math.prod(shape) * kind.itemsize:
         raise ValueError(f"an array of {len(data)} bytes for shape {shape} of {kind}")

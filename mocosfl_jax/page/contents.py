@@ -79,7 +79,9 @@ def read_run(folder: Path, name: str) -> RunOnPage:
     data = record.pop(comparison.DATA, None)
     outcome = comparison.read_outcome(folder)
     record = upgraded(record)
-    own = record.get("own") or NO_OWN
+    own = record.get("own")
+    if not isinstance(own, dict) or own.keys() != NO_OWN.keys():
+        raise UserError(f"{folder / 'config.json'}: config.own: found {own!r}, allowed: {', '.join(NO_OWN)}")
     try:
         # In place of its own functions, which only their file has, so that what they allow is allowed here.
         config = from_dict(
@@ -164,7 +166,7 @@ def rows(
         values = [_shown(fields.get(name, "")) for fields in each_run]
         paper = [_shown(fields.get(name, "")) if fields else "" for fields in papers or [{}] * len(values)]
         other = [there if there and there != here else "" for here, there in zip(values, paper, strict=True)]
-        found.append(Row(name, values, len(set(values)) > 1, other))
+        found.append(Row(printable(name), values, len(set(values)) > 1, other))
     return sorted(found, key=lambda row: (not row.differs, not any(row.paper)))
 
 

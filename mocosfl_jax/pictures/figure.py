@@ -1,6 +1,5 @@
 """Figures as files. A picture that fails stops nothing: a warning of one line says why."""
 
-import contextlib
 import io
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from mocosfl_jax.errors import one_line, printable
+from mocosfl_jax.paths import replacing
 
 COLOURS = 20  # classes at most that have colours of their own
 Draw = Callable[[Any], None]  # draws on the `matplotlib.figure.Figure` that it gets
@@ -50,15 +50,12 @@ def save(path: Path, size: tuple[float, float], draw: Draw) -> None:
       size: width and height in inches.
       draw: draws on the figure.
     """
-    temporary = path.with_suffix(".tmp")
     try:
         file, warning = render(size, draw)
-        temporary.write_bytes(file)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(file)
     except Exception as error:  # whatever it is, the run matters more
         logging.warning("%s is not drawn (%s)", path, one_line(error))
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         return
     if warning:
         logging.warning("%s: %s", path, warning)

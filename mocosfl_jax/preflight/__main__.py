@@ -64,7 +64,7 @@ def preflight(argv: Sequence[str]) -> bool:
         flags.DEFINE_bool("json", False, "Print JSON.", flag_values=values)
 
     config, _, values = commandline.parse(argv, USAGE, define)
-    for name in values.programs:
+    for name in values.programs or [""]:
         if name not in programs.NAMES:
             raise UserError(f"--programs: found {name}, allowed: {', '.join(programs.NAMES)}")
     resolved = resolve(config)

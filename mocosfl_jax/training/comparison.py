@@ -13,7 +13,7 @@ import numpy as np
 
 from mocosfl_jax.config import upgraded
 from mocosfl_jax.data.fingerprint import SAMPLED
-from mocosfl_jax.errors import UserError
+from mocosfl_jax.errors import UserError, printable
 from mocosfl_jax.training import workdir
 
 # The numbers that are compared, as metrics.jsonl names them: those of the end of a run.
@@ -94,7 +94,7 @@ def read_outcome(folder: Path) -> Outcome:
         probed = every["eval.probe_epochs"] > 0
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{folder / 'config.json'}: found no configuration of a run") from error
-    dropped = (*SEEDS, *INDIFFERENT, "data.dir")
+    dropped = (*SEEDS, *INDIFFERENT, "data.dir", "resist.source_dir")
     fields = {
         name: value
         for name, value in every.items()
@@ -105,10 +105,8 @@ def read_outcome(folder: Path) -> Outcome:
     epoch = 0
     numbers: dict[str, float] = {}
     for line in workdir.read_metrics(folder):
-        if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
-            raise UserError(f"{folder / 'metrics.jsonl'}: found a line without epoch")
-        epoch = max(epoch, line["epoch"])
-        numbers |= {name: line[name] for name in MEASURES if isinstance(line.get(name), int | float)}
+        epoch = max(epoch, int(line["epoch"]))
+        numbers |= {name: line[name] for name in MEASURES if name in line}
     finished = epoch >= epochs and ("linear_probe" in numbers or not probed)
     seeds = tuple(every.get(name) for name in SEEDS)
     return Outcome(folder, fields, seeds, epoch, epochs, finished, numbers)
@@ -171,7 +169,7 @@ def markdown(table: Table) -> str:
 
     lines = [[*table.columns, "seeds", *(name.replace("_", " ").replace("knn", "kNN") for name in MEASURES)]]
     for row in table.rows:
-        fields = [str(row.fields.get(name)).replace("|", r"\|") for name in table.columns]
+        fields = [printable(str(row.fields.get(name))).replace("|", r"\|") for name in table.columns]
         lines.append([*fields, str(row.seeds), *(number(row.means.get(name)) for name in MEASURES)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -189,7 +187,9 @@ def comma_separated(table: Table) -> str:
     writer.writerow([*table.columns, "seeds", *numbers])
     for row in table.rows:
         means = [number for name in MEASURES for number in row.means.get(name, ("", ""))]
-        writer.writerow([*(row.fields.get(name) for name in table.columns), row.seeds, *means])
+        values = [row.fields.get(name) for name in table.columns]
+        fields = ["" if value is None else printable(str(value)) for value in values]
+        writer.writerow([*fields, row.seeds, *means])
     return file.getvalue()
 
 

@@ -1,6 +1,7 @@
 """The JSON files of a run: config.json, preprocessing.json, metrics.jsonl, evaluation.json, clients.json."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import math
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config import Own, Resolved, from_dict, upgraded
+from mocosfl_jax.config import Config, Own, Resolved, from_dict, upgraded
 from mocosfl_jax.config import differences as config_differences
 from mocosfl_jax.data import MAX_SIZE
 from mocosfl_jax.data.fingerprint import Fingerprint, changes
@@ -72,7 +73,7 @@ def claim(
     """Create `workdir` and write config.json, or check an existing one.
 
     Fields that do not change results may differ (`config.INDIFFERENT`), and so may the environment. The
-    folder of the same data may differ too. A workdir in which no step was trained is free for any run.
+    folders of the same data may differ too. A workdir in which no step was trained is free for any run.
 
     Args:
       workdir: the folder of the run.
@@ -97,18 +98,22 @@ def claim(
                     )
             _write_json(path, record)
             return Claim([], emptied=False)
-        found = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"--workdir: {error}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); give another --workdir") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: found no configuration; give another --workdir")
-    there = {name: value for name, value in found.items() if name not in (_ENVIRONMENT, _DATA)}
+    found = _read_json(path)
+    there = (
+        {name: value for name, value in found.items() if name not in (_ENVIRONMENT, _DATA)}
+        if isinstance(found, dict)
+        else {}
+    )
+    # Nothing is removed from a folder of another program, whose config.json is another one.
+    if not all(field.name in upgraded(there) for field in dataclasses.fields(Config)):
+        raise UserError(f"{path}: found no configuration of a run; give another --workdir")
     other_data = _other_data(found, data)
     changed = config_differences(upgraded(there), config.as_dict())
     if _DATA in found and not other_data:
-        changed = [line for line in changed if not line.startswith("config.data.dir:")]
+        folders = ("config.data.dir:", "config.resist.source_dir:")
+        changed = [line for line in changed if not line.startswith(folders)]
     if (changed or other_data) and not _was_trained(workdir):
         _empty(workdir)
         _write_json(path, record)
@@ -140,7 +145,7 @@ def _relabelled(workdir: Path, recorded: Mapping[str, Any], config: Resolved) ->
     """
     lines = read_metrics(workdir)
     settings: list[str] = []
-    if any("knn_backbone" in line and line.get("epoch") == config.total_epochs for line in lines):
+    if any("knn_backbone" in line and line["epoch"] == config.total_epochs for line in lines):
         settings += ["knn_k", "knn_temperature"]
     if any("linear_probe" in line for line in lines):
         settings += ["probe_epochs"]
@@ -179,9 +184,7 @@ def _refusal(workdir: Path, other_data: list[str]) -> str:
 def _was_trained(workdir: Path) -> bool:
     """Whether a step was trained: a checkpoint after step 0, or anything that may be one."""
     names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    return any(name != "0" for name in names) or any(
-        line.get("step", 1) > 0 for line in read_metrics(workdir)
-    )
+    return any(name != "0" for name in names) or any(line["step"] > 0 for line in read_metrics(workdir))
 
 
 def _empty(workdir: Path) -> None:
@@ -298,7 +301,7 @@ def append_metrics(workdir: Path, lines: Sequence[Metrics]) -> None:
     path = _metrics_path(workdir)
     before = path.stat().st_size if path.exists() else 0
     try:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(metrics) + "\n" for metrics in lines))
             file.flush()
             os.fsync(file.fileno())
@@ -314,16 +317,24 @@ def read_metrics(workdir: Path, lines: int | None = None) -> list[Metrics]:
     """Read the first `lines` objects of metrics.jsonl; None: all complete lines.
 
     Raises:
-      UserError: if a line is not JSON.
+      UserError: if a line is not JSON, or no line of a run.
     """
     path = _metrics_path(workdir)
     if not path.exists():
         return []
-    complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     try:
-        return [json.loads(line) for line in complete[:lines]]
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8")
+        complete = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        found = [json.loads(line) for line in complete[:lines]]
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: found a line that is not JSON ({error})") from error
+    for number, line in enumerate(found, 1):
+        if not isinstance(line, dict) or any(type(line.get(name)) is not int for name in ("step", "epoch")):
+            raise UserError(f"{path}: found line {number} without step and epoch, allowed: those of a run")
+        for name, value in line.items():
+            if not isinstance(value, int | float):
+                raise UserError(f"{path}: found {name} = {value!r} in line {number}, allowed: numbers")
+    return found
 
 
 def rewind_metrics(workdir: Path, lines: int, optional: int = 0) -> None:
@@ -335,8 +346,13 @@ def rewind_metrics(workdir: Path, lines: int, optional: int = 0) -> None:
       optional: number of further lines to keep if they are complete.
 
     Raises:
-      UserError: if lines are missing.
+      UserError: if lines are missing, or there are lines of a run that has no checkpoint.
     """
+    if not lines and (trained := sum(line["step"] > 0 for line in read_metrics(workdir))):
+        raise UserError(
+            f"{_metrics_path(workdir)}: found {trained} lines of a run, but {workdir / 'checkpoints'} has no "
+            "checkpoint; put them back, or give another --workdir"
+        )
     kept = read_metrics(workdir, lines + optional)
     if len(kept) < lines:
         raise UserError(
@@ -354,8 +370,8 @@ def _read_json(path: Path) -> Any:
     if not path.exists():
         raise UserError(f"{path.parent}: holds no {path.name}, which mocosfl_jax.train writes")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
@@ -369,7 +385,8 @@ def read_clients(workdir: Path) -> dict[int, int]:
     if not path.exists():
         return {}
     try:
-        return {int(client): int(images) for client, images in json.loads(path.read_text()).items()}
+        record = _read_json(path)
+        return {int(client): int(images) for client, images in record.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: found no numbers of images, allowed: those that serve wrote") from error
 
@@ -385,7 +402,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Replace a file atomically: after a kill, or for a reader, it is either the old or the new one."""
-    with replacing(path) as temporary, temporary.open("w") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -113,7 +113,7 @@ def load_encoder(path: Path | str, forms: Forms = ACCELERATOR) -> Encoder:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     # The header may hold arguments of any type.
-    except (SafetensorError, ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (SafetensorError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = " ".join(f"{error}".split())[:300]
         raise UserError(f"{path}: not an encoder of mocosfl_jax ({reason})") from error
     expected = _named(like)

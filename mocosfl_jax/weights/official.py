@@ -142,7 +142,13 @@ def _side(
                 f"{side} side: {key}: found {value.dtype} of shape {value.shape}, expected floats of shape "
                 f"{expected} for {network}"
             )
-        return np.ascontiguousarray(value.transpose(axes), np.float32)
+        with np.errstate(over="ignore"):  # what is too large becomes infinite
+            converted = np.ascontiguousarray(value.transpose(axes), np.float32)
+        if not np.isfinite(converted).all():
+            raise UserError(
+                f"{side} side: {key}: found numbers that are not finite in float32, allowed: finite ones"
+            )
+        return converted
 
     params = jax.tree.map_with_path(take, tree)
     if unused:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -69,7 +70,7 @@ def server_credentials(folder: Path) -> grpc.ServerCredentials:
     """The server's side of TLS. Clients need a certificate of the same authority.
 
     Raises:
-      UserError: if a file is missing.
+      UserError: if a file is missing or damaged, or a key and a certificate are not of each other.
     """
     key, chain, authority = _read(folder, SERVER)
     return grpc.ssl_server_credentials([(key, chain)], authority, require_client_auth=True)
@@ -83,7 +84,8 @@ def client_credentials(folder: Path, number: int | None) -> grpc.ChannelCredenti
       number: of the client; None: the only one in the folder.
 
     Raises:
-      UserError: if a file is missing, or the folder has several clients.
+      UserError: if a file is missing or damaged, a key and a certificate are not of each other, or the folder
+        has several clients.
     """
     if number is not None and (folder / client_name(number)).is_dir():
         folder = folder / client_name(number)
@@ -99,16 +101,43 @@ def client_credentials(folder: Path, number: int | None) -> grpc.ChannelCredenti
 
 
 def _read(folder: Path, name: str) -> tuple[bytes, bytes, bytes]:
+    """Read the key and the certificate of a side, and the authority's certificate.
+
+    They are checked here, since gRPC would end the process, or say no more than that nobody answers.
+    """
+    paths = [folder / file for file in (f"{name}.key", f"{name}.pem", f"{AUTHORITY}.pem")]
     try:
-        return (
-            (folder / f"{name}.key").read_bytes(),
-            (folder / f"{name}.pem").read_bytes(),
-            (folder / f"{AUTHORITY}.pem").read_bytes(),
-        )
+        key, chain, authority = (path.read_bytes() for path in paths)
     except OSError as error:
         raise UserError(
             f"--tls: {error}; python -m mocosfl_jax.certificates makes the files of a federation"
         ) from error
+    try:
+        private = serialization.load_pem_private_key(key, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise UserError(f"--tls: {paths[0]}: found no private key, allowed: one in PEM") from error
+    own, _ = (
+        _certificate(path, content) for path, content in zip(paths[1:], (chain, authority), strict=True)
+    )
+    if own.public_key() != private.public_key():
+        raise UserError(
+            f"--tls: {paths[1]}: found the certificate of another key, allowed: that of {paths[0]}"
+        )
+    return key, chain, authority
+
+
+def _certificate(path: Path, content: bytes) -> x509.Certificate:
+    """The first certificate in a file, which must be valid today."""
+    try:
+        found = x509.load_pem_x509_certificates(content)[0]
+    except (ValueError, IndexError) as error:
+        raise UserError(f"--tls: {path}: found no certificate, allowed: one in PEM") from error
+    if not found.not_valid_before_utc <= datetime.datetime.now(datetime.UTC) <= found.not_valid_after_utc:
+        raise UserError(
+            f"--tls: {path}: found a certificate from {found.not_valid_before_utc:%Y-%m-%d} to "
+            f"{found.not_valid_after_utc:%Y-%m-%d}, allowed: one that is valid today"
+        )
+    return found
 
 
 def _sign(name: str, authority: Signed | None, hosts: Sequence[str] = ()) -> Signed:

@@ -227,12 +227,17 @@ def _load(name: str, data: bytes, platform: str) -> Callable[..., Any] | None:
         raise UserError(
             f"contract: found a program that jax {jax.__version__} cannot read ({one_line(error)})"
         ) from error
-    if exported.disabled_safety_checks:
-        raise UserError("contract: found a program with disabled safety checks, allowed: one without")
+    # A custom call runs code of this machine on whatever the server chooses. The list of disabled checks is
+    # the server's own account, so the program is searched too.
+    if exported.disabled_safety_checks or "custom_call" in exported.mlir_module():
+        raise UserError("contract: found a program with custom calls, allowed: one without")
     shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in exported.in_avals]
     arguments, _ = jax.tree.unflatten(exported.in_tree, shapes)
     # As the simulation's programs are compiled, so that both round alike; now, before a deadline runs.
-    return jax.jit(exported.call).lower(*arguments).compile(compiler_options=compiler.options(platform))
+    try:
+        return jax.jit(exported.call).lower(*arguments).compile(compiler_options=compiler.options(platform))
+    except Exception as error:  # such as for another platform, or too large for this one
+        raise UserError(f"contract: found a program that cannot be compiled ({one_line(error)})") from error
 
 
 def _shapes(tree: Any) -> Shapes:

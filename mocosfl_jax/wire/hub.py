@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from mocosfl_jax.errors import UserError, one_line, printable
 from mocosfl_jax.wire import messages
@@ -298,11 +299,14 @@ class Hub:
         welcome = messages.Welcome(client_id=client, image_size=size, batch_size=batch_size)
         await self._write(context, messages.ToClient(welcome=welcome))
         read = asyncio.ensure_future(self._read(context, "holding", HOLDING_SECONDS))
-        await asyncio.wait({read, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
+        try:
+            await asyncio.wait({read, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                raise ended.result()
+            holding = read.result().holding
+        finally:
             read.cancel()
-            raise ended.result()
-        holding = read.result().holding
+            await asyncio.gather(read, return_exceptions=True)
         known = self.images.get(client)
         if not batch_size <= holding.images <= MOST_IMAGES:
             raise Refused(
@@ -386,6 +390,7 @@ class Hub:
         finally:
             answer.cancel()
             offered.cancel()
+            await asyncio.gather(answer, offered, return_exceptions=True)
         if ready.digest != contract.digest:
             raise Refused(grpc.StatusCode.FAILED_PRECONDITION, "contract: found another digest")
         if self._goodbye is not None:
@@ -449,6 +454,10 @@ class Hub:
         """A message of that kind, counted."""
         if message is grpc.aio.EOF:
             raise Refused(grpc.StatusCode.CANCELLED, "left")
+        if message is None:
+            raise Refused(
+                grpc.StatusCode.INVALID_ARGUMENT, "message: found bytes that are none, allowed: protobuf"
+            )
         found = message.WhichOneof("content")
         if found is None:
             raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "message: found none, allowed: one")
@@ -461,6 +470,14 @@ class Hub:
         kind = f"{direction} {message.WhichOneof('content')}"
         self.traffic[kind] += message.ByteSize()
         self.arrays[kind] += messages.array_bytes(message)
+
+
+def _parsed(data: bytes) -> Any:
+    """A client's message; None if the bytes are none. An error here would be logged with its traceback."""
+    try:
+        return messages.FromClient.FromString(data)
+    except DecodeError:
+        return None
 
 
 def _idle(peer: Peer) -> bool:
@@ -504,7 +521,7 @@ def listening(
         )
         handler = grpc.stream_stream_rpc_method_handler(
             hub.train,
-            request_deserializer=messages.FromClient.FromString,
+            request_deserializer=_parsed,
             response_serializer=messages.ToClient.SerializeToString,
         )
         service = grpc.method_handlers_generic_handler(messages.SERVICE, {"Train": handler})

@@ -291,8 +291,12 @@ def entry(program: bytes, key: bytes = b"labels") -> bytes:
         b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.",  # a key whose hash would overflow the stack
         b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
         entry(b"(lI" + b"1" * 5_000 + b"\na", b"label_names"),
+        entry(
+            b"\x8b" + struct.pack("<I", 200) + b"\x7f" * 200 + b"q\x00(" + b"h\x00" * 200_000 + b"tq\x01"
+            b"cnumpy.core.numeric\n_frombuffer\n(U\x01acnumpy\ndtype\nU\x02u1\x85Rh\x01U\x01CtR"
+        ),  # a product of 40 million bytes
     ],
-    ids=["lists", "tuples", "argument", "shape", "key", "deep_key", "deep_list", "digits"],
+    ids=["lists", "tuples", "argument", "shape", "key", "deep_key", "deep_list", "digits", "sizes"],
 )
 def test_references_do_not_multiply(program: bytes) -> None:
     tracemalloc.start()

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from PIL import Image
 
 from mocosfl_jax.config import Config, resolve
-from scripts import claims, subset
+from mocosfl_jax.training import workdir
+from scripts import claims, leaks, subset
 from tests.support import data_files
 
 # In place of a run's command: what it does depends on its seed.
@@ -29,12 +31,12 @@ if seed == 14 and not (folder / "stopped").exists():
     signal.signal(signal.SIGTERM, lambda *_: ((folder / "stopped").touch(), sys.exit(143)))
     time.sleep(60)
 (folder / "config.json").write_text('{"environment": {"commit": "0123456789abcdef+changes"}}')
-lines = [{"epoch": 0, "knn_backbone": 0.2, "knn_projection": 0.1, "knn_raw_pixels": 0.35}]
+lines = [{"step": 0, "epoch": 0, "knn_backbone": 0.2, "knn_projection": 0.1, "knn_raw_pixels": 0.35}]
 if seed == 12:
     (folder / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\\n")
     sys.exit("error: the loss of step 3 is nan; no checkpoint yet")
-lines += [{"epoch": 1, "loss": 6, "divergence": 0.5, "collapsed": 0}]
-lines += [{"epoch": 2, "loss": 5, "divergence": 0.1, "collapsed": int(seed == 11)}]
+lines += [{"step": 100, "epoch": 1, "loss": 6, "divergence": 0.5, "collapsed": 0}]
+lines += [{"step": 200, "epoch": 2, "loss": 5, "divergence": 0.1, "collapsed": int(seed == 11)}]
 lines[-1] |= {"knn_backbone": knn, "knn_projection": knn + 0.01}
 (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """
@@ -122,6 +124,20 @@ def test_an_unknown_point_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: --claims: found sync-cut1-f7, allowed: concatenation, sharing, synchron")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [claims, leaks])
+def test_two_processes_do_not_share_a_workdir(
+    command: types.ModuleType, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Each would write the results of all runs, without those of the other."""
+    with workdir.locked(tmp_path):
+        assert command.main([f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --workdir: found another process that trains in {tmp_path}")
+    with pytest.raises(SystemExit):
+        command.main([f"--workdir={tmp_path}", "--jobs=0"])
+    assert "--jobs: found 0, allowed: 1 or more" in capsys.readouterr().err
 
 
 def test_the_next_call_does_what_is_missing(

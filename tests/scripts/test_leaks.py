@@ -26,9 +26,9 @@ if (folder.parent / "slow").exists():
 seed = int(folder.name[-1])
 if module == "mocosfl_jax.train":
     (folder / "config.json").write_text('{"environment": {"commit": "0123456789abcdef"}}')
-    lines = [{"epoch": 0, "knn_backbone": 0.2, "knn_raw_pixels": 0.35}]
-    lines += [{"epoch": 1, "knn_backbone": 0.4}]
-    lines += [{"linear_probe": 0.5 + seed / 10, "linear_probe_raw_pixels": 0.45}]
+    lines = [{"step": 0, "epoch": 0, "knn_backbone": 0.2, "knn_raw_pixels": 0.35}]
+    lines += [{"step": 6, "epoch": 1, "knn_backbone": 0.4}]
+    lines += [{"step": 6, "epoch": 1, "linear_probe": 0.5 + seed / 10, "linear_probe_raw_pixels": 0.45}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 else:
     row = {"attacker": "ridge", "ssim": 0.3, "mse_5th_percentile": 0.01}

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
+import types
 from typing import Any
 
 import jax
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import evaluate
+from mocosfl_jax import report as report_command
+from mocosfl_jax import table as table_command
 from mocosfl_jax import train as train_command
 from mocosfl_jax.config import resolve
 from mocosfl_jax.errors import UserError
@@ -192,3 +196,58 @@ def test_a_run_from_before_data_were_recorded_is_compared_by_its_folder(
     shutil.move(data, tmp_path / "elsewhere.npz")
     assert train(tmp_path / "elsewhere.npz", run) == 2
     assert "config.data.dir: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", [{}, {"model_type": "bert", "epochs": 3}, {"config": {}}])
+def test_a_folder_of_another_program_stays_as_it_is(
+    record: dict[str, Any], data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "other"
+    (folder / "checkpoints" / "0").mkdir(parents=True)
+    for name, text in (("config.json", json.dumps(record)), ("curves.png", "x"), ("checkpoints/0/x", "x")):
+        (folder / name).write_text(text)
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert train(data, folder) == 2
+    assert "config.json: found no configuration of a run; give another --workdir" in capsys.readouterr().err
+    assert {
+        path: path.read_bytes() for path in folder.rglob("*") if path.name != ".lock" and path.is_file()
+    } == kept
+
+
+def test_a_run_without_its_checkpoints_keeps_its_metrics(
+    data: pathlib.Path, run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    assert train(data, run) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"metrics.jsonl: found 4 lines of a run, but .*checkpoints has no checkpoint", error)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(run / "checkpoints")
+    (tmp_path / "elsewhere").rename(run / "checkpoints")
+    assert train(data, run) == 0
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+DAMAGED_LINES = [b"\xff\n", b"[1]\n", b"null\n", b'{"step": "x", "epoch": 1}\n', b"[" * 100_000 + b"\n"]
+DAMAGED_LINES += [b'{"step": 1, "epoch": 1, "knn_backbone": "high"}\n']
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES)
+@pytest.mark.parametrize("command", [report_command, table_command, train_command])
+def test_damaged_metrics_are_named_in_one_line(
+    line: bytes,
+    command: types.ModuleType,
+    data: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    folder = tmp_path / "run"
+    argv = with_toy(arguments(str(data), folder))
+    workdir.claim(folder, resolve(train_command.parse(argv).config), {})
+    (folder / "metrics.jsonl").write_bytes(line)
+    argvs = {table_command: ["table", str(folder)]}
+    argvs |= {report_command: ["report", f"--workdir={folder}", f"--out={tmp_path / 'page.html'}"]}
+    assert command.main(argvs.get(command, argv)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "metrics.jsonl: found " in error

@@ -132,6 +132,8 @@ def edit(key: str, value: np.ndarray | None) -> Callable[[State], State]:
             "9.2.weight: found float64 of shape (7, 6), expected floats of shape (6, 6) for resnet18 (",
         ),
         (edit("9.2.bias", np.ones(6, np.int64)), {}, "9.2.bias: found int64 of shape (6,), expected floats"),
+        (edit("9.2.bias", np.full(6, np.nan)), {}, "9.2.bias: found numbers that are not finite in float32"),
+        (edit("9.2.bias", np.full(6, 1e300)), {}, "9.2.bias: found numbers that are not finite in float32"),
         (edit("0.bn1.running_mean", np.ones(4)), {}, "found 0.bn1.running_mean, of a batch norm"),
         (
             edit("", None),

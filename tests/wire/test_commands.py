@@ -1,10 +1,12 @@
 """The commands serve, join and certificates: a federation of processes, kills, and mistakes in one line."""
 
 import contextlib
+import datetime
 import functools
 import json
 import pathlib
 import signal
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from mocosfl_jax import certificates, join, serve
 from mocosfl_jax.data import load
+from mocosfl_jax.wire import certificates as tls
 from tests.support.federation import Federation, toy_fields
 from tests.support.small_run import metrics
 from tests.support.toy import last_state
@@ -205,6 +208,44 @@ def test_mistakes_of_a_client_are_one_line(tmp_path: pathlib.Path, capsys: pytes
         with pytest.raises(ValueError, match="--data") as caught:
             join.read_pictures(tmp_path / name, 4)
         assert message in str(caught.value)
+
+
+def test_damaged_certificates_are_named(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    """gRPC would end the process, or say that nobody answers."""
+    folder = tmp_path / "tls"
+    assert certificates.main(["certificates", f"--tls={folder}", "--clients=2", "--hosts=localhost"]) == 0
+    capsys.readouterr()
+    of_client, of_other = folder / "client-0" / "client-0", folder / "client-1" / "client-1"
+    client = ["join", "--server=localhost:1", f"--data={tmp_path}", f"--tls={of_client.parent}"]
+    server = ["serve", "--listen=127.0.0.1:0", f"--tls={folder}", f"--workdir={tmp_path / 'run'}"]
+    for command, argv, side, authority in (
+        (join, client, of_client, of_client.parent / "authority.pem"),
+        (serve, server, folder / "server", folder / "authority.pem"),
+    ):
+        key, pem = pathlib.Path(f"{side}.key"), pathlib.Path(f"{side}.pem")
+        for path, content, message in (
+            (key, b"", f"{key}: found no private key, allowed: one in PEM"),
+            (key, key.read_bytes()[:-40], f"{key}: found no private key"),
+            (pem, b"", f"{pem}: found no certificate, allowed: one in PEM"),
+            (pem, key.read_bytes(), f"{pem}: found no certificate"),
+            (authority, b"garbage", f"{authority}: found no certificate"),
+            (
+                key,
+                pathlib.Path(f"{of_other}.key").read_bytes(),
+                f"{pem}: found the certificate of another key, allowed: that of {key}",
+            ),
+        ):
+            before = path.read_bytes()
+            path.write_bytes(content)
+            assert command.main(argv) == 2
+            path.write_bytes(before)
+            error = capsys.readouterr().err
+            assert f"--tls: {message}" in error and error.count("\n") == 1
+    tomorrow = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=tls.DAYS + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tls.datetime, "datetime", types.SimpleNamespace(now=lambda zone: tomorrow))
+        assert join.main(client) == 2
+    assert "found a certificate from" in capsys.readouterr().err
 
 
 def test_a_folder_of_pictures_is_resized(tmp_path: pathlib.Path) -> None:
