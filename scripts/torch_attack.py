@@ -5,10 +5,13 @@
 It is what `python -m mocosfl_jax.attack --protocol=official` is compared with in docs/privacy.md: the images,
 their smashed data and the victims are the same for the same seed, the decoder and its training are PyTorch's.
 Each line has an epoch's errors and what the decoder makes of the victims; a star marks epochs in which the
-weights were kept. It needs torch, and takes 11 minutes on a CPU core.
+weights were kept. The last lines compare the victims' true pixels, at full contrast, with the pictures of the
+data set's test images that are most like them: with CIFAR-10 that was encoded again, these are their copies.
+It needs torch, and takes 11 minutes on a CPU core.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +38,15 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    (smashed, targets), (smashed_victims, truth) = pairs(options)
-    attack(smashed, targets, smashed_victims, truth, options.seed)
+    attacker, *victims = pairs(options)
+    attack(attacker, victims, options.seed)
 
 
-def pairs(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Smashed data and images in [0, 1], NHWC: of the attacker, and of the victims."""
+Pair = tuple[np.ndarray, np.ndarray]  # smashed data, and images in [0, 1], NHWC
+
+
+def pairs(options: argparse.Namespace) -> list[Pair]:
+    """Of the attacker; of the victims as the official code has them, their true pixels, and their copies."""
     with np.load(options.official_clients) as arrays:
         prefix = f"{options.client}/"
         state = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
@@ -51,23 +57,32 @@ def pairs(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
     cifar10 = data.load("cifar10", options.data_dir, None)
     x_train = images.in_memory(cifar10.x_train)
     rows = np.random.default_rng(options.seed).permutation(len(x_train))[:IMAGES]
-    both = (
-        protocol.official_attacker(x_train[rows], cifar10.mean, cifar10.std),
-        protocol.official_victims(victims, cifar10.mean, cifar10.std),
+    normalised = (cifar10.mean, cifar10.std)
+    copies = most_like(victims, images.in_memory(cifar10.x_test))
+    all_given = (
+        protocol.official_attacker(x_train[rows], *normalised),
+        protocol.official_victims(victims, *normalised),
+        protocol.official_attacker(victims, *normalised),
+        protocol.official_attacker(copies, *normalised),
     )
     return [
         (protocol.smash(lambda x: client(params, x), given.inputs), given.truth / np.float32(255))
-        for given in both
+        for given in all_given
     ]
 
 
-def attack(
-    smashed: np.ndarray, targets: np.ndarray, smashed_victims: np.ndarray, truth: np.ndarray, seed: int
-) -> None:
+def most_like(pictures: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """For each picture, that one `among` others [n, H, W, 3] with the smallest squared error."""
+    one, other = (array.reshape(len(array), -1).astype(np.float32) for array in (pictures, among))
+    return among[np.argmin(np.sum(other**2, axis=1) - 2 * one @ other.T, axis=1)]
+
+
+def attack(attacker: Pair, victims: Sequence[Pair], seed: int) -> None:
     """Train the decoder as the official code does, and print what each epoch gives."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
-    x, y, x_victims = (nchw(array) for array in (smashed, targets, smashed_victims))
+    smashed, targets = attacker
+    x, y = nchw(smashed), nchw(targets)
     side, channels = smashed.shape[2:]
     net = decoder("res_norm", 4, 64, side, channels, size=targets.shape[2])
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -89,19 +104,27 @@ def attack(
             validated += mse * len(rows) / held_out
             if mse < least:
                 least, kept, state = mse, True, {k: v.clone() for k, v in net.state_dict().items()}
-        shown = described(net, x_victims, truth)
+        shown = described(net, *victims[0])
         print(
             f"epoch {epoch:2}  train {trained:.4f}  validation {validated:.4f}  {shown}{' *' * kept}",
             flush=True,
         )
+    compare(f"epoch {EPOCHS}", net, victims)
     net.load_state_dict(state)
-    print(f"kept      best batch {least:.4f}             {described(net, x_victims, truth)}")
+    print(f"kept      best batch {least:.4f}             {described(net, *victims[0])}")
+    compare("kept", net, victims)
 
 
-def described(net: nn.Module, smashed: torch.Tensor, truth: np.ndarray) -> str:
+def compare(which: str, net: nn.Module, victims: Sequence[Pair]) -> None:
+    """Print the errors on true pixels and on copies."""
+    _, true, copies = victims
+    print(f"{which}: true pixels, {described(net, *true)}; copies, {described(net, *copies)}")
+
+
+def described(net: nn.Module, smashed: np.ndarray, truth: np.ndarray) -> str:
     """Errors of the reconstructions."""
     with torch.no_grad():
-        found = net.eval()(smashed).permute(0, 2, 3, 1).numpy()
+        found = net.eval()(nchw(smashed)).permute(0, 2, 3, 1).numpy()
     mse, ssim = (float(np.mean(measure(found, truth))) for measure in (similarity.mse, similarity.ssim))
     return f"victims MSE {mse:.4f} SSIM {ssim:.3f}"
 
