@@ -112,7 +112,7 @@ def everywhere(mesh: Mesh) -> Sharding:
     return sharding(mesh, P())
 
 
-def replicate(mesh: Mesh, array: np.ndarray | Array) -> Array:
+def replicate(mesh: Mesh, array: np.ndarray) -> Array:
     """Put a copy of `array` on every device of the mesh."""
     return jax.device_put(array, everywhere(mesh))
 

@@ -38,7 +38,8 @@ def compile_programs(run: Run, state: TrainState, rng_views: Array, encode: Enco
       encode: from `make_encode`.
     """
     turn = rounds.make_turn(run.algorithm, state, None if run.whole_pool else run.cohort)
-    rng_views = meshes.replicate(run.mesh, rng_views)  # otherwise each call would copy it to the devices
+    # Otherwise each call would copy the key to the devices. Several processes cannot use `device_put` here.
+    rng_views = jax.jit(lambda rng: rng, out_shardings=meshes.everywhere(run.mesh))(rng_views)
     size = piece_steps(run)
     spread = meshes.make_spread(run.mesh, run.cohort, int(run.batch_sizes.max()))
     run_steps = rounds.make_run_steps(
