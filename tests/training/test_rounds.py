@@ -1,5 +1,6 @@
 """The compiled step is traced once, transfers nothing to the host, and is the same in a loop and a scan."""
 
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,16 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from mocosfl_jax import CohortState, Forms, MomentumContrast, SplitModel, StepInfo, Views, mocosfl, one_device
+from mocosfl_jax.config import Clients, Config, Data, Moco, Synchronization
+from mocosfl_jax.evaluation.features import make_encode
 from mocosfl_jax.feed import batches
-from mocosfl_jax.models.forms import CPU
+from mocosfl_jax.models.forms import CPU, GPU
+from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.training import rounds
-from tests.support.toy import IMAGE
+from mocosfl_jax.training.programs import compile_programs
+from tests.support.small_run import write_images
+from tests.support.toy import IMAGE, make_toy_model
+from tests.support.training import prepare
 
 N, M, B, R = 4, 2, 3, 4
 RunSteps = Callable[[CohortState, np.ndarray], tuple[CohortState, rounds.Curve]]
@@ -129,3 +136,27 @@ def test_each_step_draws_views_by_its_number(toy_model: SplitModel) -> None:
         state, _ = run(state, batch[None])
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("forms", [CPU, GPU], ids=["steps", "scanned"])
+def test_steps_and_synchronization_move_nothing(forms: Forms, tmp_path: pathlib.Path) -> None:
+    """Neither to or from the host nor between devices, once the images are there."""
+    config = Config(
+        data=Data(name="npz", dir=write_images(tmp_path / "images.npz", IMAGE)),
+        clients=Clients(num=4, batch_size=2, noniid_ratio=0.5),
+        moco=Moco(key_dim=8, queue_size=32),
+        sync=Synchronization(frequency=2),
+    )
+    mesh = meshes.make_mesh(config.mesh, jax.devices()[:2])
+    run = prepare(config, mesh, forms, model=make_toy_model())
+    rng_init, rng_views = jax.random.split(jax.random.key(0))
+    state = jax.jit(run.algorithm.init)(rng_init)
+    encode = make_encode(run.algorithm, run.dataset.mean, run.dataset.std)
+    programs = compile_programs(run, state, rng_views, encode)
+    at_work = programs.turn.enter(state, None)
+    for first in range(0, 2 * run.steps_per_round, run.steps_per_round):
+        pieces = jax.block_until_ready(list(programs.feed(0, range(first, first + run.steps_per_round))))
+        with jax.transfer_guard("disallow"):
+            at_work, curve = programs.run_steps(at_work, pieces)
+            at_work, _ = programs.turn.sync(at_work)
+    assert all(np.isfinite(loss).all() for loss in curve.loss)
