@@ -189,12 +189,13 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_previous_checkpoint(
 
 
 def test_metrics_are_appended_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
-    workdir.append_metrics(tmp_path, [{"step": 0}])
-    with largest_file(30), pytest.raises(DiskFullError, match=r"metrics\.jsonl: no room for 2 more lines"):
-        workdir.append_metrics(tmp_path, [{"step": 1}, {"step": 2}])
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
-    workdir.append_metrics(tmp_path, [{"step": 1}, {"step": 2}])
-    assert workdir.read_metrics(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2}]
+    first, *others = ({"step": step, "epoch": 0} for step in range(3))
+    workdir.append_metrics(tmp_path, [first])
+    with largest_file(50), pytest.raises(DiskFullError, match=r"metrics\.jsonl: no room for 2 more lines"):
+        workdir.append_metrics(tmp_path, others)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "epoch": 0}\n'
+    workdir.append_metrics(tmp_path, others)
+    assert workdir.read_metrics(tmp_path) == [first, *others]
 
 
 def test_smashed_data_that_do_not_fit_are_refused_before_they_are_mapped(tmp_path: pathlib.Path) -> None:
