@@ -326,6 +326,8 @@ def read_metrics(workdir: Path, lines: int | None = None) -> list[Metrics]:
         text = path.read_text(encoding="utf-8")
         complete = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         found = [json.loads(line) for line in complete[:lines]]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: found a line that is not JSON ({error})") from error
     for number, line in enumerate(found, 1):
@@ -371,6 +373,8 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path.parent}: holds no {path.name}, which mocosfl_jax.train writes")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
 

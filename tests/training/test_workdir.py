@@ -251,3 +251,17 @@ def test_damaged_metrics_are_named_in_one_line(
     assert command.main(argvs.get(command, argv)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "metrics.jsonl: found " in error
+
+
+@pytest.mark.parametrize("file", ["config.json", "metrics.jsonl"])
+def test_a_file_that_cannot_be_read_is_one_line(
+    file: str, data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    argv = with_toy(arguments(str(data), folder))
+    workdir.claim(folder, resolve(train_command.parse(argv).config), {})
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).mkdir()
+    assert train_command.main(argv) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: cannot be read (Is a directory)" in error and error.count("\n") == 1
