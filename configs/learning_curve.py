@@ -4,8 +4,8 @@
     python -m mocosfl_jax.train --config=configs/learning_curve.py --config.seed=1
     python -m mocosfl_jax.train --config=configs/learning_curve.py:xavier --config.seed=1
 
-10 clients with two classes each and batches of 10. The parameter is the initialization. A run takes about 45
-minutes on two CPU cores; docs/verification.md has the curves.
+10 clients with two classes each and batches of 10. The parameter is the initialization. A run takes about two
+hours on a CPU core; docs/verification.md has the curves.
 """
 
 from mocosfl_jax.config import Checkpoint, Clients, Config, Data, Eval, Moco, Model, Optim, Synchronization
