@@ -77,11 +77,13 @@ def replacing(path: Path) -> Iterator[Path]:
     from elsewhere could hold a link under a name that can be foreseen, and writing would follow it.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    temporary.touch(exist_ok=False)
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # the name that the user knows
         raise

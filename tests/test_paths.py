@@ -49,6 +49,12 @@ def test_a_file_is_replaced_by_one_that_is_new(tmp_path: pathlib.Path) -> None:
     assert {file.name for file in path.parent.iterdir()} == {"x.json", "x.json.tmp"}
 
 
+def test_a_file_that_cannot_be_made_is_named_as_it_was_given(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "nowhere" / "x.json"
+    with pytest.raises(FileNotFoundError, match=f"'{path}'"), replacing(path):
+        pass
+
+
 def test_a_device_is_not_replaced(tmp_path: pathlib.Path) -> None:
     """As root, a new file would take the place of /dev/null."""
     os.mkfifo(tmp_path / "pipe")
