@@ -55,7 +55,7 @@ from mocosfl_jax.commandline import say
 from mocosfl_jax.config import Data
 from mocosfl_jax.data import download
 from mocosfl_jax.errors import UserError, renamed
-from mocosfl_jax.paths import replacing, user_path, utf8_path, why_not_writable
+from mocosfl_jax.paths import replacing, user_path, utf8_path
 from mocosfl_jax.runtime import compiler
 from mocosfl_jax.training import workdir
 
@@ -169,14 +169,7 @@ def attack(argv: Sequence[str]) -> None:
         with renamed({"decoder": "--decoder"}):
             attacks.check(settings, len(material.images), next(iter(views.values())), size)
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{name}: found {out}, allowed: a folder that can be made ({error.strerror})"
-        ) from error
-    if why := why_not_writable(out):
-        raise UserError(f"{name}: found {out}, allowed: a folder that can be written to ({why})")
+    commandline.make_folder(name, out)
 
     images = data.images.in_memory(material.images)
     results = {}

@@ -186,6 +186,26 @@ def output_file(text: str) -> Path:
     return path
 
 
+def make_folder(name: str, folder: Path) -> None:
+    """Make the folder of a command's results, before the work of which they come.
+
+    Args:
+      name: the flag that names it, for messages.
+      folder: it may be there already.
+
+    Raises:
+      UserError: if it cannot be made or takes no files.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{name}: found {folder}, allowed: a folder that can be made ({error.strerror})"
+        ) from error
+    if why := why_not_writable(folder):
+        raise UserError(f"{name}: found {folder}, allowed: a folder that can be written to ({why})")
+
+
 def split_parameter(path: str) -> tuple[str, list[str]]:
     """Split FILE:PARAMETER into the file and a list with the parameter; the list is empty without one.
 
