@@ -99,8 +99,7 @@ def parse(argv: Sequence[str]) -> Options:
     values = arguments.flags
     listen = checked_address("--listen", values.listen)
     tls = checked_tls(values.tls, values.insecure, listen)
-    workdir_given = f"runs/{arguments.name}" if values.workdir is None else values.workdir
-    folder = utf8_path("--workdir", workdir_given)
+    folder = utf8_path("--workdir", f"runs/{arguments.name}" if values.workdir is None else values.workdir)
     return Options(arguments.config, folder, listen, tls)
 
 

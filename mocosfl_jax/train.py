@@ -165,8 +165,7 @@ def parse(argv: Sequence[str]) -> Options:
 
     arguments = commandline.parse(argv, USAGE, define)
     values = arguments.flags
-    workdir_given = f"runs/{arguments.name}" if values.workdir is None else values.workdir
-    folder = utf8_path("--workdir", workdir_given)
+    folder = utf8_path("--workdir", f"runs/{arguments.name}" if values.workdir is None else values.workdir)
     if values.init_from is not None:
         arguments.config.init_from = str(utf8_path("--init_from", values.init_from))
     if values.init_parts is not None:

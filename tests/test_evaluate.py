@@ -27,6 +27,7 @@ from mocosfl_jax import (
     mocosfl,
 )
 from mocosfl_jax.algorithm.interface import EVERYWHERE
+from mocosfl_jax.config import Data
 from mocosfl_jax.data import images as fitting
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.evaluation import classifiers, monitor
@@ -679,3 +680,11 @@ def test_a_run_without_preprocessing(
     assert encode.main(["encode", *argv]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_names_in_other_letters_have_files_of_their_own() -> None:
+    names = [
+        evaluate.file_name(Data(name="image_folder", dir=f"/data/{name}")) for name in ("猫", "犬", "cats")
+    ]
+    assert len(set(names)) == 3 and all(name.isascii() for name in names)
+    assert names[2] == "evaluation_image_folder_cats.json"

@@ -250,6 +250,28 @@ def test_mistakes_are_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("own", [[1], {"network": None, "magic": None}, "x"])
+def test_functions_that_no_run_has_are_one_line(
+    own: object, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = write_run(tmp_path / "run", [START])
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | {"own": own}))
+    assert report.main(["report", f"--workdir={folder}", f"--out={tmp_path / 'a.html'}"]) == 2
+    error = capsys.readouterr().err
+    assert "config.own: found " in error and error.count("\n") == 1
+
+
+def test_names_that_are_no_text_are_shown(tmp_path: pathlib.Path) -> None:
+    """A lone surrogate cannot be written as UTF-8."""
+    folder = write_run(tmp_path / "run", [START])
+    record = json.loads((folder / "config.json").read_text())
+    record["environment"] = {"\ud800": "x"}
+    (folder / "config.json").write_text(json.dumps(record))
+    assert report.main(["report", f"--workdir={folder}", f"--out={tmp_path / 'a.html'}"]) == 0
+    assert "\N{REPLACEMENT CHARACTER}" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", '{"epochs": 3}'])
 def test_damaged_files_are_one_line(
     damage: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture

@@ -360,12 +360,12 @@ def _check_rich(rich: Rich, num_clients: int) -> None:
 
 
 def _check_batch(parts: Sequence[np.ndarray], batch_size: int, factor: int = 1) -> None:
-    """Raise UserError if a client has less images than a batch, of `factor` times `batch_size`."""
+    """Raise UserError if a client has fewer images than a batch, of `factor` times `batch_size`."""
     smallest = min(map(len, parts))
     if factor > 1 and smallest < factor * batch_size:
         raise UserError(
             f"batch_size: found {batch_size}, with rich_batch {factor}, and the smallest of {len(parts)} "
-            f"rich clients holds {smallest} images, less than a batch of {factor * batch_size}"
+            f"rich clients holds {smallest} images, fewer than a batch of {factor * batch_size}"
         )
     if smallest < batch_size:
         raise UserError(

@@ -116,9 +116,8 @@ def _read(folder: Path, name: str) -> tuple[bytes, bytes, bytes]:
         private = serialization.load_pem_private_key(key, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise UserError(f"--tls: {paths[0]}: found no private key, allowed: one in PEM") from error
-    own, _ = (
-        _certificate(path, content) for path, content in zip(paths[1:], (chain, authority), strict=True)
-    )
+    own = _certificate(paths[1], chain)
+    _certificate(paths[2], authority)
     if own.public_key() != private.public_key():
         raise UserError(
             f"--tls: {paths[1]}: found the certificate of another key, allowed: that of {paths[0]}"

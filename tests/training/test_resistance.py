@@ -284,6 +284,17 @@ def test_a_source_is_part_of_what_identifies_the_data(
         (tmp_path / "kept.npz").rename(source)
 
 
+def test_a_source_may_move(images: str, source: str, tmp_path: pathlib.Path) -> None:
+    """As the data set may: what identifies it is not where it is."""
+    train(expert(images, resist={"source": "npz", "source_dir": source}), tmp_path / "run")
+    moved = str(pathlib.Path(source).rename(tmp_path / "moved.npz"))
+    try:
+        again = train(expert(images, resist={"source": "npz", "source_dir": moved}), tmp_path / "run")
+    finally:
+        pathlib.Path(moved).rename(source)
+    assert [line["epoch"] for line in again.metrics] == [0, 1, 2]
+
+
 def test_clients_without_parameters_are_refused(images: str) -> None:
     toy = make_toy_model()
     bare = toy._replace(

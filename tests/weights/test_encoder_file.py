@@ -105,6 +105,8 @@ def test_a_header_that_does_not_fit(field: str, value: Any, expected: str, file:
         del header[field]
     save_file(load_file(file), file, header)
     assert expected in refused(file)
+    save_file(load_file(file), file, header | {field: "[" * 100_000})
+    assert "not an encoder" in refused(file)
 
 
 def test_missing_and_integer_arrays(file: pathlib.Path) -> None:

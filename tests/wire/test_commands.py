@@ -243,7 +243,8 @@ def test_damaged_certificates_are_named(tmp_path: pathlib.Path, capsys: pytest.C
             assert f"--tls: {message}" in error and error.count("\n") == 1
     tomorrow = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=tls.DAYS + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tls.datetime, "datetime", types.SimpleNamespace(now=lambda zone: tomorrow))
+        clock = types.SimpleNamespace(now=lambda zone: tomorrow)
+        patch.setattr(tls, "datetime", types.SimpleNamespace(datetime=clock, UTC=datetime.UTC))
         assert join.main(client) == 2
     assert "found a certificate from" in capsys.readouterr().err
 
