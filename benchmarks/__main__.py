@@ -16,8 +16,9 @@
 
 Each case prints a line of JSON to stdout. A table of all cases follows on stderr. Seconds are medians over
 --repeats (default 5), where the contenders take turns. ratio is baseline_s / ours_s: above 1, mocosfl_jax is
-faster. The header of each file in benchmarks/ has its last results. Some benchmarks need PyTorch:
-pip install -e '.[bench]'. Run them from the root of the repository, on a machine that is otherwise idle.
+faster. The headers of most files in benchmarks/ have results; docs/speed.md has the newest. Some benchmarks
+need PyTorch: pip install -e '.[bench]'. Run them from the root of the repository, on a machine that is
+otherwise idle.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Fine-tuning: all layers of a trained encoder learn on from a few labels.
+"""Fine-tuning: train all layers of an encoder further, on a few labels.
 
     python -m mocosfl_jax.export --workdir=runs/quickstart --out=encoder.safetensors
     python examples/finetune.py encoder.safetensors

@@ -45,7 +45,7 @@ def main(config: Config, folder: Path, images: dict[str, Any], share: float = 0.
     trained = run(config, folder / "run", on_epoch=on_epoch)
     tracker.finish()
 
-    # Fine-tuning: all layers of the encoder learn on, from a share of the labels of each class.
+    # Fine-tuning: train all layers of the encoder further, on a share of the labels of each class.
     labels, classes = images["y_train"], int(images["y_train"].max()) + 1
     few = stratified(jax.random.key(0), labels, share)
     params = finetune(trained.encoder, images["x_train"][few], labels[few], classes, epochs=epochs)
@@ -56,5 +56,7 @@ if __name__ == "__main__":
     set_up()  # before JAX's first operation
     sample = load("fashion_mnist_sample", "data", image_size=None)
     arrays = {name: getattr(sample, name)[:] for name in ("x_train", "y_train", "x_test", "y_test")}
-    tuned = main(quickstart(), Path("runs/own_loop"), arrays)
+    config = quickstart()
+    config.eval.every = 1
+    tuned = main(config, Path("runs/own_loop"), arrays)
     print(f"test accuracy after fine-tuning with 10 % of the labels: {tuned:.3f}")

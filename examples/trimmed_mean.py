@@ -1,4 +1,4 @@
-"""An average that few bad clients cannot move: the trimmed mean (Yin et al. 2018).
+"""An average that a few bad clients cannot move: the trimmed mean (Yin et al. 2018).
 
 python -m mocosfl_jax.train --config=examples/trimmed_mean.py
 """

@@ -6,14 +6,14 @@
                                  [--data.max_broken=SHARE] [--checkpoint=STEP] [--config=FILE] [-v]
 
   --workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not; its data set is not needed
-  --images=FOLDER      a folder of pictures, also in folders below it and behind links
+  --images=FOLDER      a folder of pictures; folders below it and links are followed
   --data.name=NAME     a data set that training takes, such as cifar10 or image_folder; downloaded as there
   --data.dir=FOLDER    where it is; default: data
   --data.max_broken=SHARE  how large a share of a split's images may fail to decode; such images are black
   --out=FILE.npz       the output, see below
   --checkpoint=STEP    a number in the run's checkpoints; default: the newest
   --config=FILE        the config file of a run with functions of its own, which no workdir holds
-  -v, --verbose        name the files that are not used, such as those with a suffix of no picture
+  -v, --verbose        name the files that are not used, such as those that are not pictures
 
 Of --images the output holds backbone [n, D] and projection [n, key_dim], both float32, and files [n], the
 paths relative to --images, in sorted order. Of --data.name it holds train_backbone, train_projection and

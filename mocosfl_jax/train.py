@@ -9,9 +9,14 @@ Without arguments, this trains the quickstart on the bundled sample of images an
 The same command resumes a run that was stopped. Several processes, each with its own devices, form one run
 if a cluster has started them or the last three arguments are given (docs/hosts.md).
 
---init_from starts from the models of another run or of an encoder file, or from those of one side of the cut
-with --init_parts=client or --init_parts=server. -v (or --verbose) names the files of
-an image folder that are not used.
+  --config=FILE        the configuration; default: the quickstart
+  --config.FIELD=VALUE a field of it
+  --workdir=FOLDER     for the files of the run; default: runs/ and the name of the configuration
+  --init_from=...      start from the models of another run, or of an encoder file
+  --init_parts=SIDE    client or server: only from those of this side of the cut
+  --tensorboard        also write event files for TensorBoard
+  --accept_other_data  resume although the data set has changed
+  -v, --verbose        name the files of an image folder that are not used
 """
 
 import contextlib

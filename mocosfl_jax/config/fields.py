@@ -83,7 +83,7 @@ class Clients:
 class Synchronization:
     """How the client-side models are averaged (FedAvg)."""
 
-    # Synchronizations per epoch. None: the paper's value for N, 1000 // (B N), at least 1.
+    # Synchronizations per epoch. None: the paper's value for N, 1000 // (B N) with the paper's B, at least 1.
     frequency: int | None = None
     # Weight the clients in the average by the number of their images.
     weighted: bool = False
@@ -103,7 +103,7 @@ class Saving:
     # epoch does not lower it enough either, the one after sends nothing: the server replays the smashed data
     # that it has kept. 0: clients take part in every epoch.
     loss_threshold: float = 0.0
-    # Number of first epochs in which clients always take part.
+    # After each of so many first epochs, the next one has full traffic.
     warmup_epochs: int = 10
     # Limit, in GiB, of the smashed data of one epoch that is kept on disk, in the workdir.
     replay_gib: float = 20.0
@@ -322,8 +322,8 @@ class Config:
     # Passes over the data if the whole pool takes part. Smaller cohorts train N // M times as many epochs, so
     # that a client takes part in `epochs` of them on average, or in fewer where M does not divide N.
     epochs: int = 200
-    # A workdir or an encoder file with whose models the run starts, momentum models included. None: models
-    # are drawn.
+    # A workdir, or an encoder file, whose momentum models start as copies: the run starts from its models.
+    # None: models are drawn.
     init_from: str | None = None
     # The models that are taken from there; the others are drawn. client: those of all clients.
     init_parts: str = "both"

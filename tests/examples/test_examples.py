@@ -17,6 +17,7 @@ from scipy.stats import trim_mean
 from mocosfl_jax import train
 from mocosfl_jax.config import Moco, Model, quickstart
 from tests.support.small_run import write_images
+from tests.support.training import prepare
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 CONFIGS = ["byol.py", "optimizers.py", "own_network.py", "proximal.py", "trimmed_mean.py"]
@@ -105,6 +106,13 @@ def test_the_proximal_term_is_half_the_squared_distance() -> None:
     proximal = runpy.run_path(str(EXAMPLES / "proximal.py"))["proximal"]
     a, b = ({"w": np.array([1.0, 2.0]), "b": np.array(x)} for x in (3.0, 5.0))
     assert float(proximal(a, b, 0.1)) == pytest.approx(0.05 * 4)
+
+
+def test_byol_takes_clients_of_unequal_sizes() -> None:
+    """It has no queue that could be too small for their keys."""
+    config = runpy.run_path(str(EXAMPLES / "byol.py"))["get_config"]()
+    config.clients.rich, config.clients.rich_batch = 0.2, 2
+    assert set(prepare(config).batch_sizes.tolist()) == {5, 10}
 
 
 def test_byol_compares_guesses_and_keys() -> None:
