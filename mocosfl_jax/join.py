@@ -53,7 +53,7 @@ def join(argv: Sequence[str]) -> None:
         flags.DEFINE_string("server", None, "Address of the server.", flag_values=values)
         flags.DEFINE_string("data", None, "This client's pictures.", flag_values=values)
         flags.DEFINE_string("tls", None, "Folder of the certificate.", flag_values=values)
-        flags.DEFINE_integer("client_id", None, "Number of this client.", 0, flag_values=values)
+        flags.DEFINE_integer("client_id", None, "Number of this client.", 0, 2**32 - 1, flag_values=values)
         flags.DEFINE_float("patience", 3600.0, "Seconds.", 0.0, flag_values=values)
         flags.DEFINE_bool("insecure", False, "No encryption.", flag_values=values)
 

@@ -8,8 +8,8 @@
   --insecure          instead of --tls: no encryption and no certificates, on this machine only
 
 The clients hold the images that are trained on. The server's own data set serves to evaluate, and normalises
-all images. Training begins when `config.clients.num` clients have joined (`python -m mocosfl_jax.join`). It
-writes what mocosfl_jax.train writes, and the same command resumes it; clients come back by themselves.
+all images. Training begins when `config.clients.num` clients have joined (`python -m mocosfl_jax.join`). The
+server writes what mocosfl_jax.train writes, and the same command resumes it; clients come back by themselves.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def serve(options: Options) -> list[Any]:
     mesh = meshes.make_mesh(config.mesh, jax.devices())
     experiment.check(config, mesh)
     credentials = None if options.tls is None else certificates.server_credentials(options.tls)
-    loaded = experiment.load(config, mesh)
+    loaded = experiment.load(config, mesh, workdir.preprocessing_of_trained(options.folder))
     clients = config.clients
     fewest = dict.fromkeys(range(clients.num), clients.batch_size)
     run = federation.plan(config, mesh, loaded, fewest)
@@ -132,7 +132,7 @@ def serve(options: Options) -> list[Any]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(session.claimed(run, options.folder, say, accept_other_data=False))
         stop, received = stack.enter_context(stop_on_signals())
-        known = workdir.read_clients(options.folder)
+        known = workdir.read_clients(options.folder, config)
         hub = Hub(rules, say, known)
         largest = largest_message(run) + _ENVELOPE
         port = stack.enter_context(listening(hub, options.listen, credentials, largest))

@@ -129,6 +129,25 @@ def test_a_workdir_is_not_run(run: pathlib.Path, tmp_path: pathlib.Path, ran: pa
     assert not ran.exists()
 
 
+def test_the_filter_of_a_run_of_several_processes_is_not_of_the_current_folder(
+    tmp_path: pathlib.Path, ran: pathlib.Path
+) -> None:
+    code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nraise ImportError\n"
+    for name in ("re", "signal", "enum"):
+        (tmp_path / f"{name}.py").write_text(code)
+    root = str(pathlib.Path(__file__).parents[1])
+    program = (
+        f"import sys; sys.path.insert(0, {root!r})\n"
+        "from mocosfl_jax.runtime.stderr_filter import filter_stderr\n"
+        "import os\nfilter_stderr('lost', 'meeting')\nos.write(2, b'from C++\\n')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (0, "from C++\n")
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10", "tiny_imagenet"])
 def test_evaluate_downloads_nothing(
     name: str,

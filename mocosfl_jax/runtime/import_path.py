@@ -27,10 +27,17 @@ def _starts_ours(options: list[str]) -> bool:
     Example:
       >>> _starts_ours(["-um", "mocosfl_jax.train"]), _starts_ours(["-m", "other", "mocosfl_jax.train"])
       (True, False)
+      >>> _starts_ours(["-Ximporttime", "-W", "ignore::m", "-mmocosfl_jax.train"])
+      True
     """
-    module = ""
-    for i, option in enumerate(options):
-        if option.startswith("-") and not option.startswith("--") and "m" in option:
-            module = option.partition("m")[2] or "".join(options[i + 1 : i + 2])
-            break
-    return module.split(".")[0] == "mocosfl_jax"
+    words = iter(options)
+    for option in words:
+        if not option.startswith("-") or option.startswith("--"):
+            continue
+        for place, letter in enumerate(option[1:], start=2):
+            if letter in "XWm":  # these have a value: the rest of the word, or the next word
+                value = option[place:] or next(words, "")
+                if letter == "m":
+                    return value.split(".")[0] == "mocosfl_jax"
+                break
+    return False

@@ -40,7 +40,7 @@ def filter_stderr(lost: str, meeting: str) -> None:
     """
     sys.stderr.flush()
     child = subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", FILTER, lost, meeting],
+        [sys.executable, "-I", "-S", "-c", FILTER, lost, meeting],  # -I: nothing of the current folder
         stdin=subprocess.PIPE,
         start_new_session=True,
     )

@@ -120,6 +120,7 @@ def claimed(
             environment(meshes.first_device(run.mesh), run.mesh.shape),
             run.fingerprint,
             accept_other_data=accept_other_data,
+            real_clients=not run.simulated,
         )
         if claim.emptied:
             report(f"{folder}: held a run of which no step was trained; it makes way for this one")

@@ -21,6 +21,7 @@ from mocosfl_jax.paths import replacing, why_not_writable
 from mocosfl_jax.runtime.environment import Environment, differences
 
 Metrics = Mapping[str, float]  # one line of metrics.jsonl
+MOST_IMAGES = 1_000_000  # of a client over a network; their number decides how many steps an epoch has
 _DATA = "data_fingerprint"  # in config.json, beside the fields of the configuration
 _ENVIRONMENT = "environment"  # in config.json, next to the fields of the configuration
 
@@ -69,6 +70,7 @@ def claim(
     data: Fingerprint | None = None,
     *,
     accept_other_data: bool = False,
+    real_clients: bool = False,
 ) -> Claim:
     """Create `workdir` and write config.json, or check an existing one.
 
@@ -81,10 +83,11 @@ def claim(
       environment: from `runtime.environment.environment`. config.json keeps that of the start of the run.
       data: fingerprint of the data set; None is not compared.
       accept_other_data: resume even if the data set has changed.
+      real_clients: whether clients over a network hold the images.
 
     Raises:
-      UserError: if the folder holds a run of another configuration or on other data, or a finished one with
-        other settings of its results, or cannot be written to.
+      UserError: if the folder holds a run of another configuration, of the other kind of clients or on other
+        data, or a finished one with other settings of its results, or cannot be written to.
     """
     path = workdir / "config.json"
     record = config.as_dict() | {_ENVIRONMENT: environment} | ({} if data is None else {_DATA: data})
@@ -114,10 +117,17 @@ def claim(
     if _DATA in found and not other_data:
         folders = ("config.data.dir:", "config.resist.source_dir:")
         changed = [line for line in changed if not line.startswith(folders)]
-    if (changed or other_data) and not _was_trained(workdir):
-        _empty(workdir)
-        _write_json(path, record)
-        return Claim([], emptied=True)
+    of_real_clients = (workdir / "clients.json").exists()  # written before the first step
+    if not _was_trained(workdir):
+        if changed or other_data or (of_real_clients and not real_clients):
+            _empty(workdir)
+            _write_json(path, record)
+            return Claim([], emptied=True)
+    elif of_real_clients != real_clients:
+        kind = (
+            "real clients, which serve trains" if of_real_clients else "simulated clients, which train trains"
+        )
+        raise UserError(f"--workdir: {workdir} holds a run of {kind}; give another --workdir")
     if changed:
         raise UserError(
             f"--workdir: {workdir} holds a run of another configuration ({'; '.join(changed)}); "
@@ -379,20 +389,26 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
-def read_clients(workdir: Path) -> dict[int, int]:
+def read_clients(workdir: Path, config: Resolved) -> dict[int, int]:
     """Read how many images each client over a network holds; empty before they have all joined.
 
     Raises:
-      UserError: if the file is damaged.
+      UserError: if the file does not have a number for each client of the configuration.
     """
     path = workdir / "clients.json"
     if not path.exists():
         return {}
-    try:
-        record = _read_json(path)
-        return {int(client): int(images) for client, images in record.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: found no numbers of images, allowed: those that serve wrote") from error
+    record, clients = _read_json(path), [str(client) for client in range(config.clients.num)]
+    if not isinstance(record, dict) or sorted(record) != sorted(clients):
+        raise UserError(f"{path}: found other clients, allowed: 0 to {config.clients.num - 1}")
+    fewest = config.clients.batch_size
+    for client, images in record.items():
+        if type(images) is not int or not fewest <= images <= MOST_IMAGES:
+            raise UserError(
+                f"{path}: found {str(images)[:80]} images of client {client}, "
+                f"allowed: {fewest:,} to {MOST_IMAGES:,}"
+            )
+    return {int(client): images for client, images in record.items()}
 
 
 def write_clients(workdir: Path, images: Mapping[int, int]) -> None:

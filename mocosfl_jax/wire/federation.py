@@ -54,6 +54,7 @@ def check(config: Resolved) -> None:
         "saving.loss_threshold": (config.saving.loss_threshold, 0.0),
         "resist.strength": (config.resist.strength, 0.0),
         "resist.source": (config.resist.source, None),
+        "resist.target_share": (config.resist.target_share, 1.0),
         "privacy.noise": (config.privacy.noise, 0.0),  # the server's programs would draw it
         "clients.rich": (config.clients.rich, 0.0),
     }
@@ -234,8 +235,9 @@ def make_programs(
         cohort = members(state)
         if own:
             state = collect(hub, state, cohort, own, terms, settings.deadline_s)
-        if terms.frozen:  # one momentum model is that of all clients
-            for client in set(range(config.clients.num)).difference(cohort).union(missing):
+        if terms.frozen:  # one momentum model is that of all clients: the mean, if some have missed a step
+            everybody = set(range(config.clients.num))
+            for client in everybody if missing else everybody.difference(cohort):
                 hub.doubt(client)
         if missing:
             say(f"left out of some steps: {left_out(missing)}")

@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from mocosfl_jax.errors import UserError, one_line, printable
+from mocosfl_jax.training.workdir import MOST_IMAGES
 from mocosfl_jax.wire import messages
 from mocosfl_jax.wire.contract import Contract
 
@@ -31,7 +32,6 @@ WAITING = 8
 SPARE_STREAMS = 16
 # How often the holder of a certificate may open a stream, and in how many seconds. More are turned away.
 STREAMS, STREAM_SECONDS = 30, 60.0
-MOST_IMAGES = 1_000_000  # of a client; their number decides how many steps an epoch has
 _GRACE = 5.0  # seconds for streams to end when the server stops
 # A connection over which nothing comes for so long is tried, and then given up.
 KEEPALIVE_MS = 20_000
@@ -271,26 +271,47 @@ class Hub:
 
     async def _admit(self, context: Any) -> int:
         """The number of a client that has said who it is and how many images it holds."""
-        precondition = grpc.StatusCode.FAILED_PRECONDITION
-        certified = self._certified(context) if self.rules.authenticated else None
-        if certified is not None:
-            self._limit(certified)
-        hello = (await self._read(context, "hello", HELLO_SECONDS)).hello
-        if hello.protocol != messages.PROTOCOL:
-            raise Refused(
-                precondition,
-                f"protocol: found {hello.protocol}, allowed: {messages.PROTOCOL}; update the older side",
-            )
-        client = self._number(hello, certified)
+        with contextlib.ExitStack() as stack:
+            certified, ended = None, self._loop.create_future()
+            if self.rules.authenticated:
+                certified = self._certified(context)
+                self._limit(certified)
+                stack.enter_context(self._only(certified, ended))  # a silent stream takes no second place
+            hello = (await self._unless(ended, self._read(context, "hello", HELLO_SECONDS))).hello
+            if hello.protocol != messages.PROTOCOL:
+                raise Refused(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"protocol: found {hello.protocol}, allowed: {messages.PROTOCOL}; update the older side",
+                )
+            client = self._number(hello, certified)
+            if certified is None:
+                stack.enter_context(self._only(client, ended))
+            self.images[client] = await self._holding(client, context, ended)
+            return client
+
+    @contextlib.contextmanager
+    def _only(self, client: int, ended: asyncio.Future) -> Iterator[None]:
+        """Be the one stream of a client that is not admitted yet. A newer one sets `ended`."""
         if (before := self._coming.get(client)) is not None and not before.done():
             before.set_result(Refused(grpc.StatusCode.CANCELLED, "comes back"))
-        ended = self._coming[client] = self._loop.create_future()
+        self._coming[client] = ended
         try:
-            self.images[client] = await self._holding(client, context, ended)
+            yield
         finally:
             if self._coming.get(client) is ended:
                 del self._coming[client]
-        return client
+
+    async def _unless(self, ended: asyncio.Future, reading: Coroutine[Any, Any, T]) -> T:
+        """What is read, or raise what ends the stream before."""
+        read = asyncio.ensure_future(reading)
+        try:
+            await asyncio.wait({read, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                raise ended.result()
+            return read.result()
+        finally:
+            read.cancel()
+            await asyncio.gather(read, return_exceptions=True)
 
     async def _holding(self, client: int, context: Any, ended: asyncio.Future) -> int:
         """How many images a client holds; `ended` ends the wait for it."""
@@ -298,15 +319,7 @@ class Hub:
         size, batch_size = self.rules.image_size, self.rules.batch_size
         welcome = messages.Welcome(client_id=client, image_size=size, batch_size=batch_size)
         await self._write(context, messages.ToClient(welcome=welcome))
-        read = asyncio.ensure_future(self._read(context, "holding", HOLDING_SECONDS))
-        try:
-            await asyncio.wait({read, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                raise ended.result()
-            holding = read.result().holding
-        finally:
-            read.cancel()
-            await asyncio.gather(read, return_exceptions=True)
+        holding = (await self._unless(ended, self._read(context, "holding", HOLDING_SECONDS))).holding
         known = self.images.get(client)
         if not batch_size <= holding.images <= MOST_IMAGES:
             raise Refused(

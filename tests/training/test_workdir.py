@@ -265,3 +265,55 @@ def test_a_file_that_cannot_be_read_is_one_line(
     assert train_command.main(argv) == 2
     error = capsys.readouterr().err
     assert f"{file}: cannot be read (Is a directory)" in error and error.count("\n") == 1
+
+
+def test_runs_of_real_and_of_simulated_clients_do_not_continue_each_other(
+    data: pathlib.Path, run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = workdir.read_config(run, toy_config.get_config().own)
+    with pytest.raises(UserError, match="holds a run of simulated clients, which train trains; give"):
+        workdir.claim(run, config, {}, real_clients=True)
+    workdir.write_clients(run, dict.fromkeys(range(4), 12))
+    workdir.claim(run, config, {}, real_clients=True)
+    capsys.readouterr()
+    assert train(data, run) == 2
+    error = capsys.readouterr().err
+    assert "holds a run of real clients, which serve trains; give another" in error and error.count("\n") == 1
+
+    untrained = tmp_path / "untrained"
+    workdir.claim(untrained, config, {}, real_clients=True)
+    workdir.write_clients(untrained, dict.fromkeys(range(4), 12))
+    assert workdir.claim(untrained, config, {}, real_clients=True) == ([], False)
+    assert workdir.claim(untrained, config, {}) == ([], True)
+    assert not (untrained / "clients.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"0": 20}', "found other clients, allowed: 0 to 3"),
+        ('["0", "1", "2", "3"]', "found other clients"),
+        ('{"0": 20, "1": 20, "2": 20, "3": 1}', "found 1 images of client 3, allowed: 2 to 1,000,000"),
+        ('{"0": 20, "1": 20.5, "2": 20, "3": 20}', "found 20.5 images of client 1"),
+        ('{"0": 1000001, "1": 20, "2": 20, "3": 20}', "found 1000001 images of client 0"),
+    ],
+)
+def test_the_numbers_of_images_of_real_clients_are_checked(
+    run: pathlib.Path, capsys: pytest.CaptureFixture, text: str, message: str
+) -> None:
+    (run / "clients.json").write_text(text)
+    assert evaluate.main(with_toy(["evaluate", f"--workdir={run}"])) == 2
+    error = capsys.readouterr().err
+    assert f"clients.json: {message}" in error and error.count("\n") == 1
+
+
+def test_other_data_of_another_size_are_resized(data: pathlib.Path, run: pathlib.Path) -> None:
+    """Otherwise the network would be another one than preprocessing.json says."""
+    rng = np.random.default_rng(3)
+    pictures, labels = rng.integers(0, 256, (48, 32, 32, 3)).astype(np.uint8), np.arange(48) % 4
+    np.savez(data, x_train=pictures, y_train=labels, x_test=pictures[:12], y_test=labels[:12])
+    config, mesh = workdir.read_config(run, toy_config.get_config().own), single()
+    assert experiment.load(config, mesh).dataset.x_train.shape[1:] == (32, 32, 3)
+    known = workdir.preprocessing_of_trained(run)
+    assert known is not None and known.image_size == IMAGE[0] != 32
+    assert experiment.load(config, mesh, known).dataset.x_train.shape[1:] == IMAGE

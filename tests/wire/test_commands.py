@@ -16,6 +16,8 @@ import pytest
 
 from mocosfl_jax import certificates, join, serve
 from mocosfl_jax.data import load
+from mocosfl_jax.errors import UserError
+from mocosfl_jax.training import experiment, workdir
 from mocosfl_jax.wire import certificates as tls
 from tests.support.federation import Federation, toy_fields
 from tests.support.small_run import metrics
@@ -168,6 +170,10 @@ LOCAL = ["--listen=127.0.0.1:8000", "--insecure"]
         ([*LOCAL, "--config.moco.feature_sharing=False"], "config.moco.feature_sharing: found False"),
         ([*LOCAL, "--config.moco.concatenate=False"], "config.moco.concatenate: found False"),
         ([*LOCAL, "--config.wire.dtype=int4"], "config.wire.dtype: found 'int4', allowed: exact, float32"),
+        (
+            [*LOCAL, "--config.clients.num=1", "--config.resist.target_share=0.5"],
+            "config.resist.target_share: found 0.5, allowed with real clients: 1.0",
+        ),
         ([*LOCAL, "--config.wire.least=0"], "config.wire.least: found 0, allowed: 1 to"),
     ],
 )
@@ -180,6 +186,21 @@ def test_mistakes_of_the_server_are_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_server_that_goes_on_keeps_its_mean_and_standard_deviation(
+    finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clients normalise their images by it."""
+    given: list[Any] = []
+
+    def load(config: Any, mesh: Any, preprocessing: Any = None) -> Any:
+        given.append(preprocessing)
+        raise UserError("enough")
+
+    monkeypatch.setattr(experiment, "load", load)
+    assert serve.main(["serve", f"--workdir={finished}", *LOCAL]) == 2
+    assert given == [workdir.read_preprocessing(finished)]
+
+
 def test_mistakes_of_a_client_are_one_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     np.savez(tmp_path / "floats.npz", images=np.zeros((3, 4, 4, 3)))
     np.savez(tmp_path / "other.npz", labels=np.zeros(3))
@@ -190,6 +211,7 @@ def test_mistakes_of_a_client_are_one_line(tmp_path: pathlib.Path, capsys: pytes
         ([local, "--insecure"], "--data is missing"),
         (["--server=example.org:1", "--insecure", "--data=."], "--insecure: found example.org:1"),
         ([local, "--insecure", "--data=nowhere"], "--data: found no nowhere"),
+        ([local, "--insecure", "--data=.", "--client_id=4294967296"], "--client_id=4294967296"),
         ([local, f"--tls={tmp_path}", f"--data={tmp_path}"], "has keys of 0 clients, allowed: 1"),
         (
             [local, "--insecure", f"--data={tmp_path}", "--patience=0"],

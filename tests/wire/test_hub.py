@@ -414,3 +414,16 @@ def test_a_client_that_was_too_slow_to_say_who_it_is_does_not_give_up(
     server.hub.finish("done", 1, 10)
     client.join(30)
     assert not client.is_alive() and said[-1] == "done"
+
+
+def test_silent_streams_of_one_certificate_take_one_place(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each ends the one before, so that others find room."""
+    server.hub.rules = server.hub.rules._replace(authenticated=True)
+    monkeypatch.setattr(server.hub, "_certified", lambda context: 0)
+    silent = [server.stream() for _ in range(hubs.SPARE_STREAMS + 3)]  # as many as there may be
+    until(lambda: sum(not stream.incoming.done() for stream in silent) == 1)
+    assert server.stream().join(0) == 0
+    for stream in silent:
+        assert stream.refusal() == (grpc.StatusCode.CANCELLED, "comes back")
