@@ -48,7 +48,7 @@ def ours(setting: Setting) -> Call:
     ) -> tuple[clients.ClientState, SmashedData]:
         state, smashed, pullback = clients.forward(over_clients(model.client), state, views, 0.99)
         state = clients.backward(state, pullback, smashed_grad, optimizer, jax.numpy.zeros((), int))
-        state, *_ = clients.synchronize(state, None, clients.FEDAVG)
+        state, *_ = clients.synchronize(state, None, clients.FEDAVG, optimizer)
         return state, smashed
 
     place = meshes.of_clients(settings.mesh(), setting.clients)

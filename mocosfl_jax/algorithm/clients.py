@@ -174,13 +174,16 @@ def backward(
     return state._replace(params=params, opt_state=opt_state)
 
 
-def synchronize(state: ClientState, weights: Array | None, how: Sync) -> tuple[ClientState, Any, Array]:
+def synchronize(
+    state: ClientState, weights: Array | None, how: Sync, optimizer: optax.GradientTransformation
+) -> tuple[ClientState, Any, Array]:
     """FedAvg: average the models of the cohort and load the mean into its clients (McMahan et al. 2017).
 
     Args:
       state: Of the cohort, leaves [M, ...].
       weights: [M], weight of each client in the average; None for equal weights.
       how: What else is averaged. Its weights, of the whole pool, are not used.
+      optimizer: Of one client, for a state that starts anew.
 
     Returns:
       The new state, the average of the online models, and the distance of each client from it, [M].
@@ -208,7 +211,7 @@ def synchronize(state: ClientState, weights: Array | None, how: Sync) -> tuple[C
     if how.momentum_models:
         new = new._replace(key_params=mean_for_all(state.key_params))
     if how.buffers == "reset":
-        new = new._replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
+        new = new._replace(opt_state=jax.vmap(optimizer.init)(new.params))
     elif how.buffers == "average":
         new = new._replace(opt_state=mean_for_all(state.opt_state))
     if state.anchor is not None:

@@ -27,6 +27,8 @@ def average(stacked: Any, weights: Array | None = None) -> Any:
 
 def _like(leaf: Array, mean: Array) -> Array:
     """`mean` in the dtype of `leaf`. Whole numbers, such as the steps that Adam counts, are rounded."""
+    if leaf.dtype == jnp.bool_:  # what most clients say
+        return mean if mean.dtype == jnp.bool_ else mean >= 0.5
     whole = jnp.issubdtype(leaf.dtype, jnp.integer)
     return (jnp.round(mean) if whole else mean).astype(leaf.dtype)
 

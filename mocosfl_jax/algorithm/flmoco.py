@@ -114,7 +114,7 @@ def flmoco(
         init=init,
         enter=partial(pool.enter, num_clients=num_clients, placement=placement),
         step=step,
-        sync=partial(pool.synchronize, sync=sync),
+        sync=partial(pool.synchronize, sync=sync, optimizer=optimizer),
         leave=partial(pool.leave, own=own, placement=placement),
         encode=encode,
         models=lambda state: Models(pool.online_model(state), pool.momentum_model(state)),

@@ -112,8 +112,8 @@ class Enter(Protocol):
 
         Raises:
           ValueError: If a number is not that of a client, or occurs twice. Inside a jit the numbers are not
-            known: then what a client from N on has of its own is NaN, and a negative number counts from the
-            end.
+            known: then, on one device, what a client from N on has of its own is NaN, and a negative number
+            counts from the end.
           TypeError: If another cohort has not left yet.
         """
 

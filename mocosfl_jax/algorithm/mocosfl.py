@@ -286,7 +286,7 @@ def mocosfl(
     def synchronize(state: CohortState) -> tuple[CohortState, SyncInfo]:
         if frozen or not jax.tree.leaves(state.clients.params):  # the clients are equal and stay equal
             return state, SyncInfo(jnp.zeros(size(state)))
-        return pool.synchronize(state, sync=sync)
+        return pool.synchronize(state, sync=sync, optimizer=own_optimizer)
 
     def encode(state: TrainState, images: Array) -> Features:
         params = pool.online_model(state), placement.gather(state.server.params)

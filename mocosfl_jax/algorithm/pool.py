@@ -34,7 +34,8 @@ def owned(sync: Sync, *, frozen: bool = False) -> ClientState:
 
     Args:
       sync: How the clients are synchronized.
-      frozen: Whether the clients are never trained, and so stay equal.
+      frozen: Whether the clients are never trained. Then they share one momentum model too, which all move
+        alike towards the online model; it moves in each epoch, whoever takes part.
     """
     return ClientState(
         params=not frozen and sync.divergence_lambda is not None,
@@ -131,7 +132,9 @@ def leave(state: CohortState, *, own: ClientState, placement: Placement) -> Trai
     return TrainState(state.step, Pool(each, jax.tree.map(_mean_of_equals, equal)), state.server)
 
 
-def synchronize(state: CohortState, *, sync: Sync) -> tuple[CohortState, SyncInfo]:
+def synchronize(
+    state: CohortState, *, sync: Sync, optimizer: optax.GradientTransformation
+) -> tuple[CohortState, SyncInfo]:
     """FedAvg over the cohort, see `clients.synchronize`.
 
     Where clients keep online models of their own, those that are not in the cohort receive the mean too.
@@ -139,7 +142,7 @@ def synchronize(state: CohortState, *, sync: Sync) -> tuple[CohortState, SyncInf
     weights = None if sync.weights is None else jnp.asarray(sync.weights)
     if weights is not None and state.cohort is not None:
         weights = weights[state.cohort]
-    members, mean, divergence = clients.synchronize(state.clients, weights, sync)
+    members, mean, divergence = clients.synchronize(state.clients, weights, sync, optimizer)
     pool = state.pool
     if pool is not None and pool.own.params is not None:
         pool = pool._replace(own=pool.own._replace(params=fedavg.load(mean, pool.own.params)))
@@ -244,4 +247,6 @@ def _combine(own: ClientState, shared: ClientState) -> ClientState:
 
 def _mean_of_equals(leaf: Array) -> Array:
     """The mean over the leading axis in the dtype of `leaf`, without rounding if all rows are equal."""
+    if leaf.dtype == jnp.bool_:  # what most rows say
+        return jnp.mean(leaf, axis=0) >= 0.5
     return leaf[0] + jnp.mean(leaf - leaf[:1], axis=0).astype(leaf.dtype)

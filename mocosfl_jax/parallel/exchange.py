@@ -19,7 +19,7 @@ from mocosfl_jax.algorithm import concatenation, moco
 from mocosfl_jax.algorithm.moco import MoCoQueue, QueueAccess
 from mocosfl_jax.algorithm.placement import Placement, RowsModel, one_device
 from mocosfl_jax.models.forms import Forms, at_once
-from mocosfl_jax.parallel.mesh import CLIENTS, DATA, EVERY, MODEL, VIEWS, at, pad, pad_tree, share
+from mocosfl_jax.parallel.mesh import CLIENTS, DATA, EVERY, MODEL, VIEWS, at, of_views, pad, pad_tree, share
 from mocosfl_jax.parallel.state import tensor
 
 
@@ -59,7 +59,10 @@ def _select(mesh: Mesh, pool: Any, cohort: Array | None) -> Any:
             """The members of the block that are on this device, and zeros for the others."""
             here, rows = _here(pool, blocks[block], me)
             return jax.tree.map(
-                lambda leaf: jnp.where(here.reshape(-1, *[1] * (leaf.ndim - 1)), leaf[rows], 0), pool
+                lambda leaf: jnp.where(
+                    here.reshape(-1, *[1] * (leaf.ndim - 1)), leaf[rows], jnp.zeros((), leaf.dtype)
+                ),
+                pool,
             )
 
         def travel(moves: int, block: Any) -> Any:
@@ -131,7 +134,7 @@ def _per_device(mesh: Mesh, function: Callable[..., Any], *whole: Array) -> Call
 
 
 def _merge(mesh: Mesh, x: Array, real: np.ndarray | None = None) -> Array:
-    if _in_place(mesh, x.shape[:2], real):
+    if _in_place(mesh, (x.shape[0], x.shape[1]), real):
         return at(mesh, concatenation.merge(x), CLIENTS)
     real = np.ones(x.shape[:2], bool) if real is None else real
     rows = pad(x, mesh.size).reshape(-1, *x.shape[2:])
@@ -142,7 +145,7 @@ def _merge(mesh: Mesh, x: Array, real: np.ndarray | None = None) -> Array:
 
 def _split(mesh: Mesh, x: Array, shape: tuple[int, int], real: np.ndarray | None = None) -> Array:
     if _in_place(mesh, shape, real):
-        return at(mesh, concatenation.split(x, shape), CLIENTS)
+        return at(mesh, concatenation.split(x, shape), of_views(shape[0]))
     real = np.ones(shape, bool) if real is None else real
     places, batch = shape
     back = [Leg(-leg.by, leg.arrive, leg.leave) for leg in _legs(real, mesh.size)]
@@ -154,9 +157,14 @@ def _everywhere(mesh: Mesh, x: Array) -> Array:
     return at(mesh, x, P())
 
 
-def _in_place(mesh: Mesh, shape: tuple[int, ...], real: np.ndarray | None) -> bool:
-    """Whether each device already has its share of the rows, because they are those of its clients."""
-    return (real is None or bool(real.all())) and (shape[0] % mesh.size == 0 or shape[1] == 1)
+def _in_place(mesh: Mesh, shape: tuple[int, int], real: np.ndarray | None) -> bool:
+    """Whether each device already has its share of the rows, because they are those of its clients.
+
+    Of a single client, each device has a share of the images.
+    """
+    clients, batch = shape
+    equal = clients % mesh.size == 0 or batch == 1 or (clients == 1 and batch % mesh.size == 0)
+    return equal and (real is None or bool(real.all()))
 
 
 class Leg(NamedTuple):

@@ -147,3 +147,36 @@ def test_an_optimizer_that_counts_its_steps(build: Build, toy_model: SplitModel,
     assert dtypes[0] == dtypes[1]
     counts = {"keep": 1, "reset": 0, "average": 1}
     np.testing.assert_array_equal(again.clients.opt_state[0].count, np.full(N, counts[buffers]))
+
+
+@pytest.mark.parametrize("buffers", ["reset", "average"])
+@pytest.mark.parametrize("kind", ["with a rate in its state", "with a truth value in its state"])
+def test_an_optimizer_whose_state_is_not_zeros(
+    build: Build, toy_model: SplitModel, buffers: str, kind: str
+) -> None:
+    """A reset gives the optimizer's first state; zeros would be a learning rate of zero."""
+    inner = optax.sgd(0.1)
+    optimizer = (
+        optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+        if kind == "with a rate in its state"
+        else optax.apply_if_finite(inner, 3)
+    )
+    algorithm, state = build(
+        toy_model, sync=Sync(buffers=buffers, momentum_models=True), client_optimizer=optimizer
+    )
+    new = algorithm.sync(algorithm.step(diverse_models(state), random_views(1, N, B))[0])[0]
+    again = algorithm.enter(algorithm.leave(new))
+    start = optimizer.init(client(state.clients.params, 0))
+    for i in range(N):
+        of_client = client(again.clients.opt_state, i)
+        if buffers == "reset":
+            assert_trees_close(of_client, start, rtol=0)
+        assert jax.tree.map(lambda leaf: leaf.dtype, of_client) == jax.tree.map(lambda x: x.dtype, start)
+    moved, _ = algorithm.step(again, random_views(2, N, B))
+    before, after = (jax.tree.leaves(each.clients.params)[0] for each in (again, moved))
+    assert np.any(before != after)
+
+
+def diverse_models(state: CohortState) -> CohortState:
+    """As `diverse`, but each client has the optimizer state that it started with."""
+    return diverse(state)._replace(clients=diverse(state).clients._replace(opt_state=state.clients.opt_state))

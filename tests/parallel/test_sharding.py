@@ -37,7 +37,7 @@ from mocosfl_jax.models.convolution import direct_conv, patches_conv
 from mocosfl_jax.models.forms import CPU
 from mocosfl_jax.models.norms import batch_norm, group_norm
 from mocosfl_jax.parallel.exchange import make_placement
-from mocosfl_jax.parallel.mesh import make_mesh, make_spread, of_images, padded, replicate
+from mocosfl_jax.parallel.mesh import make_mesh, make_spread, of_images, of_views, padded, replicate, sharding
 from mocosfl_jax.parallel.state import distribute, rest
 from mocosfl_jax.train import main
 from mocosfl_jax.training import experiment, loop, rounds, workdir
@@ -302,6 +302,24 @@ def assert_nothing_large_is_gathered(name: str, data: int, model: int) -> None:
     assert 0 <= sum(sum(c.sizes) for c in averaged) - trees * sum(client) <= few, averaged
 
 
+def test_the_images_of_a_single_client_stay_where_they_are() -> None:
+    """As in centralised MoCo: each device has a share of the batch, before and after concatenation."""
+    mesh = make_mesh(Mesh(data=4, model=2), jax.devices())
+    placement = make_placement(mesh, CPU)
+    x = jax.device_put(np.random.default_rng(0).normal(size=(1, 16, 2, 3)), sharding(mesh, of_views(1)))
+
+    def there_and_back(x: Array) -> tuple[Array, Array]:
+        merged = placement.merge(x, None)
+        return merged, placement.split(2 * merged, (1, 16), None)
+
+    program: Any = jax.jit(there_and_back).lower(x).compile()
+    assert not collectives(program.as_text())
+    merged, split = program(x)
+    np.testing.assert_array_equal(merged, x[0])
+    np.testing.assert_array_equal(split, 2 * x)
+    assert {shard.data.shape for shard in merged.addressable_shards} == {(2, 2, 3)}
+
+
 @pytest.mark.usefixtures("x64")
 def test_a_convolution_in_chunks_stays_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Winograd's loop over images with its gradients, on rows that do not divide; nothing is gathered."""
@@ -499,3 +517,15 @@ def test_on_one_device_nothing_is_distributed() -> None:
 def test_an_impossible_mesh_is_refused(sizes: tuple[int | None, int | None], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_mesh(Mesh(data=sizes[0], model=sizes[1]), jax.devices())
+
+
+def test_members_keep_their_truth_values() -> None:
+    """As in the state of `optax.apply_if_finite`, when a sampled cohort enters."""
+    mesh = make_mesh(Mesh(data=4, model=2), jax.devices())
+    select = make_placement(mesh, CPU).select
+    pool = {"last_finite": jnp.arange(16) % 3 == 0, "count": jnp.arange(16, dtype=jnp.int32)}
+    cohort = jnp.array([0, 1, 3, 9, 10], jnp.int32)
+    found = jax.jit(select)(pool, cohort)
+    assert {name: leaf.dtype for name, leaf in found.items()} == {"last_finite": bool, "count": np.int32}
+    np.testing.assert_array_equal(found["last_finite"], [True, False, True, True, False])
+    np.testing.assert_array_equal(found["count"], cohort)
