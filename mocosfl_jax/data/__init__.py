@@ -50,6 +50,8 @@ SIZES: dict[str, tuple[int, int]] = {
     "imagenet12": (15_600, 224),
 }
 
+_DECODED = ("tiny_imagenet", "imagenet12", "image_folder")  # and the sets of tensorflow-datasets
+
 MAX_SIZE = math.isqrt(images.MAX_PIXELS)  # height and width of an image
 
 # Mean and standard deviation of the channels with which the paper's experiments normalise images.
@@ -130,6 +132,18 @@ def load(name: str, directory: str, image_size: int | None, max_broken: float = 
     except OSError as error:
         where = error.filename or directory
         raise UserError(f"directory: {where}: {error.strerror or error}") from error
+
+
+def keeps_whole_images(name: str, image_size: int | None) -> bool:
+    """Whether `load` also gives canvases of the whole images, because it resizes them.
+
+    Example:
+      >>> keeps_whole_images("cifar10", 32), keeps_whole_images("imagenet12", None)
+      (False, True)
+    """
+    if name in _DECODED or name not in _LOADERS:  # their images may have any size
+        return image_size is not None or name == "imagenet12"
+    return image_size is not None and image_size != SIZES.get(name, (None, None))[1]
 
 
 def in_memory(dataset: Dataset) -> Dataset:

@@ -157,7 +157,7 @@ def tolerant(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for _ in pool.map(fill_one, range(len(rows))):
                 pass
-        if len(broken) > known:
+        if len(broken) > known or len(broken) > max_broken * count:
             report()
         return images
 

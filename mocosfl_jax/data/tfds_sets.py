@@ -140,7 +140,7 @@ def _check_features(tfds: Any, name: str, path: Path) -> None:
         named = list(_classes(json.loads(path.read_text())))
     except (ValueError, RecursionError) as error:
         raise UserError(f"directory: {path} is not readable ({_reason(error)})") from error
-    if foreign := [each for each in named if each not in allowed]:
+    if foreign := [each for each in named if not isinstance(each, str) or each not in allowed]:
         raise UserError(
             f"name: {name} has the feature {str(foreign[0])[:200]!r} ({path}), "
             "allowed: features of tensorflow_datasets itself, since others would run code"

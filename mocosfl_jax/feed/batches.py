@@ -43,13 +43,14 @@ class Residence(NamedTuple):
     why: str  # the reason, in words
 
 
-def residence(resident: bool | None, size: int, memory: int | None) -> Residence:
+def residence(resident: bool | None, size: int, memory: int | None, copies: int = 1) -> Residence:
     """Decides where the training images are kept.
 
     Args:
       resident: The wanted answer, or None to decide by size.
       size: Bytes of all training images.
-      memory: Bytes of the device that would hold them; None if it does not report them.
+      memory: Bytes of the device that would hold them; None if it does not report them, as a CPU.
+      copies: Devices of this process, each of which would hold all of them. Those of a CPU share its memory.
 
     Raises:
       UserError: If `resident` is True and the run has several processes.
@@ -67,7 +68,10 @@ def residence(resident: bool | None, size: int, memory: int | None) -> Residence
         most = RESIDENT_SHARE * memory
         bound = f"{RESIDENT_SHARE:.0%} of the device's memory"
     else:
-        most, bound = RESIDENT_BYTES_ON_CPU, "the limit for a device that does not report its memory"
+        most = RESIDENT_BYTES_ON_CPU / copies
+        bound = "the limit for a device that does not report its memory"
+        if copies > 1:
+            bound += f", of which there are {copies}"
     relation = "at most" if size <= most else "more than"
     return Residence(size <= most, f"{relation} {most / 2**30:.3g} GiB, {bound}")
 
@@ -183,6 +187,11 @@ def streamed(
     def feed(epoch: int, steps: range) -> Iterator[Array]:
         nonlocal loading, following
         for piece in pieces(steps, piece_steps):
+            if piece.start not in starts:
+                raise UserError(
+                    "resident: found False and a run that goes on within a round, since its data had rounds "
+                    "of another length, allowed: True"
+                )
             count = epoch * len(plan) + starts[piece.start]
             if loading is None or count != following:
                 if loading is not None:

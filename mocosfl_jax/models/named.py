@@ -69,12 +69,17 @@ class _Server(nn.Module):
         return jnp.mean(x, axis=(1, 2)) if self.pooled else x.reshape(x.shape[0], -1)
 
 
+def stem_stride_of(given: int | None, image_size: int) -> int:
+    """The stride of the first convolution; None takes 2 for images of 64 pixels and of 224 or more."""
+    return given or (2 if image_size == 64 or image_size >= 224 else 1)
+
+
 def _layers(network: Network, *, width: int | None, image_size: int, stem_stride: int | None) -> list[Layer]:
     """All layers between the images and the last feature map. None stands for the paper's values."""
     return network.layers(
         width=width or network.paper_width,
         image_size=image_size,
-        stem_stride=stem_stride or (2 if image_size == 64 or image_size >= 224 else 1),
+        stem_stride=stem_stride_of(stem_stride, image_size),
     )
 
 

@@ -85,8 +85,6 @@ def build(
       The network, and the algorithm with its states on the mesh.
     """
     model = build_model(config, image_size, forms)
-    server_lr, _ = learning_rates(config, steps_per_epoch)
-    settings = config.optim
     of_clients = client_optimizer(config, steps_per_epoch)
     arguments: dict[str, Any] = {
         "num_clients": config.clients.num,
@@ -108,24 +106,24 @@ def build(
         "placement": exchange.make_placement(mesh, forms),
     }
     if config.algorithm == "flmoco":
-        make: MakeAlgorithm = _flmoco
         assert of_clients is not None  # the configuration refuses a rate of 0
         arguments |= {"optimizer": of_clients}
     else:
-        make = _mocosfl
         arguments |= {
             "batch_sizes": batch_sizes,
             "client_optimizer": of_clients,
-            "server_optimizer": optim.sgd(server_lr, settings.momentum, settings.weight_decay),
+            "server_optimizer": server_optimizer(config, steps_per_epoch),
         }
         if (noise := noise_of(config)) is not None:
             arguments["noise"] = noise
         if config.resist.strength:
             arguments["adversary"] = _adversary(config, model, forms, image_size, steps_per_epoch, statistics)
-    if config.own.algorithm is not None:
-        make = _own("config.own.algorithm", config.own.algorithm, "config, model, arguments")
     with renamed({"moco.queue_size": "config.moco.queue_size"}):
-        algorithm = make(config, model, arguments)
+        if config.own.algorithm is not None:
+            make = _own("config.own.algorithm", config.own.algorithm, "config, model, arguments")
+            algorithm = make(config, model, arguments)
+        else:
+            algorithm = (flmoco if config.algorithm == "flmoco" else mocosfl)(model, **arguments)
     if not isinstance(algorithm, Algorithm):
         found = type(algorithm).__name__
         raise UserError(f"config.own.algorithm: found a function that returns {found}, allowed: Algorithm")
@@ -212,44 +210,27 @@ def _own(field: str, function: Callable[..., Any], parameters: str) -> Callable[
     return call
 
 
-def _mocosfl(config: Resolved, model: SplitModel, arguments: dict[str, Any]) -> Algorithm:
-    return mocosfl(model, **arguments)
-
-
-def _flmoco(config: Resolved, model: SplitModel, arguments: dict[str, Any]) -> Algorithm:
-    return flmoco(model, **arguments)
-
-
-def learning_rates(config: Resolved, steps_per_epoch: int) -> tuple[optim.Schedule, optim.Schedule | float]:
-    """Return the learning rates of the server and the clients over training steps; 0.0 for frozen clients.
-
-    Example:
-      >>> from mocosfl_jax.config import quickstart, resolve
-      >>> server_lr, client_lr = learning_rates(resolve(quickstart()), steps_per_epoch=60)
-      >>> round(float(server_lr(0)), 4), round(float(client_lr(0)), 4)
-      (0.03, 0.03)
-    """
-    settings, epochs = config.optim, config.total_epochs
-    server_lr = optim.schedule(
-        settings.schedule, settings.server_lr, epochs=epochs, steps_per_epoch=steps_per_epoch
+def server_optimizer(config: Resolved, steps_per_epoch: int) -> optax.GradientTransformation:
+    """Return the optimizer of the server."""
+    settings = config.optim
+    rate = optim.schedule(
+        settings.schedule, settings.server_lr, epochs=config.total_epochs, steps_per_epoch=steps_per_epoch
     )
-    if settings.client_lr == 0:
-        return server_lr, 0.0  # a plain zero marks frozen clients; a schedule cannot
-    name, steps_per_decay = settings.client_schedule, steps_per_epoch
-    if name == "official_per_step":
-        name, steps_per_decay = settings.schedule, 1
-    client_lr = optim.schedule(
-        name, settings.client_lr, epochs=epochs, steps_per_epoch=steps_per_decay, decay=0.2
-    )
-    return server_lr, client_lr
+    return optim.sgd(rate, settings.momentum, settings.weight_decay)
 
 
 def client_optimizer(config: Resolved, steps_per_epoch: int) -> optax.GradientTransformation | None:
     """Return the optimizer of one client; None for frozen clients."""
-    _, rate = learning_rates(config, steps_per_epoch)
-    if isinstance(rate, float):
+    settings = config.optim
+    if settings.client_lr == 0:
         return None
-    return optim.sgd(rate, config.optim.momentum, config.optim.weight_decay)
+    name, steps_per_decay = settings.client_schedule, steps_per_epoch
+    if name == "official_per_step":
+        name, steps_per_decay = settings.schedule, 1
+    rate = optim.schedule(
+        name, settings.client_lr, epochs=config.total_epochs, steps_per_epoch=steps_per_decay, decay=0.2
+    )
+    return optim.sgd(rate, settings.momentum, settings.weight_decay)
 
 
 def network_arguments(config: Resolved, image_size: int) -> dict[str, Any]:

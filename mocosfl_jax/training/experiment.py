@@ -168,8 +168,10 @@ def prepare(
     Raises:
       UserError: if a part of the configuration or the data is impossible.
     """
-    given = Own(network=None if model is None else constant_network(model), algorithm=algorithm)
-    own = Own(network=given.network or config.own.network, algorithm=given.algorithm or config.own.algorithm)
+    own = Own(
+        network=config.own.network if model is None else constant_network(model),
+        algorithm=algorithm or config.own.algorithm,
+    )
     config = dataclasses.replace(config, own=own)
     check(config, mesh)
     dataset, residence, data_fingerprint = load(config, mesh, preprocessing)
@@ -296,7 +298,7 @@ def of_real_clients(config: Resolved, mesh: Mesh, loaded: Loaded, images: Mappin
 def of_workdir(config: Resolved, mesh: Mesh, folder: Path) -> Run:
     """The run that trained in a workdir, with simulated or with real clients; see `prepare`."""
     preprocessing = workdir.read_preprocessing(folder) if workdir.has_preprocessing(folder) else None
-    if images := workdir.read_clients(folder):
+    if images := workdir.read_clients(folder, config):
         check(config, mesh)
         return of_real_clients(config, mesh, load(config, mesh, preprocessing), images)
     return prepare(config, mesh, preprocessing=preprocessing)
@@ -363,12 +365,13 @@ def check(config: Resolved, mesh: Mesh) -> None:
 def load(config: Resolved, mesh: Mesh, preprocessing: workdir.Preprocessing | None = None) -> Loaded:
     """Load the data set, with its training images in memory if they will be resident on the device.
 
-    With `preprocessing`, it has that mean and standard deviation instead of its own.
+    With `preprocessing`, its images have that size, mean and standard deviation instead of their own.
     """
+    read = partial(data.load, config.data.name, config.data.dir, max_broken=config.data.max_broken)
     with renamed(_DATA_FIELDS):
-        dataset = data.load(
-            config.data.name, config.data.dir, config.data.image_size, max_broken=config.data.max_broken
-        )
+        dataset = read(image_size=config.data.image_size)
+        if preprocessing is not None and dataset.x_train.shape[1:3] != (preprocessing.image_size,) * 2:
+            dataset = read(image_size=preprocessing.image_size)
     height, width = dataset.x_train.shape[1:3]
     if height != width:
         raise UserError(f"config.data.image_size: found None and images of {height}x{width}, allowed: a size")
@@ -386,17 +389,18 @@ def _residence(config: Resolved, mesh: Mesh, size: int) -> batches.Residence:
     """Where training images of so many bytes are kept."""
     memory = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     with renamed(_DATA_FIELDS):
-        return batches.residence(config.data.resident, size, memory)
+        return batches.residence(config.data.resident, size, memory, copies=len(mesh.local_devices))
 
 
 def _check_queue(config: Resolved, places: np.ndarray, rich: Rich | None) -> None:
     """Raise UserError if the queue is smaller than the keys of a step with rich clients.
 
-    For equal clients, this is checked when the configuration is resolved.
+    For equal clients, this is checked when the configuration is resolved, and for an algorithm of your own by
+    tracing it, since it need not have a queue.
     """
     moco = config.moco
     keys = int(places.sum()) * (2 if moco.symmetric or moco.full_symmetric else 1)
-    if rich and moco.feature_sharing and moco.queue_size < keys:
+    if rich and config.own.algorithm is None and moco.feature_sharing and moco.queue_size < keys:
         raise UserError(
             f"config.moco.queue_size: found {moco.queue_size}, allowed: {keys} or more (the keys of one step)"
         )

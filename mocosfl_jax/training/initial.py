@@ -1,7 +1,7 @@
 """The models with which a run starts, if it continues from those of another one (`config.init_from`)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +10,17 @@ from jax import Array
 
 from mocosfl_jax.algorithm.interface import Models
 from mocosfl_jax.errors import UserError
-from mocosfl_jax.parallel.mesh import one_device
+from mocosfl_jax.models.named import stem_stride_of
+from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.paths import utf8_path
 from mocosfl_jax.training import checkpoint, workdir
-from mocosfl_jax.training.build import build
+from mocosfl_jax.training.build import FIELDS, build, network_record
 from mocosfl_jax.training.experiment import Run
 from mocosfl_jax.weights.encoder_file import load_encoder
 
 SIDES = ("client", "server")  # the order of the parameters in `Models`
+# What changes the network, but not the shapes of its parameters.
+SHAPELESS = ("norm", "weight_standardisation", "client_residual", "bottleneck", "stem_stride")
 
 
 class Found(NamedTuple):
@@ -27,6 +30,7 @@ class Found(NamedTuple):
     image_size: int | None  # in pixels; None: not recorded
     mean: Sequence[float]  # by which images are normalised
     std: Sequence[float]
+    network: Mapping[str, Any]  # from `network_record`
 
 
 def initial_models(run: Run, rng: Array) -> Models | None:
@@ -52,11 +56,24 @@ def initial_models(run: Run, rng: Array) -> Models | None:
         raise UserError("config.init_parts: found client, whose model has no parameters, allowed: server")
     sides = SIDES if parts == "both" else (parts,)
     _require_network(run, models.online, sides, path)
+    _require_layers(run, found.network, path)
     if parts != "both":
-        drawn: Models = jax.jit(lambda rng: run.algorithm.models(run.algorithm.init(rng)))(rng)
+        draw = jax.jit(
+            lambda rng: run.algorithm.models(run.algorithm.init(rng)),
+            out_shardings=meshes.everywhere(run.mesh),  # so that each process can read them
+        )
+        drawn: Models = draw(rng)
         models = Models(*(_chosen(parts, *both) for both in zip(drawn, models, strict=True)))
     at_host: Models = jax.device_get(models)  # of no device in particular
-    return at_host
+    wanted = jax.tree.leaves(jax.eval_shape(run.model.init, jax.random.key(0)))
+
+    def in_dtypes_of_run(model: Any) -> Any:  # a file may have others
+        leaves, structure = jax.tree.flatten(model)
+        return jax.tree.unflatten(
+            structure, [leaf.astype(like.dtype) for leaf, like in zip(leaves, wanted, strict=True)]
+        )
+
+    return Models(*map(in_dtypes_of_run, at_host))
 
 
 def _chosen(part: str, drawn: tuple[Any, Any], found: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -68,17 +85,18 @@ def _of_file(path: Path) -> Found:
     encoder = load_encoder(path)
     metadata = encoder.metadata
     size = metadata.network.get("image_size")
-    return Found(Models(encoder.params, encoder.params), size, metadata.mean, metadata.std)
+    return Found(Models(encoder.params, encoder.params), size, metadata.mean, metadata.std, metadata.network)
 
 
 def _of_workdir(run: Run, folder: Path) -> Found:
     config = workdir.read_config(folder, run.config.own)
     images = workdir.read_preprocessing(folder)
     device = run.mesh.local_devices[0]
-    _, algorithm = build(config, one_device(device), run.forms, image_size=images.image_size)
+    _, algorithm = build(config, meshes.one_device(device), run.forms, image_size=images.image_size)
     state, _ = checkpoint.restore(folder / "checkpoints", None, algorithm, device)
     models: Models = jax.jit(algorithm.models)(state)
-    return Found(models, images.image_size, images.mean, images.std)
+    record = network_record(config, images.image_size)
+    return Found(models, images.image_size, images.mean, images.std, record)
 
 
 def _require_images(run: Run, found: Found, path: Path) -> None:
@@ -123,4 +141,25 @@ def _require_network(run: Run, found: Any, sides: Sequence[str], path: Path) -> 
             raise UserError(
                 f"config.init_from: {path} has {name} of shape {there}, allowed: {here}, as in the network "
                 "of this run"
+            )
+
+
+def _require_layers(run: Run, found: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError unless the layers compute what those of the run's network compute with the parameters.
+
+    Networks of your own are compared by their shapes only.
+    """
+    size = run.dataset.x_train.shape[1]
+    wanted = network_record(run.config, size)
+    if "function" in found or "function" in wanted:
+        return
+    for name in SHAPELESS:
+        there, here = (
+            stem_stride_of(record.get(name), size) if name == "stem_stride" else record.get(name)
+            for record in (found, wanted)
+        )
+        if name in found and there != here:
+            raise UserError(
+                f"config.init_from: {path} is of a network with {FIELDS[name]} of {there}, allowed: {here}, "
+                "as in the network of this run"
             )

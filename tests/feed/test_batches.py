@@ -13,6 +13,7 @@ from PIL import Image
 
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Synchronization
 from mocosfl_jax.data.images import OnDisk
+from mocosfl_jax.errors import UserError
 from mocosfl_jax.feed import batches
 from mocosfl_jax.training import checkpoint, loop, programs, workdir
 from mocosfl_jax.training.experiment import Run
@@ -42,6 +43,15 @@ def test_both_feeds_give_the_images_of_the_indices(size: int) -> None:
             pieces = [np.asarray(piece) for piece in feed(epoch, steps)]
             np.testing.assert_array_equal(np.concatenate(pieces), images[indices(epoch)[first : steps.stop]])
             assert {len(piece) for piece in pieces} <= {1, size}
+
+
+def test_a_run_that_goes_on_within_a_round_needs_all_images_on_the_device() -> None:
+    """As on other data, whose rounds have another length."""
+    images = np.zeros((20, *IMAGE), np.uint8)
+    place = SingleDeviceSharding(jax.devices()[0])
+    feed = batches.streamed(images, indices, 3, place, epochs=1, steps_per_epoch=S, steps_per_round=R)
+    with pytest.raises(UserError, match="resident: found False and a run that goes on within a round"):
+        next(iter(feed(0, range(2, 5))))
 
 
 def test_the_next_images_are_loaded_while_the_device_works() -> None:
@@ -76,6 +86,9 @@ def test_a_small_data_set_is_resident() -> None:
     assert not batches.residence(None, limit + 1, cpu).resident
     assert batches.residence(True, limit + 1, cpu) == (True, "config.data.resident is True")
     assert not batches.residence(False, 1, cpu).resident
+    assert not batches.residence(None, limit // 2, cpu, copies=4).resident  # each device has a copy
+    assert batches.residence(None, limit // 4, cpu, copies=4).why.endswith("memory, of which there are 4")
+    assert batches.residence(None, 2**32, accelerator, copies=4).resident  # each in its own memory
     assert batches.residence(None, 2**32, accelerator) == (True, "at most 4 GiB, 25% of the device's memory")
     assert batches.residence(None, 2**32 + 1, accelerator) == (
         False,

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import evaluate, report, run, split_model, train
+from mocosfl_jax import evaluate, load_encoder, report, run, split_model, train
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Optim
 from mocosfl_jax.training.initial import initial_models
 from mocosfl_jax.weights.encoder_file import Metadata, export_encoder
@@ -23,6 +23,7 @@ NETWORK: dict[str, Any] = {
     "key_dim": 8,
     "head": "mlp",
     "bottleneck": "C4S2",
+    "weight_standardisation": True,
 }
 
 
@@ -112,6 +113,16 @@ def test_a_frozen_client_stays_and_the_run_resumes(images: str, tmp_path: pathli
         ({"width": 8}, {}, r"has \[0\].* of shape .*, allowed: .*, as in the network of this run"),
         ({"bottleneck": "C2S2"}, {}, r"has \[0\].* of shape .*, allowed"),
         ({"image_size": 16}, {}, r"is of images of 16 pixels, allowed: 8, those of this run"),
+        (  # the same shapes
+            {"weight_standardisation": False},
+            {},
+            r"is of a network with config\.model\.weight_standardisation of False, allowed: True, as in the",
+        ),
+        (
+            {"stem_stride": 2},
+            {},
+            r"is of a network with config\.model\.stem_stride of 2, allowed: 1, as in the network",
+        ),
         (
             {"mean": (0.1, 0.2, 0.3)},
             {"optim": Optim(client_lr=0.0)},
@@ -127,6 +138,17 @@ def test_encoders_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=rf"config\.init_from: .*encoder\.safetensors {message}") as error:
         initial_models(prepared, jax.random.key(0))
     assert "\n" not in str(error.value)
+
+
+def test_parameters_of_a_file_take_the_dtype_of_the_run(images: str, tmp_path: pathlib.Path) -> None:
+    path, (client, server) = write_encoder(tmp_path / "encoder.safetensors", images)
+    encoder = load_encoder(path)
+    half = jax.tree.map(lambda leaf: leaf.astype(np.float16), (client, server))
+    export_encoder(pathlib.Path(path), half[0], half[1], encoder.metadata)
+    models = initial_models(prepare(config_of(images, init_from=path)), jax.random.key(0))
+    assert models is not None
+    assert {leaf.dtype for leaf in jax.tree.leaves(models)} == {np.dtype(np.float32)}
+    assert_equal(models.online, jax.tree.map(lambda leaf: leaf.astype(np.float32), half))
 
 
 def test_other_statistics_are_taken_where_clients_learn(images: str, tmp_path: pathlib.Path) -> None:
