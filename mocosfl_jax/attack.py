@@ -23,7 +23,8 @@
   --attackers=A,B,...  of trivial, ridge, official, strong, optimisation; default: all, or the first three
                        with --protocol=official
   --victims=N          images to reconstruct, the first of the test set; default: 128
-  --images=N           most images of the strong and of the larger ridge attacker; default: all that fit
+  --images=N           at most this many images for the strong and the larger ridge attacker; default: all
+                       that fit
   --epochs=N           of the strong attacker; default: 20
   --decoder=NAME       of the strong attacker; default: res_normN4C64
   --steps=N            of the optimisation; default: 1000
@@ -118,7 +119,7 @@ def attack(argv: Sequence[str]) -> None:
             ("seeds", 1),
         ):
             flags.DEFINE_integer(name, default, "A number.", lower_bound=1, flag_values=values)
-        flags.DEFINE_integer("seed", 0, "Of the first attackers.", lower_bound=0, flag_values=values)
+        flags.DEFINE_integer("seed", 0, "Of the first attackers.", 0, 2**32 - 1, flag_values=values)
         flags.DEFINE_bool("accept_other_data", False, "Use other data.", flag_values=values)
 
     values = commandline.parse_flags(argv, USAGE, define)
@@ -307,7 +308,8 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
         layers = {key.split(".")[0] for key in states[name] if re.fullmatch(r"\d+\.conv1\.weight", key)}
         _require_layers(len(layers))
         network: dict[str, Any] = {"name": "resnet18", "cut_layer": len(layers), "bottleneck": bottleneck}
-        width = len(states[name].get("0.conv1.weight", range(64)))
+        first = states[name].get("0.conv1.weight")
+        width = len(first) if first is not None and first.ndim == 4 else 64
         network |= {"width": width, "image_size": size}
         try:
             params = client_from_official(states[name], **network)

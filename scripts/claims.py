@@ -132,7 +132,9 @@ def work(wanted: Sequence[Run], options: argparse.Namespace) -> int:
     lines = read(table)
     if options.page:
         published = read(options.page.with_suffix("") / "runs.jsonl")
-        lines = {name: line for name, line in published.items() if is_done(line)} | lines
+        lines |= {
+            name: line for name, line in published.items() if is_done(line) and not is_done(lines.get(name))
+        }
     if not images.exists():
         subset.write(subset.cifar10(options.data_dir), images, train=PER_CLASS)
     waiting = collections.deque(run for run in wanted if not is_done(lines.get(run.name)))

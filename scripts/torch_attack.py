@@ -5,7 +5,7 @@
 It is what `python -m mocosfl_jax.attack --protocol=official` is compared with in docs/privacy.md: the images,
 their smashed data and the victims are the same for the same seed, the decoder and its training are PyTorch's.
 Each line has an epoch's errors and what the decoder makes of the victims; a star marks epochs in which the
-weights were kept. The last lines compare the victims' true pixels, at full contrast, with the pictures of the
+weights were kept. The last lines compare the victims at full contrast with the pictures of the
 data set's test images that are most like them: with CIFAR-10 that was encoded again, these are their copies.
 It needs torch, and takes 11 minutes on a CPU core.
 """
@@ -46,7 +46,7 @@ Pair = tuple[np.ndarray, np.ndarray]  # smashed data, and images in [0, 1], NHWC
 
 
 def pairs(options: argparse.Namespace) -> list[Pair]:
-    """Of the attacker; of the victims as the official code has them, their true pixels, and their copies."""
+    """Of the attacker; of the victims as the official code has them, at full contrast, and their copies."""
     with np.load(options.official_clients) as arrays:
         prefix = f"{options.client}/"
         state = {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}
@@ -116,9 +116,9 @@ def attack(attacker: Pair, victims: Sequence[Pair], seed: int) -> None:
 
 
 def compare(which: str, net: nn.Module, victims: Sequence[Pair]) -> None:
-    """Print the errors on true pixels and on copies."""
-    _, true, copies = victims
-    print(f"{which}: true pixels, {described(net, *true)}; copies, {described(net, *copies)}")
+    """Print the errors on the victims at full contrast, which went through JPEG, and on their copies."""
+    _, victims_themselves, copies = victims
+    print(f"{which}: full contrast, {described(net, *victims_themselves)}; copies, {described(net, *copies)}")
 
 
 def described(net: nn.Module, smashed: np.ndarray, truth: np.ndarray) -> str:

@@ -195,6 +195,7 @@ def test_privacy_json_is_json_where_images_are_reconstructed_perfectly(
             ["--workdir={run}", "--attackers=trivial", "--out={tmp}/text/below"],
             "text/below, allowed: a folder that can be made (Not a directory)",
         ),
+        (["--workdir={run}", "--seed=4294967296"], "--seed=4294967296"),
         (
             ["--workdir={run}", "--attackers=trivial", "--out=/proc/x"],
             "--out: found /proc/x, allowed: ",

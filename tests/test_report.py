@@ -175,6 +175,10 @@ def test_names_that_are_not_utf8_or_the_same(tmp_path: pathlib.Path) -> None:
     assert all(f"{folder}: Unfinished" in page.text for folder in same)
 
 
+# Fields that a preset fills in.
+LEFT: dict[str, Any] = {f"moco__{field}": None for field in ("head", "key_dim", "symmetric", "augmentation")}
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -182,6 +186,8 @@ def test_names_that_are_not_utf8_or_the_same(tmp_path: pathlib.Path) -> None:
         {"clients__num": 50, "seed": 3, "optim__server_lr": 0.5},
         {"clients__num": 7, "clients__batch_size": 2, "clients__seed": 5, "data__dir": "my data's"},
         {"moco__preset": "v1", "moco__key_dim": None, "model__width": None, "moco__symmetric": True},
+        LEFT | {"moco__preset": "small_v2", "moco__key_dim": 128},
+        LEFT | {"moco__preset": "large_v2", "moco__augmentation": "v1", "clients__batch_size": 3},
         {"algorithm": "flmoco", "optim__client_lr": 0.5, "clients__dirichlet_alpha": 0.3, "epochs": 200},
     ],
 )

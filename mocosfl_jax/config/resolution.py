@@ -248,6 +248,8 @@ def _check_values(config: Resolved) -> None:
     _in_range("clients.seed", clients.seed, 0, 2**32 - 1)
     _in_range("epochs", config.epochs, 1)
     _in_range("data.max_broken", config.data.max_broken, 0.0, 1.0)
+    if config.data.image_size is not None:
+        _in_range("data.image_size", config.data.image_size, 1)
     _in_range("clients.cohort", clients.cohort, 1, clients.num, "the clients of the pool")
     _in_range("clients.batch_size", clients.batch_size, 1)
     _in_range("clients.noniid_ratio", clients.noniid_ratio, 0.0, 1.0, open_low=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mocosfl_jax import data
-from mocosfl_jax.config import Resolved
+from mocosfl_jax.config import Resolved, name_of
 from mocosfl_jax.costs.flops import (
     backward_flops,
     forward_flops,
@@ -167,11 +167,11 @@ def server_flops(model: SplitModel, plan: Plan) -> Flops:
 
 
 def client_memory(model: SplitModel, plan: Plan) -> Memory:
-    """Bytes of one client. A frozen client holds a single model, which is also its momentum model."""
+    """Bytes of one client. A frozen client has a momentum model too, which moves towards the online model."""
     params, _, batch, _ = shapes_of(model, plan.image_size, plan.client_views * plan.batch_size)
     weights = size_in_bytes(params)
     if plan.frozen:
-        return Memory(weights, momentum_model=0, gradient=0, sgd_buffer=0, activations=0, queue=0)
+        return Memory(weights, weights, gradient=0, sgd_buffer=0, activations=0, queue=0)
     activations = kept_bytes(model.client, params, batch, of_input=False)
     return Memory(weights, weights, weights, weights, activations, queue=0)
 
@@ -316,11 +316,15 @@ def from_config(config: Resolved, images: int | None = None, image_size: int | N
         ("saving.loss_threshold", config.saving.loss_threshold, 0),
         ("resist.strength", config.resist.strength, 0),
         ("resist.source", config.resist.source, None),
+        ("resist.target_share", config.resist.target_share, 1),
     ):
         if value != allowed:
             raise UserError(
                 f"config.{field}: found {value}, allowed: {allowed} (other costs are not modelled)"
             )
+    if config.own.algorithm is not None:
+        found = name_of(config.own.algorithm)
+        raise UserError(f"config.own.algorithm: found {found}, allowed: None (other costs are not modelled)")
     known_images, known_size = data.SIZES.get(config.data.name, (None, None))
     given, images = images, images or known_images
     image_size = config.data.image_size or image_size or known_size

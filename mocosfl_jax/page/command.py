@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from mocosfl_jax.config import Clients, Config, Moco, Optim, Resolved, quickstart, resolve
+from mocosfl_jax.config import PRESET_FIELDS, Clients, Config, Moco, Optim, Resolved, quickstart, resolve
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.training.comparison import flat
 
@@ -31,12 +31,16 @@ def command(config: Resolved, own: Mapping[str, str | None]) -> str:
     made.own = config.own
     fields = [name for name in values if not name.startswith("own.")]
     left = {name: _get(made, name) for name in fields}
+    preset = "moco.preset"
+    by_preset = values[preset] != left[preset]
+    if by_preset:  # on the command line, a preset replaces the quickstart's values of its fields too
+        left |= {f"moco.{field}": None for field in PRESET_FIELDS}
     for name in fields:
         _set(made, name, values[name])
     given = []
     for name in reversed(fields):  # a preset comes before the fields that it fills in
         _set(made, name, left[name])
-        if not _gives(made, wanted):
+        if (name == preset and by_preset) or not _gives(made, wanted):
             _set(made, name, values[name])
             given.append(name)
     arguments = [f"--config.{name}={values[name]}" for name in reversed(given)]

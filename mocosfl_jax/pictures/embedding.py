@@ -30,12 +30,12 @@ def plot_embedding(path: Path, test: Rows, labels: np.ndarray, names: Sequence[s
         rows, classes = chosen(labels)
         places = embed(np.asarray(test)[rows])
         axes = figure.subplots()
+        handles = []
         for number, colour in class_colours(classes.tolist(), len(names)).items():
             mine = places[labels[rows] == number]
-            axes.scatter(*mine.T, s=9, color=colour, label=label(names[number]), linewidths=0)
+            handles.append(axes.scatter(*mine.T, s=9, color=colour, linewidths=0))
         some = f", {len(classes)} of {len(names)} classes" if len(classes) < len(np.unique(labels)) else ""
         axes.set(title=f"Features of {len(rows):,} test images by t-SNE{some}", xticks=[], yticks=[])
-        handles, _ = axes.get_legend_handles_labels()
         shown = [label(names[number]) for number in classes]
         legend = figure.legend(handles, shown, loc="outside right center", fontsize=8, markerscale=2)
         for text in legend.get_texts():

@@ -53,6 +53,14 @@ def describe(
     Raises:
       UserError: if the size of the data set is unknown, or the clients do not fit it.
     """
+    for field, value, allowed in (
+        ("resist.source", config.resist.source, None),
+        ("resist.target_share", config.resist.target_share, 1),
+    ):
+        if value != allowed:
+            raise UserError(
+                f"config.{field}: found {value}, allowed: {allowed} (others are not compiled here)"
+            )
     known, known_size = data.SIZES.get(config.data.name, (None, None))
     count, size = images or known, config.data.image_size or image_size or known_size
     if count is None:
@@ -76,7 +84,7 @@ def describe(
     def pictures(number: int, height: int, width: int) -> np.ndarray:
         return np.broadcast_to(np.uint8(0), (number, height, width, 3))  # takes no memory
 
-    resized = config.data.image_size is not None and size != known_size
+    whole = data.keeps_whole_images(config.data.name, config.data.image_size)
     dataset = Dataset(
         x_train=pictures(count, size, size),
         y_train=np.broadcast_to(np.int32(0), (count,)),
@@ -87,7 +95,7 @@ def describe(
         std=(0.25, 0.25, 0.25),
         source=config.data.name,
         # Views are cropped from whole images where they are resized.
-        whole=pictures(count, *canvas.shape(size)[:2]) if resized else None,
+        whole=pictures(count, *canvas.shape(size)[:2]) if whole else None,
     )
     parts = [np.broadcast_to(np.int32(0), (share,))] * config.clients.num
     residence = batches.residence(config.data.resident, math.prod(experiment.views_of(dataset).shape), memory)

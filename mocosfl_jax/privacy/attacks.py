@@ -109,11 +109,14 @@ def check(settings: Settings, images: int, client: Client, image_size: int) -> t
     """
     check_names(settings)
     shape = _smashed_shape(client, image_size)
-    make_decoder(settings.decoder, shape, image_size)
+    asked = set(settings.attackers)
+    for kind, decoder in (("official", OFFICIAL_DECODER), ("strong", settings.decoder)):
+        if kind in asked:
+            make_decoder(decoder, shape, image_size)
     fewest = _official_images(settings, images)
     if settings.images is not None:
         fewest = min(fewest, settings.images)
-    if fewest < FEWEST_IMAGES:
+    if asked & {"ridge", "official", "strong"} and fewest < FEWEST_IMAGES:
         raise UserError(
             f"attacker's images: found {fewest} of {images:,} training images, "
             f"allowed: {FEWEST_IMAGES} or more"

@@ -287,7 +287,7 @@ def test_options_change_what_a_client_pays() -> None:
     assert plain.client.flops_per_image == (forward, forward, forward, 0)
     assert both.client.flops_per_image == (2 * forward, 2 * forward, 2 * forward, 0)
     assert frozen.client.flops_per_image == (forward, forward, 0, 0)
-    assert frozen.client.memory == (weights, 0, 0, 0, 0, 0)
+    assert frozen.client.memory == (weights, weights, 0, 0, 0, 0)
     assert both.server.flops_per_image == plain.server.flops_per_image  # symmetric by default
 
 
@@ -337,6 +337,14 @@ def test_the_configuration_of_frozen_clients_has_the_traffic_of_table_1() -> Non
     assert result.client.down == (0, 0, 0)
     assert result.client.up.run == 2 * 200 * 50 * 4096  # queries and keys
     expert = resolve(commandline.load_config(str(folder / "resistant_expert.py")))
+    own = quickstart()
+    own.own.algorithm = lambda config, model, arguments: None
+    with pytest.raises(UserError, match=r"config\.own\.algorithm: found .*<lambda>, allowed: None"):
+        accounting.from_config(resolve(own))
+    part = quickstart()
+    part.clients.num, part.resist.target_share = 1, 0.1
+    with pytest.raises(UserError, match=r"config\.resist\.target_share: found 0\.1, allowed: 1"):
+        accounting.from_config(resolve(part))
     with pytest.raises(UserError, match=r"config\.resist\.strength: found 2\.0, allowed: 0"):
         accounting.from_config(expert)
 

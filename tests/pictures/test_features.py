@@ -4,6 +4,8 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -14,6 +16,7 @@ from mocosfl_jax.evaluation.features import Extracted
 from mocosfl_jax.evaluation.knn import nearest
 from mocosfl_jax.pictures import embedding, figure, neighbours
 from mocosfl_jax.pictures.features import plot_features
+from mocosfl_jax.pictures.figure import class_colours
 
 CLASSES = ("$a$", "<b>", "a very long name of a class")
 COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c"]
@@ -146,6 +149,27 @@ def test_only_the_shown_images_are_read(tmp_path: pathlib.Path, said: list[str])
     shown = {index for query in chosen for index in loop(train.backbone, test.backbone[query], 8)}
     assert read == shown | {1000 + int(index) for index in chosen}
     assert said == []
+
+
+def test_every_class_of_the_embedding_is_in_its_legend(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its own colour, also if its name starts with `_`, by which matplotlib marks what it leaves out."""
+    legends: list[Any] = []
+
+    def keep(path: pathlib.Path, size: Any, draw: Any) -> None:
+        canvas = Figure(figsize=size)
+        draw(canvas)
+        legends.extend(canvas.legends)
+
+    monkeypatch.setattr(embedding, "save", keep)
+    rows = np.random.default_rng(0).normal(size=(60, 5))
+    embedding.plot_embedding(tmp_path / "e.png", rows, np.arange(60) % 3, ("_other", "cat", "dog"))
+    (legend,) = legends
+    assert [text.get_text() for text in legend.get_texts()] == ["_other", "cat", "dog"]
+    colours = [tuple(handle.get_facecolor()[0]) for handle in legend.legend_handles]
+    wanted = class_colours([0, 1, 2], 3)
+    assert colours == [to_rgba(wanted[number]) for number in range(3)]
 
 
 def test_the_embedding_separates_what_is_far_apart_and_repeats(

@@ -10,6 +10,7 @@ import pytest
 
 from mocosfl_jax import config
 from mocosfl_jax.costs import accounting
+from mocosfl_jax.data import canvas
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.parallel import mesh as meshes
 from mocosfl_jax.preflight import __main__ as preflight
@@ -36,6 +37,7 @@ TOY = [
         (["--devices=300"], "--devices: found 300, allowed: 1 to 256 of v5e"),
         (["--programs=round,test"], "--programs: found test, allowed: init, enter, round"),
         (["--config.clients.num=-1"], "config.clients.num: found -1"),
+        (["--config.data.image_size=0"], "config.data.image_size: found 0, allowed: 1 or more"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -71,6 +73,16 @@ def described(images: int | None = None, **fields: Any) -> Any:
         setattr(values.data, name, value)
     mesh = meshes.make_mesh(config.Mesh(data=2, model=1), jax.devices()[:2])
     return programs.describe(config.resolve(values), mesh, 2**34, images)
+
+
+def test_sets_of_pictures_are_streamed_or_held_as_the_whole_images_of_training() -> None:
+    """imagenet12 is always resized, so views are cropped from canvases of the whole images."""
+    run = described(name="imagenet12")
+    assert run.views.shape[1:] == canvas.shape(224) == (449, 448, 3)
+    assert described(name="tiny_imagenet", image_size=64).views.shape[1:] == canvas.shape(64)
+    for fields in ({"name": "tiny_imagenet"}, {"name": "stl10", "image_size": 96}):
+        size = 64 if fields["name"] == "tiny_imagenet" else 96
+        assert described(**fields).views.shape[1:] == (size, size, 3)
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,23 @@ def test_impossible_settings_are_refused(images: np.ndarray, changes: dict, mess
         )
 
 
+def test_attackers_without_a_decoder_attack_what_no_decoder_fits(images: np.ndarray) -> None:
+    """Nor do those without images need any."""
+
+    def thirds(x: jax.Array) -> jax.Array:
+        return x[:, ::3, ::3]
+
+    given: Any = ({"query": thirds}, images, images[:3], MEAN, STD)
+    with pytest.raises(UserError, match="decoder"):
+        attacks.attack(*given, settings=Settings(attackers=("strong",)), forms=CPU)
+    found = attacks.attack(*given, settings=Settings(attackers=("trivial", "ridge")), forms=CPU)
+    assert "ridge" in {result.attacker for result in found}
+    few = ({"query": thirds}, images[:8], images[:3], MEAN, STD)
+    alone = Settings(attackers=("optimisation",), steps=2)
+    (result,) = attacks.attack(*few, settings=alone, forms=CPU)
+    assert result.attacker == "optimisation"
+
+
 def test_the_official_protocol_trains_as_the_official_code(
     images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,26 @@ def test_the_next_call_does_what_is_missing(
     assert row == "| 1 of 8 convolutions | 0.400 ± 0.000 (3), 1 collapsed, 1 not finite |"
 
 
+def test_what_another_machine_has_finished_is_not_run_again(
+    tmp_path: pathlib.Path, stand_in: dict[str, float]
+) -> None:
+    """Nor lost, if it failed here."""
+    here, page = tmp_path / "here", tmp_path / "claims.md"
+    argv = ["--claims=sync-cut1-f5", "--seeds=13"]
+    assert claims.main([f"--workdir={here}", *argv]) == 1
+    page.write_text("".join("".join(claims.marks(claim)) for claim in claims.MEASURES))
+    (tmp_path / "claims").mkdir()
+    name = "sync-cut1-f5-seed13"
+    stand_in[name] = 0.5
+    (there := tmp_path / "there").mkdir()
+    (there / "repaired").touch()
+    assert claims.main([f"--workdir={there}", *argv]) == 0
+    (tmp_path / "claims" / "runs.jsonl").write_text((there / "runs.jsonl").read_text())
+    assert claims.main([f"--workdir={here}", *argv, f"--page={page}"]) == 0
+    assert lines(tmp_path / "claims")[name]["knn_backbone"] == 0.5
+    assert (here / name / "calls").read_text() == "x"
+
+
 def test_when_the_time_is_over_runs_save_and_the_next_call_resumes_them(
     tmp_path: pathlib.Path, stand_in: dict[str, float]
 ) -> None:
