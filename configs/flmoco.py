@@ -4,7 +4,8 @@
 
 The parameter is N, 5 by default. An epoch consists of five passes over each client's images and one
 synchronization. Memory grows with N: for 100 clients, the parameters and buffers of a full ResNet-18 take 15
-GB.
+GB. Batch and rate are those of MocoSFL with N clients; the official code's FL-MoCo has a batch of 128 and a
+rate of 0.05 by default.
 Not yet run with this code: it needs an accelerator.
 """
 

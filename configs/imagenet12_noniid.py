@@ -13,6 +13,7 @@ Accuracy in the paper (linear probe, %):
                                 N = 100   N = 200  N = 1000
     cut layer 1, non-IID            92.24     91.44     91.28
     cut layer 2, non-IID            92.60     91.83     91.28
+The official code evaluates on random crops of training and test images, this one on centre crops.
 Not yet run with this code: it takes 31,200 steps of a full ResNet-18, which need an accelerator.
 """
 

@@ -15,7 +15,11 @@ Schedule = Callable[[Array], Array]  # training step [] int32 -> learning rate [
 
 
 def sgd(
-    learning_rate: Schedule | float, momentum: float = 0.9, weight_decay: float = 5e-4
+    learning_rate: Schedule | float,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    *,
+    own_steps: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD as in PyTorch: g += weight_decay * p, then m = momentum * m + g, then p -= learning_rate * m.
 
@@ -33,11 +37,12 @@ def sgd(
       learning_rate: A number, or a schedule over training steps.
       momentum: Decay of the buffer m.
       weight_decay: Of all parameters.
+      own_steps: Whether the schedule is over the steps that this optimizer has taken, which it then counts in
+        its state, instead of those of the run.
     """
+    scale = optax.scale_by_learning_rate if own_steps else _scale_by_learning_rate
     return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.trace(decay=momentum),
-        _scale_by_learning_rate(learning_rate),
+        optax.add_decayed_weights(weight_decay), optax.trace(decay=momentum), scale(learning_rate)
     )
 
 

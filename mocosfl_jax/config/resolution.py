@@ -121,6 +121,11 @@ class Resolved:
         """The number of epochs in the run: `epochs` times N // M, as each sees only the data of a cohort."""
         return self.epochs * (self.clients.num // self.clients.cohort)
 
+    @property
+    def clients_skip_steps(self) -> bool:
+        """Whether some steps of the run do not train all clients."""
+        return self.clients.cohort < self.clients.num or self.saving.loss_threshold > 0
+
 
 def name_of(function: Callable[..., Any]) -> str:
     """The name by which config.json knows a function: the last part of its module, and its own name.
@@ -277,6 +282,12 @@ def _check_values(config: Resolved) -> None:
     _in_range("saving.loss_threshold", saving.loss_threshold, 0.0)
     _in_range("saving.warmup_epochs", saving.warmup_epochs, 0)
     _in_range("saving.replay_gib", saving.replay_gib, 0.0, open_low=True)
+    own_steps = config.optim.client_schedule == "official_per_step" and config.clients_skip_steps
+    if own_steps and sync.buffers != "keep":
+        raise UserError(
+            f"config.sync.buffers: found {sync.buffers}, allowed: keep with official_per_step where clients "
+            "skip steps, since each then counts its own"
+        )
     _in_range("model.cut_layer", config.model.cut_layer, 0)
     _in_range("moco.key_dim", moco.key_dim, 1)
     views = 2 if moco.symmetric or moco.full_symmetric else 1
@@ -409,6 +420,11 @@ def _only_mocosfl(config: Resolved) -> None:
     ):
         if value != allowed:
             raise UserError(f"config.{field}: found {value}, allowed: {allowed} for flmoco")
+    if config.optim.client_schedule == "official_per_step":
+        raise UserError(
+            "config.optim.client_schedule: found official_per_step, allowed: another for flmoco, whose rate "
+            "falls from epoch to epoch in the official code too"
+        )
     if config.optim.client_lr == 0:
         raise UserError(
             "config.optim.client_lr: found 0, allowed: more than 0 for flmoco, which trains no server"

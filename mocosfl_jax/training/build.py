@@ -220,17 +220,25 @@ def server_optimizer(config: Resolved, steps_per_epoch: int) -> optax.GradientTr
 
 
 def client_optimizer(config: Resolved, steps_per_epoch: int) -> optax.GradientTransformation | None:
-    """Return the optimizer of one client; None for frozen clients."""
+    """Return the optimizer of one client; None for frozen clients.
+
+    Example:
+      >>> from mocosfl_jax.config import quickstart, resolve
+      >>> config = quickstart()
+      >>> config.optim.client_lr = 0.0
+      >>> client_optimizer(resolve(config), steps_per_epoch=60) is None
+      True
+    """
     settings = config.optim
     if settings.client_lr == 0:
         return None
-    name, steps_per_decay = settings.client_schedule, steps_per_epoch
+    name, steps_per_decay, own_steps = settings.client_schedule, steps_per_epoch, False
     if name == "official_per_step":
-        name, steps_per_decay = settings.schedule, 1
+        name, steps_per_decay, own_steps = settings.schedule, 1, config.clients_skip_steps
     rate = optim.schedule(
         name, settings.client_lr, epochs=config.total_epochs, steps_per_epoch=steps_per_decay, decay=0.2
     )
-    return optim.sgd(rate, settings.momentum, settings.weight_decay)
+    return optim.sgd(rate, settings.momentum, settings.weight_decay, own_steps=own_steps)
 
 
 def network_arguments(config: Resolved, image_size: int) -> dict[str, Any]:

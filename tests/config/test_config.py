@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mocosfl_jax.config import Clients, Config, Moco, differences, paper_settings, quickstart, resolve
+from mocosfl_jax.config import Clients, Config, Moco, Optim, differences, paper_settings, quickstart, resolve
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.training import workdir
 from tests.support.training import prepare
@@ -189,6 +189,19 @@ def test_a_queue_below_the_keys_of_a_step_of_rich_and_poor_is_refused() -> None:
         prepare(config)
     config.moco.queue_size = 34
     assert prepare(config).images_per_step == 17
+
+
+def test_clients_that_skip_steps_count_their_own() -> None:
+    """Averages would mix the counts; FL-MoCo has no such schedule."""
+    config = Config(optim=Optim(client_schedule="official_per_step"))
+    config.clients.num, config.sync.buffers = 20, "average"
+    resolve(config)  # all clients take part in all steps
+    config.clients.cohort = 10
+    with pytest.raises(ValueError, match=r"config\.sync\.buffers: found average, allowed: keep with"):
+        resolve(config)
+    config.sync.buffers, config.algorithm = "keep", "flmoco"
+    with pytest.raises(ValueError, match=r"config\.optim\.client_schedule: found official_per_step, allowed"):
+        resolve(config)
 
 
 @pytest.mark.parametrize(

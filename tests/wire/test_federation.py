@@ -69,6 +69,10 @@ def config(images: str, **sections: Any) -> Config:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "small cohort": {"clients": Clients(num=4, cohort=2, batch_size=2, noniid_ratio=0.5)},
+    "small cohort, the official schedule": {
+        "clients": Clients(num=4, cohort=2, batch_size=2, noniid_ratio=0.5),
+        "optim": Optim(server_lr=0.03, schedule="cosine", client_schedule="official_per_step"),
+    },
     "MonAcoSFL": {"sync": Synchronization(frequency=3, momentum_models=True, buffers="average")},
     "weighted, buffers reset": {"sync": Synchronization(frequency=2, weighted=True, buffers="reset")},
     # Views are drawn in float32, and V2's, which are blurred, may round differently for one client's images.
