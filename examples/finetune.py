@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from mocosfl_jax import Encoder, data, encode_images, forms, linear_probe, load_encoder, normalise
 from mocosfl_jax.evaluation.classifiers import stratified
@@ -35,7 +36,7 @@ def finetune(
     seed: int = 0,
 ) -> Params:
     """Train the encoder and a new linear classifier on images [n, H, W, 3] with labels [n], by Adam."""
-    features = encode_images(encoder, images[:1]).backbone.shape[1]
+    features = backbone(encoder, encoder.params, images[:1]).shape[1]
     classifier = {"kernel": jnp.zeros((features, num_classes)), "bias": jnp.zeros((1, num_classes))}
     params = (encoder.params, classifier)
     optimizer = optax.adam(learning_rate)
@@ -56,12 +57,17 @@ def finetune(
     return params
 
 
-def logits(encoder: Encoder, params: Params, images: Array) -> Array:
+def logits(encoder: Encoder, params: Params, images: ArrayLike) -> Array:
     """Scores [n, classes] of images [n, H, W, 3]."""
-    (client, server), classifier = params
+    parameters, classifier = params
+    return backbone(encoder, parameters, images) @ classifier["kernel"] + classifier["bias"]
+
+
+def backbone(encoder: Encoder, parameters: Any, images: ArrayLike) -> Array:
+    """Features [n, D] of images [n, H, W, 3]."""
+    client, server = parameters
     x = normalise(images, encoder.metadata.mean, encoder.metadata.std)
-    features = encoder.model.backbone(server, encoder.model.client(client, x))
-    return features @ classifier["kernel"] + classifier["bias"]
+    return encoder.model.backbone(server, encoder.model.client(client, x))
 
 
 def batches(images: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:

@@ -214,19 +214,27 @@ def _of_run(values: flags.FlagValues) -> Material:
             f"--smashed: found {','.join(values.smashed) or 'nothing'}, allowed: query, key or both"
         )
 
-    from mocosfl_jax.algorithm.pool import online_model
+    from mocosfl_jax.algorithm.clients import Pool
     from mocosfl_jax.parallel.mesh import one_device
     from mocosfl_jax.training import checkpoint, experiment
-    from mocosfl_jax.training.build import noise_of
+    from mocosfl_jax.training.build import noise_of, online_models
 
     device = jax.devices()[0]
-    run = experiment.of_workdir(config, one_device(device), folder)
-    if not values.accept_other_data:
-        workdir.require_same_data(folder, run.fingerprint)
+    run = experiment.of_workdir(
+        config, one_device(device), folder, accept_other_data=values.accept_other_data
+    )
     state, progress = checkpoint.restore(folder / "checkpoints", values.checkpoint, run.algorithm, device)
     say(f"{folder}: checkpoint {progress.step:,}")
-    models = {"query": online_model, "key": _momentum_model}
-    views = {name: models[name](state) for name in wanted}
+    views = {}
+    for name in wanted:
+        if name == "query":
+            views[name] = online_models(run.algorithm, state)[0]
+        elif isinstance(state.pool, Pool):
+            views[name] = _momentum_model(state)
+        else:
+            raise UserError(
+                "--smashed: found key, allowed: query for an algorithm that keeps its clients in its own way"
+            )
     return Material(
         {"client 0": {name: _client(run.model, params) for name, params in views.items()}},
         run.dataset.x_train,

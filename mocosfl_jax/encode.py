@@ -98,10 +98,10 @@ def encode(argv: Sequence[str]) -> None:
             arrays = encode_files(encoder, images, files, image_size)
         what = f"{len(arrays['files']):,} images"
     else:
+        compiler.set_up()
+        encoder, step = read_encoder(folder, values.checkpoint, own=own)  # before anything is downloaded
         dataset = commandline.load_data(given, image_size)
         report_unused(dataset.unused, verbose=values.verbose)
-        compiler.set_up()
-        encoder, step = read_encoder(folder, values.checkpoint, own=own)
         with renamed(FIELDS):
             arrays = encode_dataset(encoder, dataset)
         counts = f"{len(dataset.x_train):,} training and {len(dataset.x_test):,} test images"

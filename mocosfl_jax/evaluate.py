@@ -158,9 +158,7 @@ def own_data(folder: Path, config: Resolved, checkpoint: int | None, *, accept_c
             loaded = experiment.load(config, one_device(device))
             if changes := workdir.data_changes(folder, loaded.fingerprint):
                 return changed_data(folder, loaded, checkpoint, config.own, changes)
-        run = experiment.of_workdir(config, one_device(device), folder)
-    if not accept_changed:
-        workdir.require_same_data(folder, run.fingerprint)
+        run = experiment.of_workdir(config, one_device(device), folder, accept_other_data=accept_changed)
     state, progress = checkpoints.restore(folder / "checkpoints", checkpoint, run.algorithm, device)
     epoch = progress.step / run.steps_per_epoch
     say(f"{folder}: checkpoint {progress.step:,}, epoch {epoch:g} of {run.config.total_epochs:,}")

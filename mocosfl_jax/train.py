@@ -204,7 +204,8 @@ def tensorboard_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mappin
     """Yield a function that writes a line of metrics as TensorBoard scalars, or does nothing.
 
     A run that resumes repeats the steps after its checkpoint. So with the first line, when metrics.jsonl was
-    taken back to the checkpoint, the events are written anew from it.
+    taken back to the checkpoint, the events are written anew from it. So are those of a finished run, which
+    has no further line.
     """
     if not enabled:
         yield lambda metrics: None
@@ -213,12 +214,12 @@ def tensorboard_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mappin
 
     writers: list[SummaryWriter] = []
 
-    def write(metrics: Mapping[str, float]) -> None:
-        lines = [metrics]
+    def write(*metrics: Mapping[str, float]) -> None:
+        lines = metrics
         if not writers:
             for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
                 events.unlink()
-            lines = [*workdir.read_metrics(folder), metrics]
+            lines = (*workdir.read_metrics(folder), *metrics)
             writers.append(SummaryWriter(str(folder / "tensorboard")))
         for line in lines:
             for name, value in line.items():
@@ -227,6 +228,8 @@ def tensorboard_writer(folder: Path, enabled: bool) -> Iterator[Callable[[Mappin
 
     try:
         yield write
+        if not writers:
+            write()
     finally:
         for writer in writers:
             writer.close()

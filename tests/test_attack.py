@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocosfl_jax import attack, export, split_model
+from mocosfl_jax import attack, export, split_model, train
 from mocosfl_jax.privacy import attacks
 from mocosfl_jax.training import workdir
+from tests.support.small_run import write_images
 
 QUICK = ["--attackers=trivial,ridge,strong", "--decoder=custom", "--epochs=2", "--victims=6"]
 TRIVIAL = ["constant colour", "own mean colour", "means of 8x8 blocks", "means of 4x4 blocks"]
@@ -284,3 +285,17 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     for name in ("--workdir", "--encoder", "--official_clients", *attacks.ATTACKERS, *attacks.PROTOCOLS):
         assert name in text
+
+
+def test_an_algorithm_from_scratch_is_attacked_by_its_queries(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Its pool is none of ours, so where its momentum models are is not known."""
+    images = write_images(tmp_path / "images.npz", (8, 8, 3))
+    config = f"--config=tests/support/own_config.py:{images}"
+    assert train.main(["train", config, f"--workdir={tmp_path / 'run'}", "--config.epochs=1"]) == 0
+    argv = ["attack", f"--workdir={tmp_path / 'run'}", config, "--attackers=trivial", "--victims=2"]
+    assert attack.main([*argv, "--smashed=query"]) == 0
+    capsys.readouterr()
+    assert attack.main(argv) == 2
+    assert "--smashed: found key, allowed: query for an algorithm that keeps" in capsys.readouterr().err

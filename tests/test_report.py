@@ -14,7 +14,10 @@ import pytest
 
 from mocosfl_jax import report, train
 from mocosfl_jax.config import Config, quickstart, resolve
+from mocosfl_jax.costs.__main__ import table
+from mocosfl_jax.costs.accounting import from_config
 from mocosfl_jax.page.command import command, paper_defaults
+from mocosfl_jax.training import workdir
 from mocosfl_jax.training.comparison import flat
 
 
@@ -301,3 +304,15 @@ def test_a_picture_that_is_none(finished: pathlib.Path, tmp_path: pathlib.Path) 
     page = make(tmp_path / "a.html", folder)
     assert "embedding.png is not a PNG file." in page.text
     assert "There is no neighbours.png: training draws it at its end" in page.text
+
+
+def test_a_federation_of_real_clients(tmp_path: pathlib.Path) -> None:
+    """Its costs are those of the clients' images, and its command is that of the server."""
+    run = write_run(tmp_path / "run", [START, FIRST])
+    clients = json.loads((run / "config.json").read_text())["clients"]["num"]
+    (run / "clients.json").write_text(json.dumps({str(client): 100 for client in range(clients)}))
+    page = make(tmp_path / "a.html", run)
+    assert "python -m mocosfl_jax.serve " in page.text and "--listen=HOST:PORT --tls=FOLDER" in page.text
+    assert "partition.png" not in page.text
+    expected = table(from_config(workdir.read_config(run), 100 * clients, None))
+    assert expected in page.text

@@ -249,3 +249,26 @@ def test_a_mistake_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message.format(**places)}") and error.count("\n") == 1
     assert not list(tmp_path.rglob("x.*"))
+
+
+def test_of_two_runs_with_one_seed_the_one_that_got_furthest_counts(tmp_path: pathlib.Path) -> None:
+    runs = tmp_path / "runs"
+    write_run(runs / "a_half", done=1)
+    numbers = write_run(runs / "b_whole")
+    write_run(runs / "c_untrained", done=0, seed=7)
+    (row,) = make(tmp_path, str(runs), "--unfinished")
+    # The accuracy of an untrained network is none of the run: two seeds, one with numbers.
+    assert row["seeds"] == "2"
+    assert {name: float(row[name]) for name in numbers} == numbers
+
+
+def test_a_federation_of_real_clients_is_a_row_of_its_own(tmp_path: pathlib.Path) -> None:
+    """Its clients hold other images than the simulated ones."""
+    runs = tmp_path / "runs"
+    for name in ("simulated", "real", "more"):
+        write_run(runs / name)
+    (runs / "real" / "clients.json").write_text('{"0": 20}')
+    (runs / "more" / "clients.json").write_text('{"0": 30}')
+    found = make(tmp_path, str(runs))
+    assert [row["seeds"] for row in found] == ["1", "1", "1"]
+    assert len({row["real clients"] for row in found}) == 3

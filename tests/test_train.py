@@ -419,6 +419,14 @@ def test_tensorboard_gets_every_metric(tmp_path: pathlib.Path) -> None:
     assert b"loss" in content and b"knn_backbone" in content and struct.pack("<f", 0.75) in content
 
 
+def test_tensorboard_gets_a_finished_run(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Which has no further line."""
+    shutil.copy(finished / "metrics.jsonl", tmp_path)
+    with tensorboard_writer(tmp_path, True):
+        pass
+    assert {step for _, step, _ in scalars(tmp_path)} == {line["step"] for line in metrics(tmp_path)}
+
+
 def scalars(folder: pathlib.Path) -> list[tuple[str, int, float]]:
     """All scalars in the event files, as TensorBoard reads them."""
     from tensorboardX.proto.event_pb2 import Event

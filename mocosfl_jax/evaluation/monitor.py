@@ -26,8 +26,10 @@ def features(dataset: Dataset, state: State, encode: Encode) -> Evaluated:
 def collapsed(images: np.ndarray, state: State, encode: Encode) -> dict[str, float]:
     """Return the spread of the projections of `images`, and 1 or 0 for whether they have collapsed.
 
-    Both are fields of metrics.jsonl.
+    Both are fields of metrics.jsonl. Nothing can be said of a single image.
     """
+    if len(images) < 2:
+        return {}
     spread = collapse.spread(extract(encode, state, images).projection)
     return {"spread": spread, "collapsed": int(spread < collapse.COLLAPSED)}
 

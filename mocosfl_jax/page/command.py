@@ -10,7 +10,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.training.comparison import flat
 
 
-def command(config: Resolved, own: Mapping[str, str | None]) -> str:
+def command(config: Resolved, own: Mapping[str, str | None], *, real: bool = False) -> str:
     """Return the command that trains a configuration again, in a new workdir.
 
     It sets the fields that are not the quickstart's, as far as they do not follow from others.
@@ -18,6 +18,7 @@ def command(config: Resolved, own: Mapping[str, str | None]) -> str:
     Args:
       config: of the run. Of its own functions, only whether there are any matters.
       own: names of its own functions, which only their file can give.
+      real: whether clients over a network hold the images.
 
     Example:
       >>> changed = quickstart()
@@ -46,7 +47,9 @@ def command(config: Resolved, own: Mapping[str, str | None]) -> str:
     arguments = [f"--config.{name}={values[name]}" for name in reversed(given)]
     if any(own.values()):
         arguments.insert(0, "--config=FILE")
-    words = ["python", "-m", "mocosfl_jax.train", *arguments, "--workdir=FOLDER"]
+    module = "mocosfl_jax.serve" if real else "mocosfl_jax.train"
+    where = ["--listen=HOST:PORT", "--tls=FOLDER"] if real else []
+    words = ["python", "-m", module, *arguments, "--workdir=FOLDER", *where]
     return " ".join(map(shlex.quote, words))
 
 

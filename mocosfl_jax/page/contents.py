@@ -91,11 +91,13 @@ def read_run(folder: Path, name: str) -> RunOnPage:
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     metrics = workdir.read_metrics(folder)
+    real = workdir.read_clients(folder, config)
     if own != NO_OWN:
         costs = "The costs of functions of your own are not known."
     else:
         try:
-            costs = table(from_config(config, _images(data), _image_size(folder)))
+            images = sum(real.values()) if real else _images(data)
+            costs = table(from_config(config, images, _image_size(folder)))
         except UserError as error:
             costs = f"Not known: {error}"
     return RunOnPage(
@@ -106,9 +108,9 @@ def read_run(folder: Path, name: str) -> RunOnPage:
         paper_defaults(config),
         environment if isinstance(environment, dict) else {},
         metrics,
-        [_picture(folder, file) for file in PICTURES],
+        [_picture(folder, file) for file in PICTURES if not (real and file == "partition.png")],
         costs,
-        printable(command(config, own)),
+        printable(command(config, own, real=bool(real))),
     )
 
 

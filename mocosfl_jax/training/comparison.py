@@ -102,21 +102,24 @@ def read_outcome(folder: Path) -> Outcome:
     }
     # Runs of earlier versions have no fingerprint.
     fields[DATA] = hashlib.sha256(_key(data).encode()).hexdigest()[:8] if data else every.get("data.dir")
+    if (holdings := folder / "clients.json").exists():  # of clients over a network, with images of their own
+        fields["real clients"] = hashlib.sha256(holdings.read_bytes()).hexdigest()[:8]
     epoch = 0
     numbers: dict[str, float] = {}
     for line in workdir.read_metrics(folder):
         epoch = max(epoch, int(line["epoch"]))
-        numbers |= {name: line[name] for name in MEASURES if name in line}
+        if line["epoch"] > 0:  # before that, nothing was trained
+            numbers |= {name: line[name] for name in MEASURES if name in line}
     finished = epoch >= epochs and ("linear_probe" in numbers or not probed)
     seeds = tuple(every.get(name) for name in SEEDS)
     return Outcome(folder, fields, seeds, epoch, epochs, finished, numbers)
 
 
 def twins(outcomes: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
-    """Return the runs that repeat an earlier one, with the same seeds, each behind that one."""
+    """Return the runs that repeat another one, with the same seeds, each behind the one that got furthest."""
     firsts: dict[str, Outcome] = {}
     found = []
-    for outcome in outcomes:
+    for outcome in sorted(outcomes, key=lambda each: (not each.finished, -each.epoch)):
         first = firsts.setdefault(_key(outcome.fields, outcome.seeds), outcome)
         if first is not outcome:
             found.append((first, outcome))

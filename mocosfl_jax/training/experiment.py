@@ -25,6 +25,7 @@ from mocosfl_jax.models import forms as platforms
 from mocosfl_jax.models.decoders import read_family
 from mocosfl_jax.models.forms import Forms
 from mocosfl_jax.parallel import mesh as meshes
+from mocosfl_jax.privacy.inversion import FEWEST_IMAGES
 from mocosfl_jax.runtime import hosts
 from mocosfl_jax.training import saving, workdir
 from mocosfl_jax.training.build import FIELDS, RESIST_FIELDS, MakeAlgorithm, build, constant_network
@@ -150,6 +151,7 @@ def prepare(
     model: SplitModel | None = None,
     algorithm: MakeAlgorithm | None = None,
     preprocessing: workdir.Preprocessing | None = None,
+    loaded: Loaded | None = None,
 ) -> Run:
     """Read the data, divide it among the clients and build the algorithm. Nothing is compiled.
 
@@ -161,6 +163,7 @@ def prepare(
       model: a network of your own; None: that of the configuration.
       algorithm: a function like `config.own.algorithm`; None: that of the configuration.
       preprocessing: of the run that goes on; None: a new run, with mean and standard deviation of the data.
+      loaded: the data, if they were read before.
 
     Returns:
       The run.
@@ -174,7 +177,12 @@ def prepare(
     )
     config = dataclasses.replace(config, own=own)
     check(config, mesh)
-    dataset, residence, data_fingerprint = load(config, mesh, preprocessing)
+    dataset, residence, data_fingerprint = loaded or load(config, mesh, preprocessing)
+    if config.resist.strength and len(dataset.y_train) < FEWEST_IMAGES:
+        raise UserError(
+            f"config.resist.strength: found {config.resist.strength:g} and {len(dataset.y_train)} training "
+            f"images, allowed: 0, or {FEWEST_IMAGES} images or more for the decoder that judges the clients"
+        )
     pool = config.clients
     with renamed(_FIELDS):
         parts = partition.partition(
@@ -295,13 +303,23 @@ def of_real_clients(config: Resolved, mesh: Mesh, loaded: Loaded, images: Mappin
     return run._replace(simulated=False)
 
 
-def of_workdir(config: Resolved, mesh: Mesh, folder: Path) -> Run:
-    """The run that trained in a workdir, with simulated or with real clients; see `prepare`."""
+def of_workdir(config: Resolved, mesh: Mesh, folder: Path, *, accept_other_data: bool = False) -> Run:
+    """The run that trained in a workdir, with simulated or with real clients; see `prepare`.
+
+    Raises:
+      UserError: if the data have changed since, unless that is accepted.
+    """
     preprocessing = workdir.read_preprocessing(folder) if workdir.has_preprocessing(folder) else None
+    check(config, mesh)
+    loaded = load(config, mesh, preprocessing)
+    if not accept_other_data:  # before the images are divided, which other data may not allow
+        workdir.require_same_data(folder, loaded.fingerprint)
     if images := workdir.read_clients(folder, config):
-        check(config, mesh)
-        return of_real_clients(config, mesh, load(config, mesh, preprocessing), images)
-    return prepare(config, mesh, preprocessing=preprocessing)
+        return of_real_clients(config, mesh, loaded, images)
+    run = prepare(config, mesh, preprocessing=preprocessing, loaded=loaded)
+    if not accept_other_data:  # a source of further images too
+        workdir.require_same_data(folder, run.fingerprint)
+    return run
 
 
 def _then(make_views: MakeViews, change: Callable[[Views], Views]) -> MakeViews:

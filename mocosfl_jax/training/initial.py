@@ -56,7 +56,7 @@ def initial_models(run: Run, rng: Array) -> Models | None:
         raise UserError("config.init_parts: found client, whose model has no parameters, allowed: server")
     sides = SIDES if parts == "both" else (parts,)
     _require_network(run, models.online, sides, path)
-    _require_layers(run, found.network, path)
+    _require_layers(run, found.network, parts, path)
     if parts != "both":
         draw = jax.jit(
             lambda rng: run.algorithm.models(run.algorithm.init(rng)),
@@ -144,7 +144,7 @@ def _require_network(run: Run, found: Any, sides: Sequence[str], path: Path) -> 
             )
 
 
-def _require_layers(run: Run, found: Mapping[str, Any], path: Path) -> None:
+def _require_layers(run: Run, found: Mapping[str, Any], parts: str, path: Path) -> None:
     """Raise UserError unless the layers compute what those of the run's network compute with the parameters.
 
     Networks of your own are compared by their shapes only.
@@ -153,7 +153,10 @@ def _require_layers(run: Run, found: Mapping[str, Any], path: Path) -> None:
     wanted = network_record(run.config, size)
     if "function" in found or "function" in wanted:
         return
+    of_client = ("client_residual", "stem_stride") if run.config.model.cut_layer > 0 else ("client_residual",)
     for name in SHAPELESS:
+        if parts == "server" and name in of_client:
+            continue
         there, here = (
             stem_stride_of(record.get(name), size) if name == "stem_stride" else record.get(name)
             for record in (found, wanted)

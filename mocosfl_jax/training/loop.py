@@ -233,7 +233,7 @@ def run_epochs(
                     epoch_seconds=0.0,
                 )
                 after_epoch(metrics, state)
-                if metrics["collapsed"] and not reported:
+                if metrics.get("collapsed") and not reported:
                     output.say(report.collapse_line(run.config, metrics))
                     reported = True
             # The next epoch overwrites the smashed data that an older checkpoint would replay.

@@ -1,6 +1,7 @@
 """Collapsed features are noticed, reported once, and end the run if that is asked for."""
 
 import pathlib
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from jax import Array
 
 from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Optim, Synchronization
 from mocosfl_jax.errors import CollapsedError
+from mocosfl_jax.evaluation import monitor
 from mocosfl_jax.evaluation.collapse import spread
 from mocosfl_jax.training import report, workdir
 from tests.support.toy import IMAGE, make_toy_model
@@ -82,3 +84,10 @@ def test_a_collapse_ends_the_run_if_asked(config: Config, tmp_path: pathlib.Path
             train(run, tmp_path)
         assert workdir.read_metrics(tmp_path)[-1]["epoch"] == epoch
         assert (tmp_path / "checkpoints" / str(epoch * run.steps_per_epoch)).is_dir()
+
+
+def test_of_a_single_image_nothing_is_said() -> None:
+    """Its spread would be 0, as of features that are all equal."""
+
+    unused: Any = None
+    assert monitor.collapsed(np.zeros((1, 4, 4, 3), np.uint8), unused, unused) == {}

@@ -140,6 +140,15 @@ def test_encoders_that_do_not_fit_are_refused(
     assert "\n" not in str(error.value)
 
 
+def test_layers_of_the_client_do_not_matter_to_the_server(images: str, tmp_path: pathlib.Path) -> None:
+    path, params = write_encoder(tmp_path / "encoder.safetensors", images, stem_stride=2)
+    models = initial_models(
+        prepare(config_of(images, init_from=path, init_parts="server")), jax.random.key(0)
+    )
+    assert models is not None
+    assert_equal(models.online[1], params[1])
+
+
 def test_parameters_of_a_file_take_the_dtype_of_the_run(images: str, tmp_path: pathlib.Path) -> None:
     path, (client, server) = write_encoder(tmp_path / "encoder.safetensors", images)
     encoder = load_encoder(path)

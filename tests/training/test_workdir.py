@@ -92,7 +92,7 @@ def test_a_run_that_goes_on_keeps_its_mean_and_standard_deviation(
     exchange(data, 90)
     config, mesh = workdir.read_config(run, toy_config.get_config().own), single()
     for prepared in (
-        experiment.of_workdir(config, mesh, run),
+        experiment.of_workdir(config, mesh, run, accept_other_data=True),
         experiment.prepare(config, mesh, preprocessing=workdir.preprocessing_of_trained(run)),
     ):
         assert (prepared.dataset.mean, prepared.dataset.std) == before[1:]
@@ -317,3 +317,12 @@ def test_other_data_of_another_size_are_resized(data: pathlib.Path, run: pathlib
     known = workdir.preprocessing_of_trained(run)
     assert known is not None and known.image_size == IMAGE[0] != 32
     assert experiment.load(config, mesh, known).dataset.x_train.shape[1:] == IMAGE
+
+
+def test_data_that_cannot_be_divided_any_more_are_named_as_changed(
+    data: pathlib.Path, run: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    exchange(data, 4)  # of four clients with batches of two
+    assert evaluate.main(with_toy(["evaluate", f"--workdir={run}"])) == 2
+    error = capsys.readouterr().err
+    assert "config.data: found other data than those of the run" in error and error.count("\n") == 1
