@@ -42,6 +42,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,7 +193,8 @@ def attack(argv: Sequence[str]) -> None:
     about |= {"noise": 0.0, "clip": None}
     if material.noise is not None:
         about |= {"noise": material.noise.std, "clip": material.noise.clip}
-    _write(out / "privacy.json", json.dumps(report.record(results, about), indent=2) + "\n")
+    with replacing(out / "privacy.json") as temporary:
+        temporary.write_text(json.dumps(report.record(results, about), indent=2) + "\n")
     report.draw_reconstructions(out / "reconstructions.png", material.victims, results)
     say(f"{out}: privacy.json, reconstructions.png")
 
@@ -236,7 +238,7 @@ def _of_run(values: flags.FlagValues) -> Material:
                 "--smashed: found key, allowed: query for an algorithm that keeps its clients in its own way"
             )
     return Material(
-        {"client 0": {name: _client(run.model, params) for name, params in views.items()}},
+        {"client 0": {name: partial(run.model.client, params) for name, params in views.items()}},
         run.dataset.x_train,
         run.dataset.x_test[: values.victims],
         run.dataset.mean,
@@ -268,7 +270,7 @@ def _of_encoder(values: flags.FlagValues) -> Material:
     if not np.allclose([mean, std], [dataset.mean, dataset.std], atol=5e-4):
         say(f"{path}: normalises by mean {_shown(mean)} and std {_shown(std)}, not those of {data_name}")
     return Material(
-        {path.name: {"query": _client(encoder.model, encoder.params[0])}},
+        {path.name: {"query": partial(encoder.model.client, encoder.params[0])}},
         dataset.x_train,
         dataset.x_test[: values.victims],
         mean,
@@ -324,7 +326,7 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
         except UserError as error:
             raise UserError(f"{path}: {name}: {error}") from error
         model = split_model(**network, forms=forms(jax.devices()[0].platform))
-        clients[name] = {"query": _client(model, params)}
+        clients[name] = {"query": partial(model.client, params)}
     dataset, data_name = _load(values, size)
     shown = dataset.x_test if victims is None else victims
     std = _victims_std(data_name)
@@ -346,10 +348,6 @@ def _noise_shown(noise: Noise | None) -> str:
 
 def _shown(numbers: Sequence[float]) -> str:
     return " ".join(f"{number:.3f}" for number in numbers)
-
-
-def _client(model: Any, params: Any) -> Any:
-    return lambda images: model.client(params, images)
 
 
 def _require_layers(cut_layer: int) -> None:
@@ -384,11 +382,6 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 def _bar(name: str, total: int) -> Iterator[Any]:
     with tqdm(total=total, desc=name, unit="epoch", disable=None, dynamic_ncols=True) as bar:
         yield bar.update
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text)
 
 
 if __name__ == "__main__":

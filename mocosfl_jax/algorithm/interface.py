@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
-import jax
 import numpy as np
 from jax import Array
 
@@ -54,21 +53,6 @@ QUEUE: Any = Home("queue")  # rows of keys, which may be sharded
 def of_clients(count: int) -> Any:
     """The home of leaves [count, ...]: each client's row is on the client's device."""
     return Home("clients", count)
-
-
-def home_of_leaves(homes: Any, state: Any) -> Any:
-    """The home of every leaf of `state`, as a tree of its structure.
-
-    Args:
-      homes: A prefix of the tree `state`, with a `Home` for each of its subtrees.
-      state: Arrays, or their shapes and dtypes.
-    """
-    return jax.tree.map(
-        lambda home, part: jax.tree.map(lambda leaf: home, part),
-        homes,
-        state,
-        is_leaf=lambda x: isinstance(x, Home),
-    )
 
 
 class Models(NamedTuple):

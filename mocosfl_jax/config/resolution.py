@@ -12,103 +12,55 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config.fields import (
-    CHOICES,
-    Checkpoint,
-    Config,
-    Data,
-    Eval,
-    Mesh,
-    Model,
-    Own,
-    Privacy,
-    Resist,
-    Saving,
-    Wire,
-)
+from mocosfl_jax.config.fields import CHOICES, Clients, Config, Moco, Optim, Synchronization
 from mocosfl_jax.errors import UserError
+
+# Each has the fields of its parent. Those that are named here have a value, whatever was left open.
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class ResolvedClients:
+class ResolvedClients(Clients):
     """`fields.Clients` with every default filled in."""
 
-    num: int
     cohort: int
     batch_size: int
-    noniid_ratio: float
-    dirichlet_alpha: float | None
-    rich: float
-    rich_data: float
-    rich_batch: int
-    local_epochs: int
     seed: int
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class ResolvedSynchronization:
+class ResolvedSynchronization(Synchronization):
     """`fields.Synchronization` with every default filled in."""
 
     frequency: int
-    weighted: bool
-    momentum_models: bool
-    buffers: str
-    divergence_lambda: float | None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class ResolvedMoco:
+class ResolvedMoco(Moco):
     """`fields.Moco` with every default filled in."""
 
-    preset: str
     key_dim: int
     head: str
     symmetric: bool
     augmentation: str
-    full_symmetric: bool
-    feature_sharing: bool
-    concatenate: bool
-    queue_size: int
-    temperature: float
-    momentum: float
-    min_crop_scale: float
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class ResolvedOptim:
+class ResolvedOptim(Optim):
     """`fields.Optim` with every default filled in."""
 
-    server_lr: float
     client_lr: float
-    momentum: float
-    weight_decay: float
     schedule: str
     client_schedule: str
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Resolved:
+class Resolved(Config):
     """A `fields.Config` in which no value depends on a preset or on the number of clients any more."""
 
-    algorithm: str
-    seed: int
-    epochs: int
-    init_from: str | None
-    init_parts: str
-    data: Data
     clients: ResolvedClients
     sync: ResolvedSynchronization
-    saving: Saving
-    model: Model
     moco: ResolvedMoco
     optim: ResolvedOptim
-    resist: Resist
-    privacy: Privacy
-    eval: Eval
-    checkpoint: Checkpoint
-    mesh: Mesh
-    wire: Wire
-    own: Own
 
     def as_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values, as stored in config.json; functions by name."""

@@ -12,7 +12,6 @@ from mocosfl_jax.costs.flops import (
     backward_flops,
     forward_flops,
     kept_bytes,
-    number_of_elements,
     size_in_bytes,
 )
 from mocosfl_jax.errors import UserError
@@ -284,9 +283,8 @@ def costs(model: SplitModel, plan: Plan) -> Costs:
         syncs=epochs * plan.syncs,
         frozen=plan.frozen,
     )
-    return Costs(
-        plan, number_of_elements(shapes_of(model, plan.image_size, 1).client_params), client, server, paper
-    )
+    params = shapes_of(model, plan.image_size, 1).client_params
+    return Costs(plan, sum(leaf.size for leaf in jax.tree.leaves(params)), client, server, paper)
 
 
 def from_config(config: Resolved, images: int | None = None, image_size: int | None = None) -> Costs:

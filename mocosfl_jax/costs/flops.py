@@ -116,8 +116,3 @@ def _vjp(model: Callable[[Any, Any], Any], of_input: bool) -> Callable[[Any, Any
 def size_in_bytes(tree: Any) -> int:
     """Return the bytes of all arrays of a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def number_of_elements(tree: Any) -> int:
-    """Return the number of elements of all arrays of a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

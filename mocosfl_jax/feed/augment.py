@@ -350,21 +350,6 @@ def horizontal_flip(image: Array) -> Array:
 # --- colour
 
 
-def adjust_brightness(image: Array, factor: ArrayLike) -> Array:
-    """Scales an image [H, W, 3] and clips it to [0, 1]: factor 0 gives black, 1 the image."""
-    return _blend(image, jnp.zeros_like(image), factor)
-
-
-def adjust_contrast(image: Array, factor: ArrayLike) -> Array:
-    """Blends an image [H, W, 3] with its mean gray: factor 0 gives that gray everywhere, 1 the image."""
-    return _blend(image, jnp.full_like(image, jnp.mean(_luma(image))), factor)
-
-
-def adjust_saturation(image: Array, factor: ArrayLike) -> Array:
-    """Blends an image [H, W, 3] with its grayscale: factor 0 gives the grayscale, 1 the image."""
-    return _blend(image, grayscale(image), factor)
-
-
 def adjust_hue(image: Array, shift: ArrayLike) -> Array:
     """Rotates the HSV hue of an image [H, W, 3] by `shift` turns of the colour circle (-0.5 to 0.5)."""
     red, green, blue = image[..., 0], image[..., 1], image[..., 2]

@@ -4,6 +4,7 @@ The three families of Li et al. (ResSFL, CVPR 2022), which the official code use
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -217,26 +218,15 @@ class _ResBlock(nn.Module):
 
 
 class _ConvBlock(nn.Module):
-    """Convolution and norm."""
+    """Convolution, or a transposed one, and norm."""
 
     features: int
     options: _Options
+    conv: Callable[..., nn.Module] = _Conv
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = _Conv(self.features, self.options, name="conv")(x)
-        return _BatchNorm(self.options, name="norm")(x)
-
-
-class _UpsamplingBlock(nn.Module):
-    """Transposed convolution and norm."""
-
-    features: int
-    options: _Options
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = _Upsampling(self.features, self.options, name="conv")(x)
+        x = self.conv(self.features, self.options, name="conv")(x)
         return _BatchNorm(self.options, name="norm")(x)
 
 
@@ -249,10 +239,11 @@ class _Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        block = {"res_norm": _ResBlock, "conv_norm": _ConvBlock}[self.family.block]
+        block: Callable[..., nn.Module] = {"res_norm": _ResBlock, "conv_norm": _ConvBlock}[self.family.block]
+        upsampling = functools.partial(_ConvBlock, conv=_Upsampling)
         flat = [block] * (1 + self.family.blocks)
         # Two places for upsampling; a place that is not needed holds another block.
-        up = [_UpsamplingBlock if i < self.doublings else block for i in range(max(2, self.doublings))]
+        up = [upsampling if i < self.doublings else block for i in range(max(2, self.doublings))]
         for i, layer in enumerate([*flat, *up]):
             x = nn.relu(layer(self.family.channels, self.options, name=f"block{i}")(x))
         return nn.sigmoid(block(3, self.options, name="last")(x))

@@ -198,3 +198,11 @@ class ProjectionHead(nn.Module):
             x = dense(self.hidden_dim, "hidden")(x)
             x = nn.relu(BatchNorm(name="norm")(x) if self.batch_norm else x)
         return dense(self.key_dim, "out")(x)
+
+
+def shortcut(x: Array, features: int, stride: int, options: Options) -> Array:
+    """The identity, or a 1x1 convolution and norm if the shape changes."""
+    if stride == 1 and x.shape[-1] == features:
+        return x
+    x = Conv(features, 1, stride, options, name="shortcut_conv")(x)
+    return Norm(options, name="shortcut_norm")(x)

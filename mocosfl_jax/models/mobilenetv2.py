@@ -9,7 +9,7 @@ import functools
 import flax.linen as nn
 from jax import Array
 
-from mocosfl_jax.models.layers import Conv, DepthwiseConv, Norm, Options
+from mocosfl_jax.models.layers import Conv, DepthwiseConv, Norm, Options, shortcut
 from mocosfl_jax.models.network import Layer, Network
 
 WIDTH = 32  # of the stem in the paper
@@ -58,15 +58,7 @@ class Block(nn.Module):
         y = Norm(self.options, name="norm3")(y)
         if not self.options.residual or self.stride > 1:
             return y
-        return y + _shortcut(x, self.features, self.options)
-
-
-def _shortcut(x: Array, features: int, options: Options) -> Array:
-    """The identity, or a plain 1x1 convolution and norm if the width changes."""
-    if x.shape[-1] == features:
-        return x
-    x = Conv(features, 1, 1, options.standardised(False), name="shortcut_conv")(x)
-    return Norm(options, name="shortcut_norm")(x)
+        return y + shortcut(x, self.features, 1, self.options.standardised(False))  # a plain convolution
 
 
 class Group(nn.Module):

@@ -26,39 +26,33 @@ class ImageBatchNorm(Protocol):
     def __call__(self, x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]: ...
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def group_norm(
-    x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP, epsilon: float = EPSILON
-) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def group_norm(x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP) -> Array:
     """Group normalisation (Wu and He 2018) of `x` [n, H, W, C] with `group` channels per group.
 
     `scale` and `bias` are [C], and the computation is in their dtype. The result and the gradient of `x` are
     rounded to the dtype of `x`, which may be bfloat16. The variance takes two passes, since in float32 the
     difference of two large means would cancel. This is the form for a CPU.
     """
-    return _group_norm_fwd(x, scale, bias, group, epsilon)[0]
+    return _group_norm_fwd(x, scale, bias, group)[0]
 
 
 # Means are taken over the pixels of each channel and then over the channels of a group, and the norm is
 # applied as x * a + b. On a CPU this is several times faster than reshaping x into groups.
 
 
-def _group_norm_fwd(
-    x: Array, scale: Array, bias: Array, group: int, epsilon: float
-) -> tuple[Array, tuple[Array, ...]]:
+def _group_norm_fwd(x: Array, scale: Array, bias: Array, group: int) -> tuple[Array, tuple[Array, ...]]:
     dtype, x_as_given = x.dtype, x
     x = x.astype(scale.dtype)
     mean = _group_mean(_pixel_mean(x), group)
     variance = _group_mean(_pixel_mean(jnp.square(x - mean)), group)
-    inverse = jax.lax.rsqrt(variance + epsilon)
+    inverse = jax.lax.rsqrt(variance + EPSILON)
     scale, bias = scale.reshape(1, 1, 1, -1), bias.reshape(1, 1, 1, -1)
     a = scale * inverse
     return (x * a + (bias - mean * a)).astype(dtype), (x_as_given, mean, inverse, scale)
 
 
-def _group_norm_bwd(
-    group: int, epsilon: float, saved: tuple[Array, ...], grad: Array
-) -> tuple[Array, Array, Array]:
+def _group_norm_bwd(group: int, saved: tuple[Array, ...], grad: Array) -> tuple[Array, Array, Array]:
     x, mean, inverse, scale = saved
     dtype = x.dtype
     x, grad = x.astype(scale.dtype), grad.astype(scale.dtype)
@@ -98,9 +92,7 @@ def _group_mean(per_channel: Array, group: int) -> Array:
     return jax.lax.optimization_barrier(jnp.broadcast_to(means, groups.shape).reshape(per_channel.shape))
 
 
-def fused_group_norm(
-    x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP, epsilon: float = EPSILON
-) -> Array:
+def fused_group_norm(x: Array, scale: Array, bias: Array, group: int = CHANNELS_PER_GROUP) -> Array:
     """`group_norm` in a form that accelerators fuse with the convolutions before and after it.
 
     Mean and mean square are sums of one pass over the pixels, and only these sums are reshaped into groups.
@@ -122,7 +114,7 @@ def fused_group_norm(
     if dtype != jnp.bfloat16:  # the result does not depend on the shift, so it needs no gradient
         x = x - group_mean(jax.lax.stop_gradient(x[:, :1]))
     mean, square = group_mean(x), group_mean(jnp.square(x))
-    a = scale.reshape(1, 1, 1, -1) * jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + epsilon)
+    a = scale.reshape(1, 1, 1, -1) * jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + EPSILON)
     return (x * a + (bias.reshape(1, 1, 1, -1) - mean * a)).astype(dtype)
 
 
@@ -189,9 +181,9 @@ def _channels(x: Array) -> Array:
     return x.reshape(1, 1, 1, -1)
 
 
-def batch_norm(x: Array, scale: Array, bias: Array, *, epsilon: float = EPSILON) -> Array:
+def batch_norm(x: Array, scale: Array, bias: Array) -> Array:
     """Batch normalisation of `x` [..., n, D] by mean and biased variance of its n rows, in evaluation too."""
     centred = x - jnp.mean(x, axis=-2, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-2, keepdims=True)
     shape = (1,) * (x.ndim - 1) + (-1,)
-    return centred * jax.lax.rsqrt(variance + epsilon) * scale.reshape(shape) + bias.reshape(shape)
+    return centred * jax.lax.rsqrt(variance + EPSILON) * scale.reshape(shape) + bias.reshape(shape)

@@ -8,7 +8,7 @@ import functools
 import flax.linen as nn
 from jax import Array
 
-from mocosfl_jax.models.layers import Conv, Norm, Options
+from mocosfl_jax.models.layers import Conv, Norm, Options, shortcut
 from mocosfl_jax.models.network import Layer, Network
 
 BOTTLENECK_EXPANSION = 4
@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
         y = Conv(self.features, 3, 1, self.options, name="conv2")(y)
         y = Norm(self.options, name="norm2")(y)
         if self.options.residual:
-            y = y + _shortcut(x, y.shape[-1], self.stride, self.options)
+            y = y + shortcut(x, y.shape[-1], self.stride, self.options)
         return nn.relu(y)
 
 
@@ -66,16 +66,8 @@ class BottleneckBlock(nn.Module):
         y = Conv(BOTTLENECK_EXPANSION * self.features, 1, 1, self.options, name="conv3")(y)
         y = Norm(self.options, name="norm3")(y)
         if self.options.residual:
-            y = y + _shortcut(x, y.shape[-1], self.stride, self.options.standardised())
+            y = y + shortcut(x, y.shape[-1], self.stride, self.options.standardised())
         return nn.relu(y)
-
-
-def _shortcut(x: Array, features: int, stride: int, options: Options) -> Array:
-    """The identity, or a 1x1 convolution and norm if the shape changes."""
-    if stride == 1 and x.shape[-1] == features:
-        return x
-    x = Conv(features, 1, stride, options, name="shortcut_conv")(x)
-    return Norm(options, name="shortcut_norm")(x)
 
 
 def resnet(name: str, stages: tuple[int, ...], *, bottlenecks: bool) -> Network:

@@ -1,6 +1,7 @@
 """The command that repeats a run, and the paper's values of its fields, both from its configuration."""
 
 import functools
+import operator
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +32,7 @@ def command(config: Resolved, own: Mapping[str, str | None], *, real: bool = Fal
     made = quickstart()
     made.own = config.own
     fields = [name for name in values if not name.startswith("own.")]
-    left = {name: _get(made, name) for name in fields}
+    left = {name: operator.attrgetter(name)(made) for name in fields}
     preset = "moco.preset"
     by_preset = values[preset] != left[preset]
     if by_preset:  # on the command line, a preset replaces the quickstart's values of its fields too
@@ -58,10 +59,6 @@ def _gives(config: Config, wanted: Mapping[str, Any]) -> bool:
         return resolve(config).as_dict() == wanted
     except UserError:
         return False
-
-
-def _get(config: Any, name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), config)
 
 
 def _set(config: Any, name: str, value: Any) -> None:

@@ -23,7 +23,6 @@ from mocosfl_jax.algorithm.interface import (
     StepInfo,
     SyncInfo,
     TrainState,
-    home_of_leaves,
 )
 from mocosfl_jax.algorithm.messages import SmashedData, Views
 from mocosfl_jax.models import Features
@@ -114,7 +113,7 @@ def specs(mesh: Mesh, homes: Homes, state: State) -> Any:
             return tensor(mesh, leaf.shape)
         return {"everywhere": P(), "clients": CLIENTS, "queue": P(MODEL)}[home.kind]
 
-    return jax.tree.map(spec, home_of_leaves(homes(state), state), state)
+    return jax.tree.map(spec, jax.tree.broadcast(homes(state), state), state)
 
 
 def placed(mesh: Mesh, homes: Homes, state: State) -> Any:
@@ -138,7 +137,7 @@ def without_padding(mesh: Mesh, homes: Homes, state: State) -> State:
     def place(leaf: Array, home: Home, spec: P) -> Array:
         return at(mesh, leaf[: home.count] if home.kind == "clients" else leaf, spec)
 
-    return jax.tree.map(place, state, home_of_leaves(homes(state), state), specs(mesh, homes, state))
+    return jax.tree.map(place, state, jax.tree.broadcast(homes(state), state), specs(mesh, homes, state))
 
 
 def rest(mesh: Mesh, homes: Homes, state: State) -> State:
@@ -150,7 +149,7 @@ def rest(mesh: Mesh, homes: Homes, state: State) -> State:
     def place(leaf: Array, home: Home, spec: P) -> Array:
         return at(mesh, pad(leaf, mesh.size) if home.kind == "clients" else leaf, spec)
 
-    return jax.tree.map(place, state, home_of_leaves(homes(state), state), specs(mesh, homes, state))
+    return jax.tree.map(place, state, jax.tree.broadcast(homes(state), state), specs(mesh, homes, state))
 
 
 def _info(mesh: Mesh, info: StepInfo) -> StepInfo:

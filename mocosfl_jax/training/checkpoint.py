@@ -22,7 +22,7 @@ from absl import logging
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from mocosfl_jax.algorithm.interface import Algorithm, TrainState, home_of_leaves
+from mocosfl_jax.algorithm.interface import Algorithm, TrainState
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.runtime import hosts
 
@@ -319,7 +319,7 @@ def _restore(
 def _require_same_shapes(manager: ocp.CheckpointManager, step: int, like: TrainState, homes: Homes) -> None:
     """Raise UserError unless the checkpoint has the arrays of `like`; the clients' padding may differ."""
     saved, wanted = _leaves(manager.item_metadata(step)["state"].tree), _leaves(like)
-    home = _leaves(home_of_leaves(homes(like), like))
+    home = _leaves(jax.tree.broadcast(homes(like), like))
     checkpoint = manager.directory / str(step)
     if ("clients", "scales") in saved:
         raise UserError(

@@ -45,10 +45,6 @@ def joined(curves: Iterable[Curve]) -> Curve:
     return Curve([x for curve in each for x in curve.loss], [x for curve in each for x in curve.top1])
 
 
-def _identity(images: Array) -> Array:
-    return images
-
-
 class Turn(NamedTuple):
     """The programs at the start and the end of a cohort's turn, and at the end of each of its rounds."""
 
@@ -87,9 +83,7 @@ def make_turn(algorithm: Algorithm, state: TrainState, cohort: int | None) -> Tu
     return Turn(entering, sync, leaving, outputs(entering))
 
 
-def make_replaying(
-    replay: Replay, make_views: MakeViews, rng: Array, spread: Spread = _identity
-) -> Replaying:
+def make_replaying(replay: Replay, make_views: MakeViews, rng: Array, spread: Spread) -> Replaying:
     """Return the steps that train the server alone. Each is compiled when first called.
 
     Args:
@@ -112,9 +106,7 @@ def make_replaying(
     return Replaying(lambda state, images: keeping(state, images, rng), jax.jit(train, donate_argnums=0))
 
 
-def round_programs(
-    algorithm: Algorithm, make_views: MakeViews, spread: Spread = _identity
-) -> tuple[Any, Any]:
+def round_programs(algorithm: Algorithm, make_views: MakeViews, spread: Spread) -> tuple[Any, Any]:
     """Jit the training of one step, and of the steps of a whole piece as one program.
 
     The arguments are those of `make_run_steps`. A step makes the views of its images and trains. Its random
@@ -147,7 +139,7 @@ def make_run_steps(
     *,
     state: CohortState,
     images: jax.ShapeDtypeStruct,
-    spread: Spread = _identity,
+    spread: Spread,
     options: Mapping[str, str | bool] = {},
 ) -> RunSteps:
     """Compile the function that runs some steps of training.

@@ -7,8 +7,6 @@ import numpy as np
 
 from mocosfl_jax.wire import messages
 
-# What `config.wire.dtype` may be.
-DTYPES = ("float32", "bfloat16", "int8")
 # The largest number that is accepted. A client could make the sums of the others overflow with larger ones.
 LARGEST = 1e10
 

@@ -124,15 +124,13 @@ def make_programs(
     missing: Counter[int] = Counter()  # steps of an epoch that each client had no part in
     shares = np.array([len(part) if config.sync.weighted else 1 for part in run.parts])
     # The parts of its state that a client sends at a synchronization and at the end of its turn.
-    averaged = [
-        *(() if terms.frozen else ("params",)),
-        *(("key_params",) if config.sync.momentum_models and not terms.frozen else ()),
-        *(("opt_state",) if config.sync.buffers == "average" and not terms.frozen else ()),
-    ]
-    own = [
-        *(("key_params",) if not config.sync.momentum_models and not terms.frozen else ()),
-        *(("opt_state",) if config.sync.buffers == "keep" and not terms.frozen else ()),
-    ]
+    averaged: list[str] = []
+    own: list[str] = []
+    if not terms.frozen:
+        averaged.append("params")
+        (averaged if config.sync.momentum_models else own).append("key_params")
+        if config.sync.buffers != "reset":
+            (averaged if config.sync.buffers == "average" else own).append("opt_state")
 
     def members(state: CohortState) -> list[int]:
         numbers = range(config.clients.num) if state.cohort is None else jax.device_get(state.cohort)

@@ -75,12 +75,19 @@ def test_resized_crop_shrinks_with_antialiasing() -> None:
 # saturation and value in one byte each, and one step of hue is up to 6 / 255 of a channel. The hue test
 # against colorsys is exact. Blur: at most 11.9, 0.9 on average, because PIL uses three box filters, each of
 # which extends the edge.
+def blended(op: int) -> Callable[[Any, float], Any]:
+    """The jitter with one of its blends alone: 0 brightness, 1 contrast, 2 saturation."""
+    return lambda image, factor: aug.color_jitter(
+        jnp.asarray(image), jnp.ones(3).at[op].set(factor), 0.0, jnp.arange(3), 3
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "adjust", "largest", "average"),
     [
-        ("brightness", aug.adjust_brightness, 1.2, 0.6),
-        ("contrast", aug.adjust_contrast, 1.2, 0.6),
-        ("saturation", aug.adjust_saturation, 1.2, 0.6),
+        ("brightness", blended(0), 1.2, 0.6),
+        ("contrast", blended(1), 1.2, 0.6),
+        ("saturation", blended(2), 1.2, 0.6),
         ("hue", aug.adjust_hue, 10, 0.9),
         ("gaussian_blur", aug.gaussian_blur, 12, 1.0),
     ],
@@ -137,7 +144,7 @@ def test_color_jitter_can_apply_its_four_adjustments_in_every_order(images: np.n
     # The values are stretched so that every adjustment clips; otherwise some would commute.
     image = jnp.clip(2 * images[0] - 0.5, 0, 1)
     factors, shift = (1.4, 1.3, 1.4), 0.1
-    adjust = [aug.adjust_brightness, aug.adjust_contrast, aug.adjust_saturation, aug.adjust_hue]
+    adjust = [blended(0), blended(1), blended(2), aug.adjust_hue]
     jitter = jax.jit(aug.color_jitter)
     orders, results = set(), []
     for order, slot in itertools.product(itertools.permutations(range(3)), range(4)):

@@ -59,6 +59,7 @@ def build(
         jax.random.key(2),
         state=state,
         images=jax.ShapeDtypeStruct((size, N if whole_pool else M, B, *IMAGE), jnp.uint8),
+        spread=lambda images: images,
     )
 
     def run_steps(state: CohortState, indices: np.ndarray) -> tuple[CohortState, rounds.Curve]:
