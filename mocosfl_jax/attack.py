@@ -16,6 +16,8 @@
   --bottleneck=CxSy    of --official_clients; "none" for none; default: C4S2
   --data.name=NAME     data set for --encoder and --official_clients; default: cifar10
   --data.dir=FOLDER    where the data set is; default: config.data.dir of the run, or data
+  --resist.source_dir=FOLDER
+                       the same for the second data set of a run with config.resist.source
   --data.max_broken=SHARE  how large a share of a split's images may fail to decode; such images are black
   --out=FOLDER         for privacy.json and reconstructions.png; default: the run's folder
   --protocol=NAME      clean (default): true pixels, attackers without the victims' images, validation in
@@ -68,6 +70,7 @@ BELONGS = {
     "config": "workdir",
     "smashed": "workdir",
     "accept_other_data": "workdir",
+    "resist.source_dir": "workdir",
     "clients": "official_clients",
     "bottleneck": "official_clients",
 }
@@ -107,6 +110,7 @@ def attack(argv: Sequence[str]) -> None:
         flags.DEFINE_list("smashed", ["query", "key"], "Of a run.", flag_values=values)
         flags.DEFINE_list("clients", None, "Names of official clients.", flag_values=values)
         flags.DEFINE_string("bottleneck", "C4S2", "Of the official clients.", flag_values=values)
+        flags.DEFINE_string("resist.source_dir", None, "Where the run's source is.", flag_values=values)
         commandline.define_data(values)
         flags.DEFINE_string("protocol", "clean", "clean or official.", flag_values=values)
         flags.DEFINE_list("attackers", None, "Kinds of attackers.", flag_values=values)
@@ -205,6 +209,7 @@ def _of_run(values: flags.FlagValues) -> Material:
     config = workdir.read_config(folder, commandline.own_functions(values.config))
     for name, value in commandline.given_data(values).items():
         setattr(config.data, name, value)
+    config.resist.source_dir = values["resist.source_dir"].value or config.resist.source_dir
     if config.algorithm != "mocosfl":
         raise UserError(
             f"config.algorithm: found {config.algorithm}, allowed: mocosfl, as others send no smashed data"

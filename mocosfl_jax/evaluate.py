@@ -13,6 +13,7 @@
   --knn_temperature=T  of the votes' weights; default: config.eval.knn_temperature of the run
   --semi_supervised    also train a small network on the features with 10 % and with 1 % of the labels
   --data.dir=FOLDER    where the run's data set is now; default: config.data.dir of the run
+  --resist.source_dir=FOLDER  the same for the second data set of a run with config.resist.source
   --accept_other_data  evaluate on the data set even if it has changed since the training; evaluation.json
                        then says what differs
   --data.name=NAME     evaluate on this data set instead, with its classes: transfer. It is in --data.dir, by
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 USAGE = (
     "--workdir=FOLDER, --config=FILE, --checkpoint=STEP, --probe_epochs=N, --semi_supervised, --knn_k=K, "
     "--knn_temperature=T, --data.name=NAME, --data.dir=FOLDER, --data.max_broken=SHARE, "
-    "--accept_other_data, --help"
+    "--resist.source_dir=FOLDER, --accept_other_data, --help"
 )
 
 
@@ -79,6 +80,7 @@ def evaluate(argv: Sequence[str]) -> None:
         flags.DEFINE_float("knn_temperature", None, "Of the votes' weights.", flag_values=values)
         flags.DEFINE_bool("semi_supervised", False, "Also with few labels.", flag_values=values)
         flags.DEFINE_bool("accept_other_data", False, "Evaluate on other data.", flag_values=values)
+        flags.DEFINE_string("resist.source_dir", None, "Where the run's source is.", flag_values=values)
         commandline.define_data(values)
 
     values = commandline.parse_flags(argv, USAGE, define, required=["workdir"])
@@ -105,6 +107,7 @@ def evaluate(argv: Sequence[str]) -> None:
     else:
         for name, value in given.items():
             setattr(config.data, name, value)
+        config.resist.source_dir = values["resist.source_dir"].value or config.resist.source_dir
         subject = own_data(folder, config, values.checkpoint, accept_changed=values.accept_other_data)
     dataset, features = subject.dataset, subject.features
     numbers = monitor.knn(dataset, config.eval, features) | monitor.knn_raw_pixels(dataset, config.eval)

@@ -1,5 +1,6 @@
 """Runs that train clients against a decoder: what they record, warn of and refuse; source and target."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax import mocosfl, normalise, run
+from mocosfl_jax import commandline, evaluate, mocosfl, normalise, run
 from mocosfl_jax.algorithm import optim
 from mocosfl_jax.algorithm.adversary import Adversary, decoder_adversary
-from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Optim, Resist
+from mocosfl_jax.config import Clients, Config, Data, Eval, Moco, Model, Optim, Own, Resist
 from mocosfl_jax.models.decoders import make_decoder
 from mocosfl_jax.privacy.similarity import ssim
+from mocosfl_jax.training.build import constant_network
 from tests.support.small_run import write_images
 from tests.support.toy import IMAGE, make_toy_model
 from tests.support.training import prepare
@@ -284,12 +286,22 @@ def test_a_source_is_part_of_what_identifies_the_data(
         (tmp_path / "kept.npz").rename(source)
 
 
-def test_a_source_may_move(images: str, source: str, tmp_path: pathlib.Path) -> None:
+def test_a_source_may_move(
+    images: str, source: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the data set may: what identifies it is not where it is."""
     train(expert(images, resist={"source": "npz", "source_dir": source}), tmp_path / "run")
     moved = str(pathlib.Path(source).rename(tmp_path / "moved.npz"))
     try:
         again = train(expert(images, resist={"source": "npz", "source_dir": moved}), tmp_path / "run")
+        record = json.loads((tmp_path / "run" / "config.json").read_text())
+        record["resist"]["source_dir"] = source  # as on the machine where it was trained
+        (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+        own = Own(network=constant_network(make_toy_model()))
+        monkeypatch.setattr(commandline, "own_functions", lambda file: own)
+        argv = ["evaluate", f"--workdir={tmp_path / 'run'}", "--probe_epochs=0"]
+        assert evaluate.main(argv) == 2
+        assert evaluate.main([*argv, f"--resist.source_dir={moved}"]) == 0
     finally:
         pathlib.Path(moved).rename(source)
     assert [line["epoch"] for line in again.metrics] == [0, 1, 2]
