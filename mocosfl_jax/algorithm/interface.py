@@ -67,7 +67,8 @@ class StepInfo(NamedTuple):
 
     loss: Array  # []
     # [], contrastive accuracy: the share of queries to which no key of the queue is more similar than their
-    # positive. After a collapse it says nothing, since rounding decides between equal similarities.
+    # positive; with the symmetric loss, of the second direction only. After a collapse it says nothing, since
+    # rounding decides between equal similarities.
     top1: Array
     # [n, h, w, c] each, sent from the clients to the server. n is M * B, or the sum of the batch sizes if
     # they differ; twice that under the full symmetric loss. None if nothing was sent.

@@ -13,7 +13,10 @@ class Views(NamedTuple):
 
 
 class SmashedData(NamedTuple):
-    """Outputs of the client-side models at the cut, [M, B, h, w, c] each, or concatenated [n, h, w, c]."""
+    """Outputs of the client-side models at the cut, [M, B, h, w, c] each, or concatenated [n, h, w, c].
+
+    Their dtype is that of the model's activations, float32 or bfloat16.
+    """
 
     query: Array  # from the online models
     key: Array  # from the momentum models; the server treats it as a constant

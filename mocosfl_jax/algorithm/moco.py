@@ -14,7 +14,7 @@ from mocosfl_jax.errors import UserError
 class MomentumContrast(NamedTuple):
     """The settings of momentum contrast. The defaults are those of Li et al. 2023."""
 
-    queue_size: int = 6000  # K, at least the number of keys of a step; 0 for a contrast that needs no queue
+    queue_size: int = 6000  # K, at least the keys of one view; 0 for a contrast that needs no queue
     temperature: float = 0.1  # T of InfoNCE
     momentum: float = 0.99  # tau of the momentum models, on both sides of the cut
     symmetric: bool = True  # the symmetric loss of MoCo V2: the key views also serve as queries
@@ -171,7 +171,7 @@ class Contrast(NamedTuple):
     """How well the queries pick out their positives."""
 
     loss: Array  # [], of one direction or the sum of both
-    top1: Array  # [], contrastive accuracy
+    top1: Array  # [], contrastive accuracy; with the symmetric loss, of the second direction
 
 
 def checked(found: Any) -> Contrast:

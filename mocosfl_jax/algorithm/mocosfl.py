@@ -83,10 +83,10 @@ def mocosfl(
         the steps of the run. None freezes the clients: they receive no gradients and are not synchronized.
       server_optimizer: Any Optax optimizer of the server-side model.
       contrast: What the server learns from queries and keys. None: InfoNCE at the temperature in `moco`.
-      client_loss: A further term of each client's loss, of its parameters and of those that it had after the
-        last synchronization, such as a proximal term. Its gradient is added to the one from the server, which
-        is that of a mean over all rows of the cohort, or of the client without concatenation. None: there is
-        none.
+      client_loss: A function (params, anchor) -> [], a further term of each client's loss, of its parameters
+        and of those that it had after the last synchronization, such as a proximal term. Its gradient is
+        added to the one from the server, which is that of a mean over all rows of the cohort, or of the
+        client without concatenation. None: there is none.
       adversary: Is trained against the clients, such as a decoder that reconstructs images from smashed
         queries (`decoder_adversary`). It takes its step before the server does, and its gradient is added to
         the one from the server. None: there is none.
@@ -94,7 +94,8 @@ def mocosfl(
         there is none.
       sync: How the clients are averaged.
       placement: Where arrays live. `ONE_DEVICE` runs on any single device; `one_device(forms("cpu"))` is
-        faster on a CPU; `parallel.exchange.make_placement` is for several devices.
+        faster on a CPU. `parallel.exchange.make_placement` is for several devices, together with
+        `parallel.state.distribute`, which takes the algorithm.
 
     Returns:
       The algorithm. Jit its functions and donate their state.

@@ -24,7 +24,8 @@ def sgd(
     """SGD as in PyTorch: g += weight_decay * p, then m = momentum * m + g, then p -= learning_rate * m.
 
     A schedule is over the steps of the run, which `descend` passes as `step`. So a client that sits out an
-    epoch still follows the schedule of the whole run.
+    epoch still follows the schedule of the whole run. In a loop of your own, call
+    `update(grads, state, params, step=step)`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -40,7 +40,7 @@ class Placement(NamedTuple):
 
 
 def one_device(forms: Forms) -> Placement:
-    """Everything on one device, with the clients in the given form."""
+    """Everything on one device, with the clients in the form of a platform, such as `forms("cpu")`."""
     return Placement(forms.over_clients)
 
 

@@ -104,7 +104,7 @@ class Saving:
     # epoch does not lower it enough either, the one after sends nothing: the server replays the smashed data
     # that it has kept. 0: clients take part in every epoch.
     loss_threshold: float = 0.0
-    # After each of so many first epochs, the next one has full traffic.
+    # One more than so many first epochs have full traffic.
     warmup_epochs: int = 10
     # Limit, in GiB, of the smashed data of one epoch that is kept on disk, in the workdir.
     replay_gib: float = 20.0
@@ -116,8 +116,8 @@ class Model:
 
     # resnet18, resnet34, resnet50, resnet101, resnet152, vgg9, vgg11, vgg13, vgg16, vgg19 or mobilenetv2.
     name: str = "resnet18"
-    # Channels of the first convolution; all others scale with it. None: the paper's value, 64 (MobileNetV2:
-    # 32).
+    # Channels of the first convolution; all others scale with it. None: the paper's value, 64 (vgg9 and
+    # MobileNetV2: 32).
     width: int | None = None
     # Stride of the first convolution. None: the paper's value for the image size.
     stem_stride: int | None = None
@@ -148,7 +148,7 @@ class Model:
 class Moco:
     """Momentum contrast: head, views, queue and loss."""
 
-    # Fills in every field of this section that is None.
+    # Fills in every field of this section that is None, and optim.schedule.
     preset: str = "v2"
     # Dimension of queries and keys.
     key_dim: int | None = None
@@ -190,11 +190,11 @@ class Optim:
     # Factor of the parameters that is added to their gradients, on both sides.
     weight_decay: float = 5e-4
     # Learning rate over epochs. None: that of the MoCo preset, which is multistep for v1 and cosine
-    # otherwise.
+    # otherwise. multistep drops to a tenth after 60 and after 80 % of the epochs.
     schedule: str | None = None
     # Schedule of the clients. official_per_step advances that of the server with every batch in which the
     # client is trained instead of every epoch, as the official code did for the paper's numbers. None: the
-    # server's schedule.
+    # server's schedule, but multistep drops to a fifth.
     client_schedule: str | None = None
 
 
@@ -226,7 +226,7 @@ class Resist:
     judge_images: int = 500
     # Epochs of the fresh decoder.
     judge_epochs: int = 50
-    # A warning is printed if the SSIM of the fresh decoder and that of the decoder differ by more than this.
+    # A warning is printed if the SSIMs of the fresh decoder and of the one in the loop differ by more.
     judge_margin: float = 0.1
 
 
@@ -290,7 +290,7 @@ class Wire:
     dtype: str = "exact"
     # Seconds for which the server waits for a client's answer. Then its step goes on without the client.
     deadline_s: float = 60.0
-    # The number of clients of the cohort without which no step begins.
+    # Clients of the cohort that must be there for a step to begin.
     least: int = 1
 
 

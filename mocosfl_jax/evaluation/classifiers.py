@@ -37,11 +37,13 @@ def linear_probe(
 ) -> Probe:
     """Train a linear classifier on frozen features, by Adam and a cosine schedule (Li et al. 2023, sec. 4).
 
+    It starts from zeros, and minimises the cross-entropy. The features are taken as they are.
+
     Args:
       rng: key for the order of the batches.
-      train: [n, D] pooled features of the training images.
+      train: [n, D] floats, backbone features of the training images.
       train_labels: [n] integers.
-      test: [m, D] pooled features of the test images.
+      test: [m, D] floats, backbone features of the test images.
       test_labels: [m] integers.
       num_classes: labels are 0..num_classes - 1.
       epochs: passes over the training features; an incomplete last batch is dropped.
@@ -49,7 +51,7 @@ def linear_probe(
       learning_rate: in the first epoch.
 
     Returns:
-      The test accuracy of the last epoch and of the best one.
+      The test accuracy of the last epoch and of the best one, from 0 to 1.
 
     Raises:
       UserError: If numbers of rows and labels differ, a label is out of range, a feature is not finite, or
@@ -98,18 +100,18 @@ def semi_supervised(
 
     Args:
       rng: key for the choice of labelled images, the initialization and the order of the batches.
-      train: [n, D] pooled features of the training images.
+      train: [n, D] floats, backbone features of the training images.
       train_labels: [n] integers.
-      test: [m, D] pooled features of the test images.
+      test: [m, D] floats, backbone features of the test images.
       test_labels: [m] integers.
       num_classes: labels are 0..num_classes - 1.
-      fraction: of each class's images whose labels are used, see `stratified`.
+      fraction: of each class's images whose labels are used, in (0, 1], see `stratified`.
       epochs: passes over the labelled features; an incomplete last batch is dropped.
       batch_size: features per step; all labelled ones if there are fewer.
       learning_rate: in the first epoch.
 
     Returns:
-      The test accuracy of the last epoch and of the best one.
+      The test accuracy of the last epoch and of the best one, from 0 to 1.
 
     Raises:
       UserError: As `linear_probe`, for the images whose labels are used.

@@ -48,12 +48,13 @@ def encode_images(
       batch_size: images at a time.
 
     Returns:
-      Features of all n images, float32.
+      Features of all n images, float32. With the head mlp_bn, projections are normalised over all n images,
+      so they depend on which images are encoded together.
 
     Raises:
       UserError: if the images have another shape or dtype, are floats far above 1 or not finite, are smaller
         than the network's layers allow, or of another size where its features are not pooled; if
-        `batch_size` is not positive; if a feature is not finite.
+        `batch_size` is not positive; if a feature is not finite; if a single image meets the head mlp_bn.
 
     Example:
       >>> from mocosfl_jax import split_model

@@ -77,7 +77,8 @@ def two_views(
       ((4, 2, 32, 32, 3), dtype('float32'))
 
     Args:
-      rng: PRNG key, or the keys [2, M, B] of the single views that it would be split into.
+      rng: A typed key, of `jax.random.key`, or the typed keys [2, M, B] of the single views that it would be
+        split into.
       images: [M, B, H, W, 3], B images of each of M clients: uint8, or floats in [0, 1]. The values of
         floats are checked where they are in a NumPy array. In a JAX array they may not be known yet.
       size: Height and width of the views.
@@ -435,8 +436,8 @@ def _random_color_jitter(rng: Array, image: Array) -> Array:
 def gaussian_blur(image: Array, sigma: ArrayLike) -> Array:
     """Gaussian blur of an image [H, W, 3] with standard deviation `sigma`, in pixels.
 
-    Edge pixels extend beyond the edge, as in PIL. The Gaussian is truncated at four times the largest sigma
-    that is drawn, 2 (PIL itself applies three box filters in a row).
+    Edge pixels extend beyond the edge, as in PIL. The Gaussian is truncated at 8 pixels, four times the
+    largest sigma that is drawn. (PIL itself applies three box filters in a row.)
     """
     height, width = image.shape[:2]
     rows = _blur_matrix(sigma, height)

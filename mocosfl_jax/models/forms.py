@@ -89,6 +89,6 @@ def forms(platform: str) -> Forms:
       (False, True)
 
     Args:
-      platform: As in `jax.Device.platform`: "cpu", "gpu" or "tpu".
+      platform: As in `jax.Device.platform`: "cpu", "gpu" or "tpu"; any other gets the forms of a GPU.
     """
     return {"cpu": CPU, "tpu": TPU}.get(platform, GPU)

@@ -186,8 +186,8 @@ def split_model(
         mobilenetv2. None takes the paper's width: 64, or 32 for vgg9 and mobilenetv2.
       image_size: Pixels a side; at least 32 for a VGG, or 8 for vgg9. The features of vgg9 are all values of
         its last map, so that their number depends on it; those of the others are means over the map.
-      stem_stride: Stride of the first convolution. None takes 2 for images of 64 pixels and of 224 or more,
-        and 1 otherwise. A VGG has no stem and accepts None only.
+      stem_stride: Stride of the first convolution, 1, 2 or 4. None takes 2 for images of 64 pixels and of 224
+        or more, and 1 otherwise. A VGG has no stem and accepts None only.
       key_dim: Width of query and key embeddings.
       head: "linear" (MoCo V1); "mlp" with one hidden layer of width key_dim, or four times key_dim from
         ResNet-50 on (V2); or "mlp_bn" with a batch-normalised hidden layer of width twice key_dim (large V2).
@@ -209,8 +209,11 @@ def split_model(
         bfloat16 can be slower.
       stacked_server: Whether the server will be vmapped over stacked parameters too, as clients are, or
         called in a loop of the program, as without vector concatenation.
-      forms: Forms of the platform on which the model will run, from `models.forms.forms`. They differ in
-        speed, not in the numbers.
+      forms: Forms of the platform on which the model will run, such as `forms("cpu")`. They differ in speed,
+        not in the numbers. The default suits accelerators.
+
+    Returns:
+      The network. Its parameters and features are float32, its smashed data have `compute_dtype`.
 
     Raises:
       UserError: If a value is not allowed. The message names the argument and says what is.

@@ -27,7 +27,7 @@ class Trained(NamedTuple):
 
     metrics: list[workdirs.Metrics]  # the lines of metrics.jsonl
     encoder: Encoder  # the online models, as `load_encoder` returns them
-    state: TrainState
+    state: TrainState  # on the mesh; with several devices, clients may be padded with zeros
     finished: bool  # whether the last epoch and the linear probe are done; if not, the same call resumes
 
 
@@ -43,6 +43,9 @@ def run(
     accept_other_data: bool = False,
 ) -> Trained:
     """Train as `python -m mocosfl_jax.train` does, and resume if the workdir holds the run.
+
+    Call `runtime.compiler.set_up()` before JAX's first operation to get the command's flags and devices on a
+    CPU. Signals are left to you: SIGTERM does not save, but `on_epoch` can end the training.
 
     Example:
 

@@ -94,7 +94,8 @@ def load_encoder(path: Path | str, forms: Forms = ACCELERATOR) -> Encoder:
 
     Args:
       path: The file.
-      forms: Of the platform on which the encoder will run, as for `split_model`.
+      forms: Of the platform on which the encoder will run, such as `forms("cpu")`. The default suits
+        accelerators.
 
     Returns:
       The model, the client-side and server-side parameters (NumPy arrays), and the metadata.
