@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from mocosfl_jax import data
-from mocosfl_jax.config import CHOICES, PRESET_FIELDS, Config, Data, Own, comments, quickstart
+from mocosfl_jax.config import CHOICES, PRESET_FIELDS, Config, Data, Own, Resolved, comments, quickstart
 from mocosfl_jax.errors import UserError, one_line, renamed
 from mocosfl_jax.paths import user_path, why_not_writable
 
@@ -361,7 +361,7 @@ def load_config(file: str, parameter: Sequence[str] = ()) -> Config:
             config = runpy.run_path(file)["get_config"](*parameter)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         raise UserError(f"{file}: {one_line(error)}") from error
-    if not isinstance(config, Config):
+    if not isinstance(config, Config) or isinstance(config, Resolved):
         raise UserError(f"{file}: get_config() returned {type(config).__name__}, allowed: a Config")
     return config
 

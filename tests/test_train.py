@@ -384,6 +384,10 @@ def test_a_batch_above_the_data_of_a_client_is_one_line(
     "content, message",
     [
         ("def get_config(): return 3", "get_config() returned int, allowed: a Config"),
+        (
+            "from mocosfl_jax.config import quickstart, resolve\ndef get_config(): return resolve(quickstart())",
+            "get_config() returned Resolved, allowed: a Config",
+        ),
         ("x = 1", "KeyError: 'get_config'"),
         ("raise SystemExit('bye')", "SystemExit: bye"),
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),

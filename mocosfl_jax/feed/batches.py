@@ -187,12 +187,13 @@ def streamed(
     def feed(epoch: int, steps: range) -> Iterator[Array]:
         nonlocal loading, following
         for piece in pieces(steps, piece_steps):
-            if piece.start not in starts:
+            number = starts.get(piece.start)
+            if number is None or plan[number] != piece:
                 raise UserError(
-                    "resident: found False and a run that goes on within a round, since its data had rounds "
-                    "of another length, allowed: True"
+                    "config.data.resident: found False and a run that goes on within a round, since its data "
+                    "had rounds of another length, allowed: True"
                 )
-            count = epoch * len(plan) + starts[piece.start]
+            count = epoch * len(plan) + number
             if loading is None or count != following:
                 if loading is not None:
                     loading.close()

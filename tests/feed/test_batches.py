@@ -50,8 +50,9 @@ def test_a_run_that_goes_on_within_a_round_needs_all_images_on_the_device() -> N
     images = np.zeros((20, *IMAGE), np.uint8)
     place = SingleDeviceSharding(jax.devices()[0])
     feed = batches.streamed(images, indices, 3, place, epochs=1, steps_per_epoch=S, steps_per_round=R)
-    with pytest.raises(UserError, match="resident: found False and a run that goes on within a round"):
-        next(iter(feed(0, range(2, 5))))
+    for steps in (range(2, 5), range(6, 9)):  # a start that is none, and one of a piece of another length
+        with pytest.raises(UserError, match=r"config\.data\.resident: found False and a run that goes on"):
+            next(iter(feed(0, steps)))
 
 
 def test_the_next_images_are_loaded_while_the_device_works() -> None:
