@@ -3,7 +3,7 @@
     python -m mocosfl_jax.evaluate --workdir=FOLDER [--checkpoint=STEP] [--probe_epochs=N] [--semi_supervised]
                                    [--knn_k=K] [--knn_temperature=T]
                                    [--data.name=NAME] [--data.dir=FOLDER] [--data.max_broken=SHARE]
-                                   [--accept_other_data] [--config=FILE]
+                                   [--resist.source_dir=FOLDER] [--accept_other_data] [--config=FILE]
 
   --workdir=FOLDER     the folder of a run of mocosfl_jax.train, finished or not
   --checkpoint=STEP    a number in FOLDER/checkpoints; default: the newest
