@@ -385,7 +385,7 @@ def test_a_batch_above_the_data_of_a_client_is_one_line(
     [
         ("def get_config(): return 3", "get_config() returned int, allowed: a Config"),
         (
-            "from mocosfl_jax.config import quickstart, resolve\ndef get_config(): return resolve(quickstart())",
+            "from mocosfl_jax.config import Config, resolve\ndef get_config(): return resolve(Config())",
             "get_config() returned Resolved, allowed: a Config",
         ),
         ("x = 1", "KeyError: 'get_config'"),

@@ -124,10 +124,11 @@ def claim(
             _write_json(path, record)
             return Claim([], emptied=True)
     elif of_real_clients != real_clients:
-        kind = (
-            "real clients, which serve trains" if of_real_clients else "simulated clients, which train trains"
+        kind, command = ("real", "serve") if of_real_clients else ("simulated", "train")
+        raise UserError(
+            f"--workdir: {workdir} holds a run of {kind} clients, of mocosfl_jax.{command}; "
+            "give another --workdir"
         )
-        raise UserError(f"--workdir: {workdir} holds a run of {kind}; give another --workdir")
     if changed:
         raise UserError(
             f"--workdir: {workdir} holds a run of another configuration ({'; '.join(changed)}); "

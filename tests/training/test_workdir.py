@@ -271,14 +271,16 @@ def test_runs_of_real_and_of_simulated_clients_do_not_continue_each_other(
     data: pathlib.Path, run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
     config = workdir.read_config(run, toy_config.get_config().own)
-    with pytest.raises(UserError, match="holds a run of simulated clients, which train trains; give"):
+    with pytest.raises(UserError, match=r"holds a run of simulated clients, of mocosfl_jax\.train; give"):
         workdir.claim(run, config, {}, real_clients=True)
     workdir.write_clients(run, dict.fromkeys(range(4), 12))
     workdir.claim(run, config, {}, real_clients=True)
     capsys.readouterr()
     assert train(data, run) == 2
     error = capsys.readouterr().err
-    assert "holds a run of real clients, which serve trains; give another" in error and error.count("\n") == 1
+    assert (
+        "holds a run of real clients, of mocosfl_jax.serve; give another" in error and error.count("\n") == 1
+    )
 
     untrained = tmp_path / "untrained"
     workdir.claim(untrained, config, {}, real_clients=True)
