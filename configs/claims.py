@@ -16,6 +16,7 @@ synchronizations in an epoch:
     sharing-iid-on-K, sharing-iid-off-K                one queue for all clients, or one for each
     sharing-noniid-on-K, sharing-noniid-off-K          the same where a client has two classes
     sync-cutC-fF, sync-cutC-fF-monaco                  MocoSFL, and MonAcoSFL at the deep cuts
+    deep-P-R-fF, deep-P-R-fF-monaco                    both at the deepest cut, P classes a client, rates R
 """
 
 from typing import NamedTuple
@@ -109,7 +110,7 @@ def synchronization() -> dict[str, Point]:
         (1, 1, (1, 5, 25, 100)),
         (3, 2, (1, 5, 25, 100)),
         (6, 4, (1, 5, 25, 100)),
-        (9, 6, (100,)),
+        (9, 6, (1, 100)),
     ):
         for frequency in frequencies:
             for monaco in (False, True) if cut in DEEP else (False,):
@@ -121,10 +122,26 @@ def synchronization() -> dict[str, Point]:
     return points
 
 
+def deep() -> dict[str, Point]:
+    """Clients with 6 of the 8 convolutions, and fewer classes or higher rates than above."""
+    points = {}
+    for classes, rate in ((1, 0.03), (2, 0.1), (1, 0.1)):
+        for frequency in (1, 100):
+            for monaco in (False, True):
+                words = f"{('one class', 'two classes')[classes - 1]}, rates {rate}"
+                curve = f"{words}{', MonAcoSFL' if monaco else ''}"
+                sync = Synchronization(frequency=frequency, momentum_models=monaco)
+                clients = Clients(num=20, noniid_ratio=classes / 10)
+                name = f"deep-{classes}-{rate}-f{frequency}{'-monaco' if monaco else ''}"
+                points[name] = Point(curve, frequency, base(clients, sync=sync, cut_layer=9, rate=rate))
+    return points
+
+
 CLAIMS = {
     "concatenation": concatenation(),
     "sharing": sharing(),
     "synchronization": synchronization(),
+    "deep": deep(),
 }
 POINTS = {name: point for points in CLAIMS.values() for name, point in points.items()}
 

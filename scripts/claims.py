@@ -53,6 +53,7 @@ MEASURES = {
     "concatenation": ("knn_backbone", "knn_projection"),
     "sharing": ("knn_backbone", "knn_projection"),
     "synchronization": ("knn_backbone", "knn_projection", "divergence"),
+    "deep": ("knn_backbone", "knn_projection", "divergence"),
 }
 # The curves whose difference a claim is about.
 PAIRS = {
@@ -69,6 +70,11 @@ PAIRS = {
         ("4 of 8 convolutions, MonAcoSFL", "4 of 8 convolutions"),
         ("6 of 8 convolutions, MonAcoSFL", "6 of 8 convolutions"),
     ),
+    "deep": (
+        ("one class, rates 0.03, MonAcoSFL", "one class, rates 0.03"),
+        ("two classes, rates 0.1, MonAcoSFL", "two classes, rates 0.1"),
+        ("one class, rates 0.1, MonAcoSFL", "one class, rates 0.1"),
+    ),
 }
 NAMES = {
     "knn_backbone": "kNN accuracy, backbone features",
@@ -79,6 +85,7 @@ XS = {
     "concatenation": "clients N, with batches of 100 / N",
     "sharing": "keys K of all queues together",
     "synchronization": "synchronizations in an epoch of 100 steps",
+    "deep": "synchronizations in an epoch of 100 steps",
 }
 
 
@@ -265,7 +272,7 @@ def record(started: Started, options: argparse.Namespace, lines: dict[str, Line]
     line: Line = run._asdict() | {
         "command": shlex.join(["python", *shown[1:]]),
         "date": f"{datetime.date.today()}",
-        "commit": commit(folder),
+        **origin(folder),
         "seconds": round(lines.get(run.name, {}).get("seconds", 0) + time.monotonic() - started.since, 1),
         "jobs": options.jobs,
         "outcome": outcome,
@@ -280,11 +287,15 @@ def record(started: Started, options: argparse.Namespace, lines: dict[str, Line]
     print(f"{datetime.datetime.now():%H:%M} {run.name}: {outcome}, {line['seconds']:.0f} s", flush=True)
 
 
-def commit(folder: Path) -> str | None:
-    """The commit of the code that began the run."""
+def origin(folder: Path) -> dict[str, str | None]:
+    """The commit of the code that began the run, and the device that it began on."""
     file = folder / "config.json"
-    found: str | None = workdir.read_record(folder)["environment"]["commit"] if file.exists() else None
-    return found and re.sub(r"\b([0-9a-f]{7})[0-9a-f]+", r"\1", found)
+    environment = workdir.read_record(folder)["environment"] if file.exists() else {}
+    commit = environment.get("commit")
+    return {
+        "commit": commit and re.sub(r"\b([0-9a-f]{7})[0-9a-f]+", r"\1", commit),
+        "device": environment.get("device"),
+    }
 
 
 def results(metrics: Sequence[Mapping[str, float]]) -> Line:
@@ -429,14 +440,14 @@ def baselines(curves: Curves) -> str:
 
 
 def costs(curves: Curves) -> str:
-    """A row for each point: the command of its first run, and dates, commits and seconds of all, by seed."""
-    rows = [["command, with `--config.seed` of each run", "seeds", "dates", "commits", "seconds"]]
+    """A row for each point: the command of its first run, and where and when all of them ran, by seed."""
+    rows = [["command, with `--config.seed` of each run", "seeds", "dates", "commits", "devices", "seconds"]]
     points: dict[str, list[Line]] = {}
     for line in every(curves):
         points.setdefault(line["point"], []).append(line)
     for lines in points.values():
         config = next(word for word in shlex.split(lines[0]["command"]) if word.startswith("--config="))
-        each = [dict.fromkeys(str(line[name]) for line in lines) for name in ("date", "commit")]
+        each = [dict.fromkeys(values(lines, name)) for name in ("date", "commit", "device")]
         seconds = ", ".join(f"{line['seconds']:.0f}" for line in lines)
         seeds = ", ".join(str(line["seed"]) for line in lines)
         rows.append([f"`{config}`", seeds, *map(", ".join, each), seconds])
@@ -454,9 +465,9 @@ def every(curves: Curves) -> list[Line]:
     return [line for points in curves.values() for lines in points.values() for line in lines]
 
 
-def values(lines: Sequence[Line], measure: str) -> list[float]:
-    """The values of a measure, of the runs that have it."""
-    return [line[measure] for line in lines if measure in line]
+def values(lines: Sequence[Line], name: str) -> list[Any]:
+    """The values of a measure, or of what else is recorded of a run, of the runs that have it."""
+    return [line[name] for line in lines if line.get(name) is not None]
 
 
 def marks(claim: str) -> tuple[str, str]:

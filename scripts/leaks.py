@@ -38,7 +38,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.pictures import figure
 from mocosfl_jax.training import workdir
 from scripts import subset
-from scripts.claims import PER_CLASS, commit, markdown, mean_and_error, one_or_more, values
+from scripts.claims import PER_CLASS, markdown, mean_and_error, one_or_more, origin, values
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "leaks.py"
 SOURCE, TARGET = range(5), range(5, 10)  # classes
@@ -231,7 +231,7 @@ def read(points: Sequence[str], runs: Path, page: Path | None) -> list[Line]:
             folder = marker.parent
             seed = int(folder.name.rpartition("-seed")[2])
             date = datetime.date.fromtimestamp(marker.stat().st_mtime)
-            about = {"point": name, "seed": seed, "date": f"{date}", "commit": commit(folder)}
+            about = {"point": name, "seed": seed, "date": f"{date}", **origin(folder)}
             found[name, seed] = about | results(folder)
     lines = [found[key] for name in points for key in sorted(found) if key[0] == name]
     with (runs / "leaks.jsonl").open("w") as file:
@@ -277,11 +277,11 @@ def report(folder: Path, lines: Sequence[Line]) -> None:
         if values(lines, name)
     )
     by_date = sorted(lines, key=lambda line: line["date"])
-    dates, commits, epochs = (
-        ", ".join(dict.fromkeys(f"{line[name]}" for line in by_date))
-        for name in ("date", "commit", "attack_epochs")
+    dates, commits, devices, epochs = (
+        ", ".join(dict.fromkeys(map(str, values(by_date, name))))
+        for name in ("date", "commit", "device", "attack_epochs")
     )
-    about = f"On raw pixels: {levels}. {dates}, commit {commits}; {epochs} epochs of attack."
+    about = f"On raw pixels: {levels}. {dates}, commit {commits}, on {devices}; {epochs} epochs of attack."
     text = f"{markdown(rows)}\n\n{about}\n"
     (folder / "leaks.md").write_text(text)
     plot(folder / "leaks.png", points)

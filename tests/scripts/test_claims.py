@@ -4,6 +4,7 @@ import collections
 import json
 import math
 import pathlib
+import re
 import sys
 import types
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ if seed == 13 and not (folder.parent / "repaired").exists():
 if seed == 14 and not (folder / "stopped").exists():
     signal.signal(signal.SIGTERM, lambda *_: ((folder / "stopped").touch(), sys.exit(143)))
     time.sleep(60)
-(folder / "config.json").write_text('{"environment": {"commit": "0123456789abcdef+changes"}}')
+environment = {"commit": "0123456789abcdef+changes", "device": "cpu"}
+(folder / "config.json").write_text(json.dumps({"environment": environment}))
 lines = [{"step": 0, "epoch": 0, "knn_backbone": 0.2, "knn_projection": 0.1, "knn_raw_pixels": 0.35}]
 if seed == 12:
     (folder / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\\n")
@@ -89,7 +91,9 @@ def test_all_points_see_the_same_images_with_the_same_network() -> None:
         assert each.clients.cohort == each.clients.num, name
         assert each.clients.local_epochs == 1, name
     assert len({(each.model.name, each.model.width, each.moco.key_dim) for each in found.values()}) == 1
-    assert len({each.optim.server_lr for name, each in found.items() if "scaled" not in name}) == 1
+    assert (
+        len({each.optim.server_lr for name, each in found.items() if not re.search("scaled|deep", name)}) == 1
+    )
     for n in (5, 20, 50, 100):
         on, off = found[f"concatenation-{n}-on"].as_dict(), found[f"concatenation-{n}-off"].as_dict()
         assert on["moco"].pop("concatenate") is True and off["moco"].pop("concatenate") is False
@@ -111,7 +115,8 @@ def test_every_point_is_run_with_the_first_seed_before_the_next() -> None:
     assert collections.Counter(run.claim for run in runs[:count]) == {
         "concatenation": 17,
         "sharing": 8,
-        "synchronization": 18,
+        "synchronization": 20,
+        "deep": 12,
     }
     some = claims.runs(["sharing", "sync-cut1-f5"], [1])
     assert {run.claim for run in some} == {"sharing", "synchronization"} and len(some) == 9
@@ -160,7 +165,8 @@ def test_the_next_call_does_what_is_missing(
     assert finished["knn_projection"] == pytest.approx(0.41)
     assert (finished["knn_untrained"], finished["knn_raw_pixels"]) == (0.2, 0.35)
     assert (finished["collapsed"], found["sync-cut1-f5-seed11"]["collapsed"]) == (False, True)
-    assert finished["commit"] == "0123456+changes" and "sync-cut1-f5" in finished["command"]
+    assert finished["commit"] == "0123456+changes" and finished["device"] == "cpu"
+    assert "sync-cut1-f5" in finished["command"]
     assert "knn_backbone" not in found["sync-cut1-f5-seed12"]
     assert not (tmp_path / "sync-cut1-f5-seed10" / "checkpoints").exists()
 
