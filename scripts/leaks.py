@@ -42,6 +42,7 @@ from scripts.claims import PER_CLASS, markdown, mean_and_error, one_or_more, ori
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "leaks.py"
 SOURCE, TARGET = range(5), range(5, 10)  # classes
+MARKERS = "osD^v<>ph*"  # of the points of one kind, in the picture
 MARKS = "<!-- leaks -->\n", "<!-- end of leaks -->"
 # Of the table, by the names in leaks.jsonl.
 MEASURES = {
@@ -289,28 +290,30 @@ def report(folder: Path, lines: Sequence[Line]) -> None:
 
 def plot(path: Path, points: Mapping[str, Sequence[Line]]) -> None:
     """Draw the accuracy of each point against its leak: means, standard errors, and a dot for each run."""
-    kinds = sorted({name.partition("-")[0] for name in points})
+    kinds: dict[str, list[str]] = {}
+    for name in points:
+        kinds.setdefault(name.partition("-")[0], []).append(name)
 
     def draw(canvas: Any) -> None:
         axes = canvas.subplots()
         for name, lines in points.items():
-            color = f"C{kinds.index(name.partition('-')[0])}"
+            kind = name.partition("-")[0]
+            color, marker = f"C{list(kinds).index(kind)}", MARKERS[kinds[kind].index(name) % len(MARKERS)]
             both = [values(lines, measure) for measure in ("relative_mse", "linear_probe")]
             means = [statistics.fmean(numbers) for numbers in both]
             errors = [
                 statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else 0 for numbers in both
             ]
-            axes.errorbar(*means, xerr=errors[0], yerr=errors[1], color=color, fmt="_", capsize=2)
-            axes.scatter(*both, color=color, s=10, alpha=0.5)
-            axes.annotate(name, means, xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
+            axes.errorbar(*means, *reversed(errors), color=color, fmt=marker, ms=7, lw=1, label=name)
+            axes.scatter(*both, color=color, marker=marker, s=12, alpha=0.4)
         every = [line for lines in points.values() for line in lines]
         if levels := values(every, "probe_raw_pixels"):
             axes.axhline(statistics.fmean(levels), color="tab:gray", ls="--", label="raw pixels")
-            axes.legend(loc="lower left", fontsize=8)
+        canvas.legend(loc="outside right upper", fontsize=8)
         axes.set(
             xlabel="what the strongest attacker does not see: MSE / MSE of one constant colour",
             ylabel="accuracy of the linear probe",
-            xlim=(0, 1.2 * max(values(every, "relative_mse"))),  # room for the names
+            xlim=(0, 1.05 * max(values(every, "relative_mse"))),
         )
 
     figure.save(path, (8, 5.5), draw)
