@@ -215,6 +215,7 @@ def _of_run(values: flags.FlagValues) -> Material:
             f"config.algorithm: found {config.algorithm}, allowed: mocosfl, as others send no smashed data"
         )
     _require_layers(config.model.cut_layer)
+    workdir.chosen_checkpoints(folder / "checkpoints", values.checkpoint)
     wanted = dict.fromkeys(values.smashed)
     if not wanted or not set(wanted) <= {"query", "key"}:
         raise UserError(

@@ -94,6 +94,7 @@ def evaluate(argv: Sequence[str]) -> None:
     if values.semi_supervised and not config.eval.probe_epochs:
         raise UserError("--probe_epochs: found 0, allowed: 1 or more with --semi_supervised")
     given = commandline.given_data(values)
+    workdir.chosen_checkpoints(folder / "checkpoints", values.checkpoint)
     workdir.require_writable(folder)
 
     compiler.set_up()

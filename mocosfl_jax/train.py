@@ -183,9 +183,9 @@ def parse(argv: Sequence[str]) -> Options:
 
 def last_checkpoint(folder: Path) -> str:
     """Describe the checkpoint from which a failed run can resume."""
-    steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    steps = workdir.checkpoint_steps(folder / "checkpoints")
     return (
-        f"the last good checkpoint is {folder / 'checkpoints' / str(max(steps))}"
+        f"the last good checkpoint is {folder / 'checkpoints' / str(steps[0])}"
         if steps
         else "no checkpoint yet"
     )

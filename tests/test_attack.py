@@ -166,6 +166,7 @@ def test_privacy_json_is_json_where_images_are_reconstructed_perfectly(
             "--smashed: found with --encoder, allowed",
         ),
         (["--workdir={run}", "--attackers=magic"], "--attackers: found 'magic', allowed: trivial"),
+        (["--workdir={run}", "--checkpoint=7", "--data.dir=/nowhere"], "--checkpoint: found 7, allowed: 18"),
         (["--workdir={run}", "--protocol=x"], "--protocol: found 'x', allowed: clean, official"),
         (["--workdir={run}", "--decoder=x"], "error: --decoder: found 'x', allowed: res_normNxCy"),
         (["--workdir={run}", "--epochs=0"], "epochs"),

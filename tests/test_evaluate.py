@@ -178,6 +178,7 @@ def test_a_damaged_checkpoint_is_not_moved(
         (["--workdir=/nowhere"], "--workdir: found no folder /nowhere"),
         (["--workdir={tmp}"], "holds no config.json"),
         (["--workdir={run}", "--checkpoint=7"], "--checkpoint: found 7, allowed: 18, 12, 6"),
+        (["--workdir={run}", "--checkpoint=7", "--data.dir=/nowhere"], "--checkpoint: found 7"),
         (["--workdir={run}", "--checkpoint=last"], "--checkpoint=last"),
         (["--workdir={run}", "--probe_epochs=-1"], "--probe_epochs=-1"),
         (["--workdir={run}", "--knn_k=0"], "--knn_k=0"),

@@ -25,6 +25,7 @@ from jax.sharding import SingleDeviceSharding
 from mocosfl_jax.algorithm.interface import Algorithm, TrainState
 from mocosfl_jax.errors import DiskFullError, UserError, is_disk_full
 from mocosfl_jax.runtime import hosts
+from mocosfl_jax.training import workdir
 
 _MARGIN = 2**20  # bytes, an upper bound for all files of a checkpoint except the arrays
 # Seconds that all processes have to confirm that they have written. Longer than `hosts.HEARTBEAT`, so that a
@@ -255,19 +256,14 @@ def restore(
     Raises:
       UserError: if the checkpoint does not exist, cannot be read, or is of a different network.
     """
-    steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
-    if not steps:
-        raise UserError(f"{folder}: found no checkpoint")
-    if step is not None and step not in steps:
-        raise UserError(f"--checkpoint: found {step}, allowed: {', '.join(map(str, steps))}")
+    steps = workdir.chosen_checkpoints(folder, step)
     place = SingleDeviceSharding(device)
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(algorithm.init, jax.random.key(0)),
     )
     with _reader(folder) as manager:
-        chosen = steps if step is None else [step]
-        state, progress, _ = _first_readable(manager, chosen, like, algorithm.homes)
+        state, progress, _ = _first_readable(manager, steps, like, algorithm.homes)
     return state, progress
 
 

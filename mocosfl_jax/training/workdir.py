@@ -292,6 +292,25 @@ def read_record(workdir: Path) -> dict[str, Any]:
     return values
 
 
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The training steps of the checkpoints in a folder, newest first."""
+    return sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
+
+
+def chosen_checkpoints(folder: Path, step: int | None) -> list[int]:
+    """The training step that is asked for, or, with None, those of all checkpoints, newest first.
+
+    Raises:
+      UserError: if there is no checkpoint, or not this one.
+    """
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise UserError(f"{folder}: found no checkpoint")
+    if step is not None and step not in steps:
+        raise UserError(f"--checkpoint: found {step}, allowed: {', '.join(map(str, steps))}")
+    return steps if step is None else [step]
+
+
 def require_writable(workdir: Path) -> None:
     """Raise UserError if no file can be made in `workdir`; for work whose result goes there."""
     if why := why_not_writable(workdir):
