@@ -28,6 +28,7 @@
   --images=N           at most this many images for the strong and the larger ridge attacker; default: all
                        that fit
   --epochs=N           of the strong attacker; default: 20
+  --official_epochs=N  of the official attacker; default: 50
   --decoder=NAME       of the strong attacker; default: res_normN4C64
   --steps=N            of the optimisation; default: 1000
   --optimised=N        victims of the optimisation; default: 16
@@ -119,6 +120,7 @@ def attack(argv: Sequence[str]) -> None:
             ("victims", 128),
             ("images", None),
             ("epochs", 20),
+            ("official_epochs", 50),
             ("steps", 1000),
             ("optimised", 16),
             ("seeds", 1),
@@ -161,6 +163,7 @@ def attack(argv: Sequence[str]) -> None:
         seeds=values.seeds,
         images=values.images,
         epochs=values.epochs,
+        official_epochs=values.official_epochs,
         decoder=values.decoder,
         optimised=values.optimised,
         steps=values.steps,

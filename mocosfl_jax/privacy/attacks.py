@@ -42,6 +42,7 @@ class Settings(NamedTuple):
     seeds: int = 1  # attackers of each kind, with seeds `seed`, `seed` + 1, ...
     images: int | None = None  # of the strong attacker; None: all that there are
     epochs: int = 20  # of the strong attacker
+    official_epochs: int = 50  # of the official attacker
     decoder: str = OFFICIAL_DECODER  # of the strong attacker
     optimised: int = 16  # victims of the optimisation
     steps: int = 1000  # of the optimisation
@@ -308,7 +309,7 @@ def _ridge(stacked: Stacked, count: int, name: str, bar: Bar) -> np.ndarray:
 
 def _official(stacked: Stacked, count: int, name: str, bar: Bar) -> np.ndarray:
     slips = stacked.settings.protocol == "official"
-    training = Training(validate_in_training_mode=slips)
+    training = Training(epochs=stacked.settings.official_epochs, validate_in_training_mode=slips)
     return _decode(stacked, count, name, bar, OFFICIAL_DECODER, training)
 
 
