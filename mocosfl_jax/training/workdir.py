@@ -87,7 +87,7 @@ def claim(
 
     Raises:
       UserError: if the folder holds a run of another configuration, of the other kind of clients or on other
-        data, or a finished one with other settings of its results, or cannot be written to.
+        data, or has results by other settings, or cannot be written to.
     """
     path = workdir / "config.json"
     record = config.as_dict() | {_ENVIRONMENT: environment} | ({} if data is None else {_DATA: data})
@@ -150,13 +150,14 @@ def claim(
 
 
 def _relabelled(workdir: Path, recorded: Mapping[str, Any], config: Resolved) -> str:
-    """Which setting of the results that a run ends with has another value now; "" if none has.
+    """Which setting of the results that a run has so far has another value now; "" if none has.
 
-    The results stay as they were computed, so config.json must keep saying how that was.
+    The results stay as they were computed, so config.json must keep saying how that was. A curve over epochs
+    would have points by both settings.
     """
     lines = read_metrics(workdir)
     settings: list[str] = []
-    if any("knn_backbone" in line and line["epoch"] == config.total_epochs for line in lines):
+    if any("knn_backbone" in line for line in lines):
         settings += ["knn_k", "knn_temperature"]
     if any("linear_probe" in line for line in lines):
         settings += ["probe_epochs"]

@@ -111,7 +111,7 @@ def test_a_run_that_goes_on_keeps_its_mean_and_standard_deviation(
 @pytest.mark.parametrize(
     "field, value, recorded", [("knn_k", 2, 5), ("knn_temperature", 0.5, 0.1), ("probe_epochs", 7, 3)]
 )
-def test_a_finished_run_keeps_the_settings_of_its_results(
+def test_a_run_keeps_the_settings_of_its_results(
     field: str,
     value: Any,
     recorded: float,
@@ -126,16 +126,15 @@ def test_a_finished_run_keeps_the_settings_of_its_results(
     workdir.claim(run, config, {})
     before = (run / "config.json").read_bytes()
     (run / "checkpoints" / "18").mkdir(parents=True)
-    lines = [{"step": 0, "epoch": 0, "knn_backbone": 0.2}, {"step": 6, "epoch": 1, "knn_backbone": 0.4}]
-    workdir.append_metrics(run, lines)
+    workdir.append_metrics(run, [{"step": 6, "epoch": 1, "loss": 2.0}])
     other = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **{field: value}))
-    workdir.claim(run, other, {})  # nothing is final yet, and the last numbers will be by the new settings
+    workdir.claim(run, other, {})  # there are no results yet
     assert json.loads((run / "config.json").read_text())["eval"][field] == value
     workdir.claim(run, config, {})
     assert (run / "config.json").read_bytes() == before
 
-    end = {"step": 18, "epoch": 3}
-    workdir.append_metrics(run, [end | {"knn_backbone": 0.5}, end | {"linear_probe": 0.6}])
+    line = {"step": 12, "epoch": 2, "knn_backbone": 0.4}
+    workdir.append_metrics(run, [line, line | {"linear_probe": 0.6}] if field == "probe_epochs" else [line])
     message = (
         rf"config.eval.{field}: found {value}, allowed: {recorded}, as the run in .* mocosfl_jax.evaluate"
     )
