@@ -107,7 +107,7 @@ def test_the_client_of_an_export_is_that_of_the_run(
 
 def write_clients(file: pathlib.Path, **more: np.ndarray) -> None:
     """A client cut after the stem, one cut after two blocks, both C4S2 and of width 8."""
-    arrays: dict[str, Any] = dict(more)
+    arrays: dict[str, Any] = {}
     for name, cut_layer in (("one", 1), ("three", 3)):
         model = split_model("resnet18", cut_layer=cut_layer, width=8, bottleneck="C4S2", image_size=16)
         params, _ = model.init(jax.random.key(cut_layer))
@@ -116,7 +116,7 @@ def write_clients(file: pathlib.Path, **more: np.ndarray) -> None:
             for ours, theirs in (("layer", ""), ("norm", "bn"), ("kernel", "weight"), ("scale", "weight")):
                 key = key.replace(ours, theirs)
             arrays[f"{name}/{key}"] = np.asarray(leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf)
-    np.savez(file, **arrays)
+    np.savez(file, **arrays | more)
 
 
 def test_official_clients_of_several_cuts(tmp_path: pathlib.Path, images: str) -> None:
@@ -220,6 +220,15 @@ def test_a_mistake_is_one_line(
     assert error.startswith("error: ") and message in error
     assert error.count("\n") == 1
     assert not (run / "privacy.json").exists() and not (tmp_path / "privacy.json").exists()
+
+
+def test_a_number_in_place_of_a_kernel_is_refused(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_clients(tmp_path / "clients.npz", **{"one/0.conv1.weight": np.zeros((), np.float32)})
+    assert attack.main(["attack", f"--official_clients={tmp_path / 'clients.npz'}", f"--out={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "clients.npz: one: client side: " in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("shape", [(0, 16, 16, 3), (2, 16, 24, 3), (2, 16, 16, 1)])
