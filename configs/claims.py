@@ -5,8 +5,8 @@
 
 The first command runs all points with three seeds, some hours on two CPU cores, and draws the curves; it
 also writes the file of 10,000 CIFAR-10 images that every run is trained on. The second is one run. All runs
-see the same number of images, 100 in each step, with the same network and learning rates. docs/claims.md says
-what each claim is, and has the results.
+see the same number of images, 100 in each step, with the same network, and with the same learning rates
+unless a point says otherwise. docs/claims.md says what each claim is, and has the results.
 
 The points, where N is the number of clients, K the size of the queue, C the cut layer and F the number of
 synchronizations in an epoch:

@@ -440,7 +440,7 @@ def baselines(curves: Curves) -> str:
 
 
 def costs(curves: Curves) -> str:
-    """A row for each point: the command of its first run, and where and when all of them ran, by seed."""
+    """A row for each point: its command, dates, commits and devices of all its runs, seconds by seed."""
     rows = [["command, with `--config.seed` of each run", "seeds", "dates", "commits", "devices", "seconds"]]
     points: dict[str, list[Line]] = {}
     for line in every(curves):

@@ -282,14 +282,16 @@ def report(folder: Path, lines: Sequence[Line]) -> None:
         ", ".join(dict.fromkeys(map(str, values(by_date, name))))
         for name in ("date", "commit", "device", "attack_epochs")
     )
-    about = f"On raw pixels: {levels}. {dates}, commit {commits}, on {devices}; {epochs} epochs of attack."
+    about = (
+        f"On raw pixels: {levels}. {dates}; commits {commits}; devices {devices}; {epochs} epochs of attack."
+    )
     text = f"{markdown(rows)}\n\n{about}\n"
     (folder / "leaks.md").write_text(text)
     plot(folder / "leaks.png", points)
 
 
 def plot(path: Path, points: Mapping[str, Sequence[Line]]) -> None:
-    """Draw the accuracy of each point against its leak: means, standard errors, and a dot for each run."""
+    """Draw the accuracy of each point against its leak: means, standard errors, small marks for runs."""
     kinds: dict[str, list[str]] = {}
     for name in points:
         kinds.setdefault(name.partition("-")[0], []).append(name)

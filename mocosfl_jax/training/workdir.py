@@ -118,8 +118,9 @@ def claim(
         folders = ("config.data.dir:", "config.resist.source_dir:")
         changed = [line for line in changed if not line.startswith(folders)]
     of_real_clients = (workdir / "clients.json").exists()  # written before the first step
+    relabelled = _relabelled(workdir, upgraded(there), config)
     if not _was_trained(workdir):
-        if changed or other_data or (of_real_clients and not real_clients):
+        if changed or other_data or relabelled or (of_real_clients and not real_clients):
             _empty(workdir)
             _write_json(path, record)
             return Claim([], emptied=True)
@@ -136,7 +137,7 @@ def claim(
         )
     if other_data and not accept_other_data:
         raise UserError(_refusal(workdir, other_data))
-    if relabelled := _relabelled(workdir, upgraded(there), config):
+    if relabelled:
         raise UserError(
             f"{relabelled}, as the run in {workdir} has its results by it; "
             "python -m mocosfl_jax.evaluate takes other values"

@@ -109,7 +109,7 @@ def test_a_point_follows_its_expert_and_what_failed_is_tried_again(
     assert text.startswith("before\n") and text.endswith("after\n") and "Nothing yet" not in text
     # Of 0.6 and 0.7; their standard error is half their difference.
     assert "| noise-1.0 | 0.400 ± 0.000 (2) | 0.650 ± 0.050 (2) | 0.250 ± 0.000 (2) |" in text
-    assert "On raw pixels: kNN 0.350, linear probe 0.450." in text and "commit 0123456, on cpu;" in text
+    assert "On raw pixels: kNN 0.350, linear probe 0.450." in text and "commits 0123456; devices cpu;" in text
     assert (folder / "source.npz").exists() and (folder / "target.npz").exists()
     with Image.open(tmp_path / "page" / "leaks.png") as picture:
         assert picture.width > 600

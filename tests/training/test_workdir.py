@@ -125,9 +125,15 @@ def test_a_run_keeps_the_settings_of_its_results(
     assert getattr(config.eval, field) == recorded
     workdir.claim(run, config, {})
     before = (run / "config.json").read_bytes()
+    other = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **{field: value}))
+    # The accuracies of the untrained network are computed again.
+    workdir.append_metrics(run, [{"step": 0, "epoch": 0, "knn_backbone": 0.2}])
+    assert workdir.claim(run, other, {}).emptied == (field != "probe_epochs")
+    assert bool(workdir.read_metrics(run)) == (field == "probe_epochs")
+    workdir.claim(run, config, {})
+
     (run / "checkpoints" / "18").mkdir(parents=True)
     workdir.append_metrics(run, [{"step": 6, "epoch": 1, "loss": 2.0}])
-    other = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **{field: value}))
     workdir.claim(run, other, {})  # there are no results yet
     assert json.loads((run / "config.json").read_text())["eval"][field] == value
     workdir.claim(run, config, {})
