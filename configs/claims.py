@@ -16,7 +16,7 @@ synchronizations in an epoch:
     sharing-iid-on-K, sharing-iid-off-K                one queue for all clients, or one for each
     sharing-noniid-on-K, sharing-noniid-off-K          the same where a client has two classes
     sync-cutC-fF, sync-cutC-fF-monaco                  MocoSFL, and MonAcoSFL at the deep cuts
-    deep-P-R-fF, deep-P-R-fF-monaco                    both at the deepest cut, P classes a client, rates R
+    deep-P-R-fF, deep-P-R-f1-monaco                    both at the deepest cut, P classes a client, rates R
 """
 
 from typing import NamedTuple
@@ -126,14 +126,13 @@ def deep() -> dict[str, Point]:
     """Clients with 6 of the 8 convolutions, and fewer classes or higher rates than above."""
     points = {}
     for classes, rate in ((1, 0.03), (2, 0.1), (1, 0.1)):
-        for frequency in (1, 100):
-            for monaco in (False, True):
-                words = f"{('one class', 'two classes')[classes - 1]}, rates {rate}"
-                curve = f"{words}{', MonAcoSFL' if monaco else ''}"
-                sync = Synchronization(frequency=frequency, momentum_models=monaco)
-                clients = Clients(num=20, noniid_ratio=classes / 10)
-                name = f"deep-{classes}-{rate}-f{frequency}{'-monaco' if monaco else ''}"
-                points[name] = Point(curve, frequency, base(clients, sync=sync, cut_layer=9, rate=rate))
+        for frequency, monaco in ((1, False), (1, True), (100, False)):
+            words = f"{('one class', 'two classes')[classes - 1]}, rates {rate}"
+            curve = f"{words}{', MonAcoSFL' if monaco else ''}"
+            sync = Synchronization(frequency=frequency, momentum_models=monaco)
+            clients = Clients(num=20, noniid_ratio=classes / 10)
+            name = f"deep-{classes}-{rate}-f{frequency}{'-monaco' if monaco else ''}"
+            points[name] = Point(curve, frequency, base(clients, sync=sync, cut_layer=9, rate=rate))
     return points
 
 

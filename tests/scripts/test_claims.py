@@ -116,7 +116,7 @@ def test_every_point_is_run_with_the_first_seed_before_the_next() -> None:
         "concatenation": 17,
         "sharing": 8,
         "synchronization": 20,
-        "deep": 12,
+        "deep": 9,
     }
     some = claims.runs(["sharing", "sync-cut1-f5"], [1])
     assert {run.claim for run in some} == {"sharing", "synchronization"} and len(some) == 9
