@@ -286,7 +286,7 @@ def test_so_many_epochs_as_the_record_kept_land_at_it(
     pytestconfig: pytest.Config, released: dict[str, np.ndarray], tmp_path: pathlib.Path
 ) -> None:
     """Minutes, with the original CIFAR-10. In the log, one batch chose the decoder of epoch 16 of 50."""
-    more = ["--official_epochs=16", "--seeds=3"]
+    more = ["--official_epochs=16", "--seeds=5"]
     lands_at_the_record("cut2_ssim0.6_target0.01_cifar100", pytestconfig, released, tmp_path, *more)
 
 
