@@ -258,10 +258,13 @@ def test_what_does_not_change_training_may_change_on_resume(images: str, tmp_pat
         on_epoch=lambda m, s: m["epoch"] == 1,
         say=quiet,
     )
-    other = small(images, epochs=2, eval=Eval(every=0, knn_k=7, probe_epochs=1))
+    other = small(images, epochs=2, eval=Eval(every=0, knn_k=3, probe_epochs=1))
     trained = run(other, tmp_path, model=make_toy_model(), say=quiet)
     assert trained.finished and "linear_probe" in trained.metrics[-1]
-    assert json.loads((tmp_path / "config.json").read_text())["eval"]["knn_k"] == 7
+    recorded = json.loads((tmp_path / "config.json").read_text())["eval"]
+    assert (recorded["every"], recorded["probe_epochs"]) == (0, 1)
+    with pytest.raises(ValueError, match=r"config\.eval\.knn_k: found 7, allowed: 3"):
+        run(small(images, epochs=2, eval=Eval(knn_k=7)), tmp_path, model=make_toy_model(), say=quiet)
     with pytest.raises(ValueError, match=r"config\.seed: 1234 there, 3 now"):
         run(small(images, epochs=2, seed=3), tmp_path, model=make_toy_model(), say=quiet)
 
