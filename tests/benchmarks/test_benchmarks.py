@@ -29,6 +29,7 @@ from benchmarks import (
     results,
     scaling,
     settings,
+    wire,
 )
 from benchmarks.settings import NARROW, Setting
 from benchmarks.timing import finished, medians, stepper
@@ -304,6 +305,16 @@ def test_epoch_separates_the_steps_from_the_rest(toy_images: str, monkeypatch: p
         "checkpoint_s": 1,
         "evaluation_s": 1,
     }
+
+
+def test_the_steps_over_a_network_go_on_into_the_next_epoch() -> None:
+    asked: list[tuple[int, range]] = []
+    programs = types.SimpleNamespace(
+        feed=lambda epoch, steps: asked.append((epoch, steps)), run_steps=lambda state, pieces: (state, None)
+    )
+    assert len(wire._seconds(programs, None, steps_per_epoch=3, repeats=1)) == 5
+    found = [(epoch, step) for epoch, steps in asked for step in steps]
+    assert found == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
 
 
 def test_data_measures_both_kinds_of_images(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,22 @@ def test_two_processes_stopped_killed_and_moved_equal_one_process(
         assert len(loaded) > 10 and loaded <= set(dealt[:, members].ravel().tolist())
 
 
+def test_two_processes_draw_the_side_that_init_from_does_not_give(
+    two_process_images: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    short = ["--config.epochs=1", "--config.eval.every=0", "--config.eval.probe_epochs=0"]
+    short += ["--config.mesh.data=1", "--config.mesh.model=2"]  # shards the models of the server
+    source = tmp_path / "source"
+    train_here(arguments(two_process_images, source, *short))
+    short += ["--config.seed=5", f"--config.init_from={source}", "--config.init_parts=client"]
+    alone = arguments(two_process_images, tmp_path / "alone", *short)
+    train_here(alone)
+    both = arguments(two_process_images, tmp_path / "both", *short)
+    reporting, silent = ends(start(both, tmp_path))
+    assert reporting.status == silent.status == 0, (reporting, silent)
+    assert_same(last_arrays(both, tmp_path / "both"), last_arrays(alone, tmp_path / "alone"))
+
+
 @pytest.mark.parametrize(
     "process, on_full_disk",
     [

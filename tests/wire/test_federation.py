@@ -43,7 +43,7 @@ from mocosfl_jax.training import experiment
 from mocosfl_jax.training.build import constant_network
 from mocosfl_jax.training.programs import compile_programs
 from mocosfl_jax.wire import federation, member, messages
-from mocosfl_jax.wire.codec import Format, pack_leaves
+from mocosfl_jax.wire.codec import Format, pack, pack_leaves, unpack_leaves
 from mocosfl_jax.wire.contract import read_contract
 from tests.support.algorithms import in_float64
 from tests.support.federation import hub_of, joined, train
@@ -292,6 +292,81 @@ def test_frozen_clients_on_several_devices_are_those_on_one(tmp_path: pathlib.Pa
         np.testing.assert_array_equal(first, third)
         assert np.any(first != second)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *found)
+
+
+class FrozenClients:
+    """Stands for a hub with clients that move their momentum models by themselves, one number a client here.
+
+    Args:
+      silent: (step, client) of which the answer does not arrive. The client has moved its model all the same.
+    """
+
+    def __init__(self, clients: int, momentum: float, form: Format, silent: set[tuple[int, int]]) -> None:
+        self.momentum, self.form, self.silent = momentum, form, silent
+        self.params: dict[int, np.ndarray] = {}
+        self.key_params: dict[int, np.ndarray] = {}
+        self.clients = set(range(clients))
+        self.behind = set(self.clients)
+
+    def offer(self, contract: Any) -> None:
+        pass
+
+    def ready(self) -> set[int]:
+        return self.clients
+
+    def current(self, client: int) -> bool:
+        return client not in self.behind
+
+    def doubt(self, client: int) -> None:
+        self.behind.add(client)
+
+    def load(self, client: int, message: Any) -> None:
+        shapes: list[tuple[tuple[int, ...], str]] = [((IMAGE[-1], 5), "float32")]
+        [self.params[client]] = unpack_leaves(message.load.params, shapes)
+        [self.key_params[client]] = unpack_leaves(message.load.key_params, shapes)
+        self.behind.discard(client)
+
+    def ask(self, requests: dict[int, Any], seconds: float) -> dict[int, Any]:
+        sent = pack(np.ones(self.form.shape, np.float32), self.form)
+        answers = {}
+        for client, message in requests.items():
+            moved = self.momentum * self.key_params[client] + (1 - self.momentum) * self.params[client]
+            self.key_params[client] = moved
+            if (message.forward.step, client) not in self.silent:
+                answers[client] = messages.FromClient(smashed=messages.Smashed(query=sent, key=sent))
+        return answers
+
+
+@pytest.mark.parametrize("cohort", [None, 3])
+@pytest.mark.parametrize("silent", [set(), {(1, 1)}, {(0, 0), (0, 2), (2, 1)}])
+def test_frozen_clients_have_the_momentum_models_that_the_server_has_of_them(
+    silent: set[tuple[int, int]], cohort: int | None, tmp_path: pathlib.Path
+) -> None:
+    """Also after a step in which the answer of some did not arrive, and in the next epoch."""
+    sections: dict[str, Any] = CASES["frozen"] | {
+        "moco": Moco(preset="v1", key_dim=8, queue_size=40, momentum=0.5),
+        "clients": Clients(num=4, cohort=cohort, batch_size=2, noniid_ratio=0.5),
+    }
+    resolved = resolve(config(write_images(tmp_path / "set.npz", IMAGE), **sections))
+    mesh, images, state, rng_views, encode = prepared(resolved)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, state.pool.shared.key_params)
+    state = state._replace(pool=state.pool._replace(shared=state.pool.shared._replace(key_params=moved)))
+    run = federation.plan(resolved, mesh, experiment.load(resolved, mesh), dict(enumerate(map(len, images))))
+    hub: Any = FrozenClients(4, 0.5, Format((2, 4, 4, 5), "float32", "float32"), silent)
+    programs = federation.make_programs(
+        run, state, rng_views, encode, hub=hub, stop=lambda: False, say=lambda line: None
+    )
+    for epoch in range(2):
+        members = np.arange(4) if cohort is None else run.members(epoch)
+        at_work = programs.turn.enter(state, None if cohort is None else members)
+        for step in range(run.steps_per_epoch):
+            at_work, _ = programs.run_steps(at_work, programs.feed(epoch, range(step, step + 1)))
+            of_server = jax.device_get(at_work.clients.key_params["kernel"])
+            for place, client in enumerate(members.tolist()):
+                if (epoch * run.steps_per_epoch + step, client) not in silent:
+                    np.testing.assert_allclose(hub.key_params[client], of_server[place], rtol=1e-5, atol=1e-6)
+        at_work, _ = programs.turn.sync(at_work)
+        state = programs.turn.leave(at_work)
 
 
 def test_no_step_begins_with_fewer_clients_than_the_least() -> None:
