@@ -24,15 +24,18 @@
                        evaluation mode; official: with the official code's slips, for comparison
   --attackers=A,B,...  of trivial, ridge, official, strong, optimisation; default: all, or the first three
                        with --protocol=official
-  --victims=N          images to reconstruct, the first of the test set; default: 128
+  --victims=N          images to reconstruct, the first of the test set, or drawn ones if it is in order
+                       of class; default: 128
   --images=N           at most this many images for the strong and the larger ridge attacker; default: all
                        that fit
   --epochs=N           of the strong attacker; default: 20
   --official_epochs=N  of the official attacker; default: 50
   --decoder=NAME       of the strong attacker; default: res_normN4C64
+  --loss=NAME          on which the strong attacker is trained: mse (default) or ssim
   --steps=N            of the optimisation; default: 1000
   --optimised=N        victims of the optimisation; default: 16
-  --seed=N, --seeds=N  the first seed, and the number of attackers of each kind; default: 0 and 1
+  --seed=N, --seeds=N  the first seed, and the number of attackers of each kind but optimisation, which has
+                       one; default: 0 and 1
   --accept_other_data  use the data set even if it is not the one that the run was trained on
 
 Prints a table. MSE/const is the attacker's error in terms of the error of one constant colour, the mean of
@@ -116,6 +119,7 @@ def attack(argv: Sequence[str]) -> None:
         flags.DEFINE_string("protocol", "clean", "clean or official.", flag_values=values)
         flags.DEFINE_list("attackers", None, "Kinds of attackers.", flag_values=values)
         flags.DEFINE_string("decoder", "res_normN4C64", "Of the strong attacker.", flag_values=values)
+        flags.DEFINE_string("loss", "mse", "Of the strong attacker.", flag_values=values)
         for name, default in (
             ("victims", 128),
             ("images", None),
@@ -165,6 +169,7 @@ def attack(argv: Sequence[str]) -> None:
         epochs=values.epochs,
         official_epochs=values.official_epochs,
         decoder=values.decoder,
+        loss=values.loss,
         optimised=values.optimised,
         steps=values.steps,
     )
@@ -181,6 +186,10 @@ def attack(argv: Sequence[str]) -> None:
     commandline.make_folder(name, out)
 
     images = data.images.in_memory(material.images)
+    about = {"source": material.source, "data": material.data_name, **settings._asdict()}
+    about |= {"noise": 0.0, "clip": None}
+    if material.noise is not None:
+        about |= {"noise": material.noise.std, "clip": material.noise.clip}
     results = {}
     for client, views in material.clients.items():
         results[client] = attacks.attack(
@@ -196,13 +205,10 @@ def attack(argv: Sequence[str]) -> None:
             bar=_bar,
         )
         say(f"{client}, {_noise_shown(material.noise)}\n{report.table(results[client])}")
-    about = {"source": material.source, "data": material.data_name, **settings._asdict()}
-    about |= {"noise": 0.0, "clip": None}
-    if material.noise is not None:
-        about |= {"noise": material.noise.std, "clip": material.noise.clip}
-    with replacing(out / "privacy.json") as temporary:
-        temporary.write_text(json.dumps(report.record(results, about), indent=2) + "\n")
-    report.draw_reconstructions(out / "reconstructions.png", material.victims, results)
+        # After each client, since the next may take long.
+        with replacing(out / "privacy.json") as temporary:
+            temporary.write_text(json.dumps(report.record(results, about), indent=2) + "\n")
+        report.draw_reconstructions(out / "reconstructions.png", material.victims, results)
     say(f"{out}: privacy.json, reconstructions.png")
 
 
@@ -227,6 +233,7 @@ def _of_run(values: flags.FlagValues) -> Material:
 
     from mocosfl_jax.algorithm.clients import Pool
     from mocosfl_jax.parallel.mesh import one_device
+    from mocosfl_jax.privacy import protocol
     from mocosfl_jax.training import checkpoint, experiment
     from mocosfl_jax.training.build import noise_of, online_models
 
@@ -249,7 +256,7 @@ def _of_run(values: flags.FlagValues) -> Material:
     return Material(
         {"client 0": {name: partial(run.model.client, params) for name, params in views.items()}},
         run.dataset.x_train,
-        run.dataset.x_test[: values.victims],
+        run.dataset.x_test[protocol.victim_rows(run.dataset.y_test, values.victims)],
         run.dataset.mean,
         run.dataset.std,
         _victims_std(config.data.name),
@@ -268,6 +275,7 @@ def _momentum_model(state: Any) -> Any:
 def _of_encoder(values: flags.FlagValues) -> Material:
     """The client side of an exported encoder."""
     from mocosfl_jax.models.forms import forms
+    from mocosfl_jax.privacy import protocol
     from mocosfl_jax.weights.encoder_file import load_encoder
 
     path = user_path("--encoder", values.encoder)
@@ -281,7 +289,7 @@ def _of_encoder(values: flags.FlagValues) -> Material:
     return Material(
         {path.name: {"query": partial(encoder.model.client, encoder.params[0])}},
         dataset.x_train,
-        dataset.x_test[: values.victims],
+        dataset.x_test[protocol.victim_rows(dataset.y_test, values.victims)],
         mean,
         std,
         _victims_std(data_name),
@@ -318,6 +326,7 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
 
     from mocosfl_jax.models import split_model
     from mocosfl_jax.models.forms import forms
+    from mocosfl_jax.privacy import protocol
     from mocosfl_jax.weights.official import client_from_official
 
     size = 32 if victims is None else victims.shape[1]
@@ -337,12 +346,15 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
         model = split_model(**network, forms=forms(jax.devices()[0].platform))
         clients[name] = {"query": partial(model.client, params)}
     dataset, data_name = _load(values, size)
-    shown = dataset.x_test if victims is None else victims
+    if victims is None:
+        shown = dataset.x_test[protocol.victim_rows(dataset.y_test, values.victims)]
+    else:
+        shown = victims[: values.victims]
     std = _victims_std(data_name)
     return Material(
         clients,
         dataset.x_train,
-        shown[: values.victims],
+        shown,
         dataset.mean,
         dataset.std,
         std,

@@ -48,7 +48,11 @@ def test_a_run_is_attacked_at_queries_and_keys(run: pathlib.Path, capsys: pytest
     assert captured.err == ""
 
 
-def test_one_kind_of_smashed_data_is_attacked_as_beside_the_other(run: pathlib.Path) -> None:
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_one_kind_of_smashed_data_is_attacked_as_beside_the_other(run: pathlib.Path, noise: float) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["privacy"]["noise"] = noise
+    (run / "config.json").write_text(json.dumps(config))
     quick = ["--attackers=ridge", "--victims=6"]
     assert attack.main(["attack", f"--workdir={run}", *quick]) == 0
     both = {row["smashed"]: row["mse"] for row in rows(run)}
@@ -169,6 +173,7 @@ def test_privacy_json_is_json_where_images_are_reconstructed_perfectly(
         (["--workdir={run}", "--checkpoint=7", "--data.dir=/nowhere"], "--checkpoint: found 7, allowed: 18"),
         (["--workdir={run}", "--protocol=x"], "--protocol: found 'x', allowed: clean, official"),
         (["--workdir={run}", "--decoder=x"], "error: --decoder: found 'x', allowed: res_normNxCy"),
+        (["--workdir={run}", "--loss=mae"], "error: --loss: found 'mae', allowed: mse, ssim"),
         (["--workdir={run}", "--epochs=0"], "epochs"),
         (["--workdir={run}", "--images=5"], "attacker's images: found 5 of 48 training images"),
         (["--workdir={run}", "--protocol=official"], "attacker's images: found 0 of 48 training images"),

@@ -13,13 +13,14 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.decoders import make_decoder, read_family
 from mocosfl_jax.models.forms import Forms
 from mocosfl_jax.privacy import inversion, protocol, similarity, trivial
-from mocosfl_jax.privacy.inversion import FEWEST_IMAGES, Training
+from mocosfl_jax.privacy.inversion import FEWEST_IMAGES, LOSSES, Training
 from mocosfl_jax.privacy.optimisation import optimise_images
 from mocosfl_jax.privacy.protocol import Client, Given
 from mocosfl_jax.privacy.ridge import ridge
 
 ATTACKERS = ("trivial", "ridge", "official", "strong", "optimisation")
 PROTOCOLS = ("clean", "official")
+VIEWS = ("query", "key")  # the smashed data of the online and of the momentum model
 OFFICIAL_DECODER = "res_normN4C64"
 OFFICIAL_IMAGES = 500  # of which 50 are held out
 # Of the larger ridge attack. It takes seconds as long as images or numbers of smashed data are this few.
@@ -39,11 +40,13 @@ class Settings(NamedTuple):
     attackers: Sequence[str] = ATTACKERS
     protocol: str = "clean"  # one of PROTOCOLS
     seed: int = 0  # of the first attacker
-    seeds: int = 1  # attackers of each kind, with seeds `seed`, `seed` + 1, ...
+    # Attackers of each kind but the optimisation, with seeds `seed`, `seed` + 1, ...
+    seeds: int = 1
     images: int | None = None  # of the strong attacker; None: all that there are
     epochs: int = 20  # of the strong attacker
     official_epochs: int = 50  # of the official attacker
     decoder: str = OFFICIAL_DECODER  # of the strong attacker
+    loss: str = "mse"  # of the strong attacker, one of `inversion.LOSSES`
     optimised: int = 16  # victims of the optimisation
     steps: int = 1000  # of the optimisation
 
@@ -84,12 +87,14 @@ def no_bar(name: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def check_names(settings: Settings) -> None:
-    """Raise UserError for unknown attackers, protocols or decoders."""
+    """Raise UserError for unknown attackers, protocols, losses or decoders."""
     for name in settings.attackers:
         if name not in ATTACKERS:
             raise UserError(f"--attackers: found {name!r}, allowed: {', '.join(ATTACKERS)}")
     if settings.protocol not in PROTOCOLS:
         raise UserError(f"--protocol: found {settings.protocol!r}, allowed: {', '.join(PROTOCOLS)}")
+    if settings.loss not in LOSSES:
+        raise UserError(f"--loss: found {settings.loss!r}, allowed: {', '.join(LOSSES)}")
     read_family(settings.decoder)
 
 
@@ -199,8 +204,8 @@ def attack(
         results = [result(name, "", None, np.asarray(found)[None]) for name, found in predictors.items()]
 
     smashed_victims = {
-        name: _disturbed(protocol.smash(client, given.inputs), noise, 0, number)
-        for number, (name, client) in enumerate(views.items())
+        name: _disturbed(protocol.smash(client, given.inputs), noise, 0, VIEWS.index(name))
+        for name, client in views.items()
     }
     stacked = Stacked(views, images, smashed_victims, mean, std, settings, forms, noise)
     few = _official_images(settings, len(images))
@@ -287,10 +292,10 @@ class Stacked(NamedTuple):
         for seed in range(settings.seed, settings.seed + settings.seeds):
             rows = np.random.default_rng(seed).permutation(len(self.images))[:count]
             given = give(self.images[rows], self.mean, self.std)
-            for number, (view, client) in enumerate(self.views.items()):
+            for view, client in self.views.items():
                 rngs.append(jax.random.key(seed))
                 found = protocol.smash(client, given.inputs)
-                smashed.append(_disturbed(found, self.noise, 1, seed, number))
+                smashed.append(_disturbed(found, self.noise, 1, seed, VIEWS.index(view)))
                 targets.append(given.truth)
                 victims.append(self.victims[view])
         return jax.numpy.stack(rngs), np.stack(smashed), np.stack(targets), np.stack(victims)
@@ -314,7 +319,12 @@ def _official(stacked: Stacked, count: int, name: str, bar: Bar) -> np.ndarray:
 
 
 def _strong(stacked: Stacked, count: int, name: str, bar: Bar) -> np.ndarray:
-    training = Training(epochs=stacked.settings.epochs, cosine=True, validation=min(0.1, 1000 / count))
+    training = Training(
+        loss=stacked.settings.loss,
+        epochs=stacked.settings.epochs,
+        cosine=True,
+        validation=min(0.1, 1000 / count),
+    )
     return _decode(stacked, count, name, bar, stacked.settings.decoder, training)
 
 

@@ -22,24 +22,28 @@ from jax.typing import ArrayLike
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.decoders import Decoder
 from mocosfl_jax.models.forms import ACCELERATOR, Forms
+from mocosfl_jax.privacy import similarity
 
 FEWEST_IMAGES = 20  # of an attacker, of which it validates on 2
+LOSSES = ("mse", "ssim")
 
 Rows = Array | np.ndarray  # [n, ...] of one attacker, or stacked [A, n, ...]
+Loss = Callable[[Array, Array], Array]  # reconstructions in [0, 1] and uint8 images [n, H, W, 3] -> []
 
 
 class Training(NamedTuple):
-    """How a decoder is trained, by Adam on the mean squared error. The defaults are the official attack's."""
+    """How a decoder is trained, by Adam. The defaults are the official attack's."""
 
     epochs: int = 50
     batch_size: int = 32
     learning_rate: float = 1e-3
     cosine: bool = False  # whether the learning rate falls to 0; otherwise it is constant
-    # Share of the images that are held out. The weights of the epoch with the smallest error on them stay.
+    # Share of the images that are held out. The weights of the epoch with the smallest loss on them stay.
     validation: float = 0.1
     # Validate as the official attack: batches are drawn anew each epoch, batch norms use and record each, one
     # batch alone decides, and the weights stay as they are right after it.
     validate_in_training_mode: bool = False
+    loss: str = "mse"  # the mean squared error; or "ssim": 1 less the structural similarity
 
 
 class Weights(NamedTuple):
@@ -53,7 +57,7 @@ class Trained(NamedTuple):
     """The decoders of A attackers."""
 
     weights: Weights  # leaves [A, ...], of the best epoch
-    validation_mse: np.ndarray  # [A, epochs], by which the best epoch was chosen
+    validation_loss: np.ndarray  # [A, epochs], by which the best epoch was chosen
 
 
 class _State(NamedTuple):
@@ -62,7 +66,7 @@ class _State(NamedTuple):
     weights: Weights
     opt_state: Any
     best: Weights
-    best_mse: Array  # []
+    least: Array  # [], the loss of `best` on the images that are held out
 
 
 def train_decoder(
@@ -73,7 +77,7 @@ def train_decoder(
     decoder: Decoder,
     training: Training = Training(),  # noqa: B008, an immutable tuple
     forms: Forms = ACCELERATOR,
-    each_epoch: Callable[[np.ndarray], None] = lambda mse: None,
+    each_epoch: Callable[[np.ndarray], None] = lambda loss: None,
 ) -> Trained:
     """Train a decoder for each of A attackers.
 
@@ -84,13 +88,14 @@ def train_decoder(
       decoder: from `make_decoder`, fastest with `stacked=forms.scan_rounds`.
       training: how to train. The last batch of an epoch may be smaller.
       forms: of the platform.
-      each_epoch: called after each epoch with the validation errors [A].
+      each_epoch: called after each epoch with the validation losses [A].
 
     Returns:
-      The decoders, each of the epoch with the smallest validation error.
+      The decoders, each of the epoch with the smallest validation loss.
 
     Raises:
       UserError: if there are fewer than `FEWEST_IMAGES` images.
+      ValueError: if the loss is unknown.
 
     Example:
       >>> from mocosfl_jax.models.decoders import make_decoder
@@ -103,9 +108,12 @@ def train_decoder(
       ...     decoder=make_decoder("custom", (4, 4, 3), image_size=8),
       ...     training=Training(epochs=2),
       ... )
-      >>> trained.validation_mse.shape
+      >>> trained.validation_loss.shape
       (1, 2)
     """
+    if training.loss not in LOSSES:
+        raise ValueError(f"loss: found {training.loss!r}, allowed: {', '.join(LOSSES)}")
+    loss_of = _mse if training.loss == "mse" else _dissimilarity
     store: Callable[[ArrayLike], Rows] = jnp.asarray if forms.scan_rounds else np.asarray
     smashed, images = store(smashed), store(images)
     count = images.shape[1]
@@ -128,9 +136,9 @@ def train_decoder(
         best = jax.tree.map(jnp.copy, weights)
         return _State(weights, optimizer.init(weights.params), best, jnp.full((), jnp.inf, smashed.dtype))
 
-    step = jax.jit(partial(_step, decoder, optimizer), donate_argnums=0)
+    step = jax.jit(partial(_step, decoder, optimizer, loss_of), donate_argnums=0)
     validation_step = jax.jit(
-        partial(_least_error if training.validate_in_training_mode else _add_error, decoder)
+        partial(_least_loss if training.validate_in_training_mode else _add_loss, decoder, loss_of)
     )
 
     def epoch(state: _State, rng: Array, order: Array, smashed: Rows, images: Rows) -> tuple[_State, Array]:
@@ -142,21 +150,21 @@ def train_decoder(
         if training.validate_in_training_mode:
             none = jnp.full((), jnp.inf, smashed.dtype)
             drawn = jax.random.permutation(jax.random.fold_in(rng, 1), validation)
-            weights, candidate, mse = fold(validation_step, (weights, weights, none), drawn)
+            weights, candidate, loss = fold(validation_step, (weights, weights, none), drawn)
         else:
             _, total = fold(validation_step, (weights, jnp.zeros(())), validation)
-            candidate, mse = weights, total / held_out
-        best = _where(mse < state.best_mse, candidate, state.best)
-        return state._replace(weights=weights, best=best, best_mse=jnp.minimum(mse, state.best_mse)), mse
+            candidate, loss = weights, total / held_out
+        best = _where(loss < state.least, candidate, state.best)
+        return state._replace(weights=weights, best=best, least=jnp.minimum(loss, state.least)), loss
 
     run_epoch = _over_attackers(forms, epoch, donate=(0,))
-    state, errors = init(rngs_init), []
+    state, losses = init(rngs_init), []
     for number in range(training.epochs):
         rngs_epoch = jax.vmap(lambda rng, number=number: jax.random.fold_in(rng, number))(rngs_order)
-        state, mse = run_epoch(state, rngs_epoch, order, smashed, images)
-        errors.append(np.asarray(mse))
-        each_epoch(errors[-1])
-    return Trained(state.best, np.stack(errors, axis=1))
+        state, loss = run_epoch(state, rngs_epoch, order, smashed, images)
+        losses.append(np.asarray(loss))
+        each_epoch(losses[-1])
+    return Trained(state.best, np.stack(losses, axis=1))
 
 
 def reconstruct(
@@ -192,13 +200,18 @@ def reconstruct(
 
 
 def _step(
-    decoder: Decoder, optimizer: optax.GradientTransformation, state: _State, smashed: Array, images: Array
+    decoder: Decoder,
+    optimizer: optax.GradientTransformation,
+    loss_of: Loss,
+    state: _State,
+    smashed: Array,
+    images: Array,
 ) -> _State:
     """One step of Adam on a batch."""
 
     def loss(params: Any) -> tuple[Array, Any]:
         found, statistics = decoder.apply(params, state.weights.statistics, smashed, training=True)
-        return _mse(found, images), statistics
+        return loss_of(found, images), statistics
 
     grads, statistics = jax.grad(loss, has_aux=True)(state.weights.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.weights.params)
@@ -206,30 +219,31 @@ def _step(
     return state._replace(weights=weights, opt_state=opt_state)
 
 
-def _add_error(
-    decoder: Decoder, carry: tuple[Weights, Array], smashed: Array, images: Array
+def _add_loss(
+    decoder: Decoder, loss_of: Loss, carry: tuple[Weights, Array], smashed: Array, images: Array
 ) -> tuple[Weights, Array]:
-    """Add a batch to the sum of squared errors, in evaluation mode."""
+    """Add a batch to the sum of losses, in evaluation mode."""
     weights, total = carry
     found, _ = decoder.apply(*weights, smashed, training=False)
-    return weights, total + _mse(found, images) * len(images)
+    return weights, total + loss_of(found, images) * len(images)
 
 
-def _least_error(
-    decoder: Decoder, carry: tuple[Weights, Weights, Array], smashed: Array, images: Array
+def _least_loss(
+    decoder: Decoder, loss_of: Loss, carry: tuple[Weights, Weights, Array], smashed: Array, images: Array
 ) -> tuple[Weights, Weights, Array]:
     """A batch of the official attack's validation, in training mode, which changes the running statistics.
 
     Args:
       decoder: The decoder.
-      carry: Its weights, those right after the batch with the smallest error so far, and that error.
+      loss_of: What it is trained on.
+      carry: Its weights, those right after the batch with the smallest loss so far, and that loss.
       smashed: [n, h, w, c].
       images: [n, H, W, 3].
     """
     weights, best, least = carry
     found, statistics = decoder.apply(*weights, smashed, training=True)
-    weights, mse = weights._replace(statistics=statistics), _mse(found, images)
-    return weights, _where(mse < least, weights, best), jnp.minimum(mse, least)
+    weights, loss = weights._replace(statistics=statistics), loss_of(found, images)
+    return weights, _where(loss < least, weights, best), jnp.minimum(loss, least)
 
 
 def _where(condition: Array, new: Any, old: Any) -> Any:
@@ -277,4 +291,12 @@ def _over_attackers(
 
 
 def _mse(found: Array, images: Array) -> Array:
-    return jnp.mean(jnp.square(found - images.astype(jnp.float32) / 255))
+    return jnp.mean(jnp.square(found - _unit(images)))
+
+
+def _dissimilarity(found: Array, images: Array) -> Array:
+    return 1 - jnp.mean(similarity.ssim(found, _unit(images)))
+
+
+def _unit(images: Array) -> Array:
+    return images.astype(jnp.float32) / 255

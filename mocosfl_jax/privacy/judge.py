@@ -53,7 +53,7 @@ def judge(
       mean: Of each channel, by which the client's images are normalised.
       std: Of each channel.
       fresh: The decoder that is trained afresh, as `train_decoder` takes it.
-      training: How.
+      training: How; its loss should be what the loop's decoder learns.
       rng: For the fresh decoder.
       batch_statistics: Whether the decoder of the loop uses the statistics of the victims in its batch norms.
       forms: Of the platform.

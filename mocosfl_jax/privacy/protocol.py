@@ -31,6 +31,27 @@ class Given(NamedTuple):
     truth: np.ndarray  # [n, H, W, 3] uint8
 
 
+def victim_rows(labels: np.ndarray, count: int) -> np.ndarray:
+    """Which test images are attacked: the first ones, or drawn ones of a set that is in order of class.
+
+    Args:
+      labels: [n], of all test images.
+      count: how many.
+
+    Returns:
+      [min(count, n)], their rows, the same on each call.
+
+    Example:
+      >>> victim_rows(np.array([1, 0, 1, 0]), 2).tolist()
+      [0, 1]
+      >>> victim_rows(np.array([0, 0, 1, 1]), 2).tolist()
+      [2, 0]
+    """
+    count = min(count, len(labels))
+    in_order = bool(np.all(labels[:-1] <= labels[1:]) and labels[0] < labels[-1])
+    return np.random.default_rng(0).permutation(len(labels))[:count] if in_order else np.arange(count)
+
+
 def clean(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Given:
     """True pixels, normalised as the model was trained.
 

@@ -10,11 +10,12 @@ from mocosfl_jax.algorithm.interface import TrainState
 from mocosfl_jax.models.decoders import Decoder, make_decoder
 from mocosfl_jax.privacy.inversion import Training, Weights
 from mocosfl_jax.privacy.judge import Verdict, judge
+from mocosfl_jax.privacy.protocol import victim_rows
 from mocosfl_jax.training.build import online_models, smashed_shape
 from mocosfl_jax.training.experiment import Run
 
 _JUDGE_KEY = (1 << 30) + 1  # as `_NOISE_KEY` in training/build.py
-VICTIMS = 128  # the first test images, as in `python -m mocosfl_jax.attack`
+VICTIMS = 128  # as in `python -m mocosfl_jax.attack`
 
 
 def metrics(run: Run, state: TrainState, epoch: int, say: Callable[[str], None]) -> dict[str, float]:
@@ -67,11 +68,11 @@ def _judge(run: Run, state: TrainState, epoch: int) -> Verdict:
         _decoder(run, stacked=False),
         Weights(adversary.params, adversary.statistics),
         images=dataset.x_train[np.sort(rows)],
-        victims=dataset.x_test[:VICTIMS],
+        victims=dataset.x_test[victim_rows(dataset.y_test, VICTIMS)],
         mean=dataset.mean,
         std=dataset.std,
         fresh=_decoder(run, stacked=run.forms.scan_rounds),
-        training=Training(epochs=settings.judge_epochs),
+        training=Training(loss="ssim", epochs=settings.judge_epochs),  # as the decoder in the loop
         rng=jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), _JUDGE_KEY), epoch),
         batch_statistics=settings.preset != "faithful",
         forms=run.forms,

@@ -120,6 +120,34 @@ def test_noise_on_smashed_data_hides(images: np.ndarray) -> None:
         assert found == pytest.approx(noise / (noise + signal), abs=0.15)
 
 
+def test_the_smashed_data_of_the_victims_have_noise_of_their_own(
+    images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[np.ndarray] = []
+
+    def ridge(rngs: jax.Array, smashed: np.ndarray, targets: np.ndarray, victims: np.ndarray) -> np.ndarray:
+        given.append(victims)
+        return np.zeros((2, 12, SIZE, SIZE, 3), np.float32)
+
+    monkeypatch.setattr(attacks, "ridge", ridge)
+    attacks.attack(
+        {"query": halved, "key": halved},
+        images,
+        images[:12],
+        MEAN,
+        STD,
+        settings=Settings(attackers=("ridge",)),
+        forms=CPU,
+        noise=Noise(jax.random.key(0), std=0.5, clip=10.0),
+    )
+    clean = (images[:12, ::2, ::2] / 255 - 0.5) / 0.25
+    drawn = given[0] - clean
+    for view in drawn:
+        assert np.std(view) == pytest.approx(0.5 * 10, rel=0.1)  # of 576 draws
+        assert np.mean(view) == pytest.approx(0, abs=1)
+    assert abs(np.corrcoef(*drawn.reshape(2, -1))[0, 1]) < 0.2
+
+
 def test_the_smashed_data_of_all_seeds_and_views_are_bounded(
     images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,4 +255,4 @@ def test_the_official_protocol_trains_as_the_official_code(
     with pytest.raises(KeyboardInterrupt):
         attacks.attack({"query": halved}, many, images[:12], MEAN, STD, settings=settings, forms=CPU)
     assert seen["targets"].shape == (1, 22, SIZE, SIZE, 3)
-    assert seen["training"] == (50, 32, 1e-3, False, 0.1, True)
+    assert seen["training"] == (50, 32, 1e-3, False, 0.1, True, "mse")

@@ -12,6 +12,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.models.decoders import make_decoder
 from mocosfl_jax.models.forms import ACCELERATOR, CPU, Forms
 from mocosfl_jax.privacy.inversion import Training, Weights, reconstruct, train_decoder
+from mocosfl_jax.privacy.similarity import ssim_map
 
 COUNT, SIZE = 23, 4
 
@@ -30,18 +31,20 @@ def rngs() -> jax.Array:
     return jax.random.split(jax.random.key(3), 2)
 
 
-@pytest.mark.parametrize("slips", [False, True])
-def test_training_equals_a_loop(rngs: jax.Array, forms: Forms, slips: bool, x64: None) -> None:
-    """Adam on the mean squared error, the last batch smaller, and the best epoch by the validation error."""
+@pytest.mark.parametrize("loss, slips", [("mse", False), ("mse", True), ("ssim", False)])
+def test_training_equals_a_loop(rngs: jax.Array, forms: Forms, loss: str, slips: bool, x64: None) -> None:
+    """Adam on the loss, the last batch smaller, and the best epoch by the validation loss."""
     smashed, images = pairs()
     smashed = smashed.astype(np.float64)
     decoder = make_decoder("conv_normN0C4", (2, 2, 3), SIZE, forms)
-    training = Training(epochs=3, batch_size=8, validation=0.4, validate_in_training_mode=slips)
+    training = Training(epochs=3, batch_size=8, validation=0.4, validate_in_training_mode=slips, loss=loss)
     trained = train_decoder(rngs, smashed, images, decoder=decoder, training=training, forms=forms)
 
     @functools.partial(jax.jit, static_argnames="training")
     def error(params, statistics, x, y, training):  # type: ignore[no-untyped-def]
         found, statistics = decoder.apply(params, statistics, x, training=training)
+        if loss == "ssim":
+            return 1 - jnp.mean(ssim_map(found, y)), statistics
         return jnp.mean((found - y) ** 2), statistics
 
     gradient = jax.jit(jax.grad(error, has_aux=True), static_argnames="training")
@@ -79,7 +82,7 @@ def test_training_equals_a_loop(rngs: jax.Array, forms: Forms, slips: bool, x64:
                 mse, _ = error(params, statistics, x[validation], y[validation], training=False)
                 errors.append(float(mse))
                 kept.append(Weights(params, statistics))
-        np.testing.assert_allclose(trained.validation_mse[attacker], errors, rtol=1e-5)
+        np.testing.assert_allclose(trained.validation_loss[attacker], errors, rtol=1e-5)
         best = kept[int(np.argmin(errors))]
         for found, expected in zip(jax.tree.leaves(trained.weights), jax.tree.leaves(best), strict=True):
             np.testing.assert_allclose(found[attacker], expected, rtol=1e-4, atol=1e-7)
@@ -92,7 +95,7 @@ def test_an_attacker_does_not_depend_on_the_others(rngs: jax.Array, x64: None) -
     training = Training(epochs=2, batch_size=8)
     both = train_decoder(rngs, smashed, images, decoder=decoder, training=training)
     alone = train_decoder(rngs[1:], smashed[1:], images[1:], decoder=decoder, training=training)
-    np.testing.assert_allclose(both.validation_mse[1:], alone.validation_mse, rtol=1e-4)
+    np.testing.assert_allclose(both.validation_loss[1:], alone.validation_loss, rtol=1e-4)
     np.testing.assert_allclose(
         reconstruct(decoder, both.weights, smashed)[1:],
         reconstruct(decoder, alone.weights, smashed[1:], batch_size=10),
@@ -118,6 +121,13 @@ def test_a_client_that_hides_nothing_is_inverted() -> None:
     found = reconstruct(decoder, trained.weights, smashed[:, 160:], forms=CPU)
     truth = images[:, 160:] / 255
     assert np.mean((found - truth) ** 2) < 0.05 * np.var(truth)
+
+
+def test_an_unknown_loss_is_refused(rngs: jax.Array) -> None:
+    smashed, images = pairs()
+    decoder = make_decoder("custom", (2, 2, 3), SIZE, ACCELERATOR)
+    with pytest.raises(ValueError, match="loss: found 'mae', allowed: mse, ssim"):
+        train_decoder(rngs, smashed, images, decoder=decoder, training=Training(loss="mae"))
 
 
 def test_too_few_images_are_refused(rngs: jax.Array) -> None:

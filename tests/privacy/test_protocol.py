@@ -4,6 +4,7 @@ import io
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 
 from mocosfl_jax.privacy import protocol
@@ -46,3 +47,14 @@ def test_smashed_data_do_not_depend_on_the_batches() -> None:
     inputs = np.random.default_rng(0).normal(size=(protocol.BATCH + 3, 4, 4, 3)).astype(np.float32)
     found = protocol.smash(lambda x: jnp.cumsum(x, axis=1), inputs)
     np.testing.assert_allclose(found, np.cumsum(inputs, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [16, 128, 600])
+def test_the_victims_of_a_set_in_order_of_class_are_of_all_classes(count: int) -> None:
+    in_order = np.arange(10).repeat(50)
+    rows = protocol.victim_rows(in_order, count)
+    assert len(set(rows.tolist())) == len(rows) == min(count, 500)
+    assert len(set(in_order[rows[:16]].tolist())) >= 6
+    shuffled = np.random.default_rng(1).permutation(in_order)
+    np.testing.assert_array_equal(protocol.victim_rows(shuffled, count), np.arange(min(count, 500)))
+    np.testing.assert_array_equal(protocol.victim_rows(np.zeros(3, int), count), np.arange(3))
