@@ -218,20 +218,24 @@ def split_parameter(path: str) -> tuple[str, list[str]]:
 
 
 def split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take the arguments `--config.FIELD=None` out of a command line: absl cannot parse None as a number.
+    """Take `--config.FIELD=None` and `--config.FIELD None` out of a command line: to absl, None is no number.
 
     Returns:
       The paths of these fields, without `config.`, and the other arguments. Whether a field exists and may be
       None is not checked here.
 
     Example:
-      >>> split_unset(["train", "--config.clients.cohort=None"])
-      (['clients.cohort'], ['train'])
+      >>> split_unset(["train", "--config.clients.cohort=None", "--config.epochs", "2"])
+      (['clients.cohort'], ['train', '--config.epochs', '2'])
     """
-    unset, others = [], []
+    unset: list[str] = []
+    others: list[str] = []
     for argument in argv:
-        match = re.fullmatch(r"--?config\.(.+)=(?i:none)", argument)
-        if match:
+        before = re.fullmatch(r"--?config\.([^=]+)", others[-1]) if others else None
+        if before and argument.lower() == "none":
+            others.pop()
+            unset.append(before[1])
+        elif match := re.fullmatch(r"--?config\.(.+)=(?i:none)", argument):
             unset.append(match[1])
         else:
             others.append(argument)

@@ -151,6 +151,17 @@ def test_a_wrong_contrast_is_refused_before_any_work(images: str, tmp_path: path
     assert not said and not (tmp_path / "run").exists()
 
 
+def test_what_an_algorithm_refuses_is_named_as_in_the_configuration(
+    images: str, tmp_path: pathlib.Path
+) -> None:
+    def algorithm(config: Any, model: Any, arguments: dict[str, Any]) -> Any:
+        return mocosfl(model, **arguments)
+
+    config = small(images, moco=Moco(key_dim=8, queue_size=5))  # a step has eight keys
+    with pytest.raises(ValueError, match=r"^config\.moco\.queue_size: found"):
+        run(config, tmp_path, model=make_toy_model(), algorithm=algorithm, say=quiet)
+
+
 def test_a_network_for_images_of_another_size_is_refused(images: str, tmp_path: pathlib.Path) -> None:
     config = small(images, data=Data(name="npz", dir=images, image_size=8))
     with pytest.raises(ValueError, match=r"config\.own\.network: found a network that fails for .* 8x8x3"):

@@ -335,7 +335,8 @@ def test_a_mistake_is_one_line(
 def test_an_optional_field_can_be_unset() -> None:
     path = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_cross_silo.py:20"
     assert parse(["train", f"--config={path}"])[0].clients.cohort == 5
-    assert parse(["train", f"--config={path}", "--config.clients.cohort=None"])[0].clients.cohort is None
+    for unset in (["--config.clients.cohort=None"], ["--config.clients.cohort", "None"]):
+        assert parse(["train", f"--config={path}", *unset])[0].clients.cohort is None
 
 
 @pytest.mark.parametrize(

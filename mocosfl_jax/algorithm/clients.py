@@ -215,7 +215,8 @@ def synchronize(
     elif how.buffers == "average":
         new = new._replace(opt_state=mean_for_all(state.opt_state))
     if state.anchor is not None:
-        new = new._replace(anchor=new.params)
+        # A copy, since donation forbids two leaves that share a buffer.
+        new = new._replace(anchor=jax.tree.map(jnp.copy, new.params))
     return new, mean, divergences
 
 

@@ -106,6 +106,7 @@ def flmoco(
         return state._replace(step=state.step + 1, clients=members), info
 
     def encode(state: TrainState, images: Array) -> Features:
+        pool.check_images(images)
         params = pool.online_model(state)
         backbone = placement.over_rows(model.whole_backbone)(params, images[None])[0]
         return Features(backbone, model.head(params[1], backbone))

@@ -1,7 +1,7 @@
 """The interface of an algorithm: its states, its functions and their outputs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -92,7 +92,9 @@ class Init(Protocol):
 class Enter(Protocol):
     """Lets a cohort enter training."""
 
-    def __call__(self, state: TrainState, cohort: Array | np.ndarray | None = None) -> CohortState:
+    def __call__(
+        self, state: TrainState, cohort: Array | np.ndarray | Sequence[int] | None = None
+    ) -> CohortState:
         """Give the state on which the steps of the clients in `cohort` [M] work; None: all, in order.
 
         Raises:
@@ -110,7 +112,9 @@ class Step(Protocol):
         """Train on views [M, B, H, W, 3] of the images of the cohort.
 
         Raises:
-          ValueError: If the views do not match the cohort, or a queue is smaller than the keys of one view.
+          ValueError: If the views do not match the cohort or are not floats, or a queue is smaller than the
+            keys of one view.
+          TypeError: If no cohort has entered.
         """
 
 
@@ -118,7 +122,11 @@ class Synchronize(Protocol):
     """Averages the client-side models of the cohort (FedAvg)."""
 
     def __call__(self, state: CohortState) -> tuple[CohortState, SyncInfo]:
-        """Give all clients of the cohort the average of their models."""
+        """Give all clients of the cohort the average of their models.
+
+        Raises:
+          TypeError: If no cohort has entered.
+        """
 
 
 class Leave(Protocol):
@@ -129,6 +137,9 @@ class Leave(Protocol):
 
         Of an online model that all clients share, the pool keeps the mean over the cohort. So a cohort that
         leaves unsynchronized is averaged.
+
+        Raises:
+          TypeError: If no cohort has entered.
         """
 
 
@@ -136,7 +147,12 @@ class Encode(Protocol):
     """Computes features with the online models."""
 
     def __call__(self, state: TrainState, images: Array) -> Features:
-        """Encode normalised images [n, H, W, 3] without augmentation."""
+        """Encode normalised images [n, H, W, 3] without augmentation.
+
+        Raises:
+          ValueError: If the images are not floats.
+          TypeError: If a cohort has not left yet.
+        """
 
 
 class TrainServer(Protocol):

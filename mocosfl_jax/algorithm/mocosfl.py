@@ -174,6 +174,8 @@ def mocosfl(
         if moco.full_symmetric:
             views = Views(*(jnp.concatenate(both, axis=1) for both in (views, views[::-1])))
         shape = (views.query.shape[0], views.query.shape[1])
+        if not moco.feature_sharing:
+            check_queues(shape[1])
         members, smashed, pullback = clients.forward(
             placement.over_clients(model.client),
             state.clients,
@@ -203,6 +205,15 @@ def mocosfl(
             state, sent_back = state._replace(clients=members), merged_grad
         info = StepInfo(*contrasted, smashed=merged, smashed_grad=sent_back)
         return state._replace(step=state.step + 1), info
+
+    def check_queues(keys: int) -> None:
+        """Raise UserError unless each client's queue has room for its keys of a step."""
+        held = moco.queue_size // num_clients
+        if 0 < held < keys:
+            raise UserError(
+                f"moco.queue_size: found {moco.queue_size}, {held} for each of {num_clients} clients, "
+                f"allowed: {keys * num_clients} or more, {keys} for each"
+            )
 
     def serve(
         state: CohortState, merged: SmashedData, shape: tuple[int, int], arrived: Array | None = None
@@ -285,11 +296,13 @@ def mocosfl(
         return state._replace(step=state.step + 1), info
 
     def synchronize(state: CohortState) -> tuple[CohortState, SyncInfo]:
+        pool.require_at_work(state)
         if frozen or not jax.tree.leaves(state.clients.params):  # the clients are equal and stay equal
             return state, SyncInfo(jnp.zeros(size(state)))
         return pool.synchronize(state, sync=sync, optimizer=own_optimizer)
 
     def encode(state: TrainState, images: Array) -> Features:
+        pool.check_images(images)
         params = pool.online_model(state), placement.gather(state.server.params)
         backbone = placement.over_rows(model.whole_backbone)(params, images[None])[0]
         return Features(backbone, model.head(params[1], backbone))

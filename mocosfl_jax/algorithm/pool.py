@@ -27,6 +27,7 @@ from mocosfl_jax.algorithm.interface import (
 from mocosfl_jax.algorithm.messages import Views
 from mocosfl_jax.algorithm.moco import MoCoQueue
 from mocosfl_jax.algorithm.placement import Placement
+from mocosfl_jax.errors import UserError
 
 
 def owned(sync: Sync, *, frozen: bool = False) -> ClientState:
@@ -82,7 +83,7 @@ def init(
 
 def enter(
     state: TrainState,
-    cohort: Array | np.ndarray | None = None,
+    cohort: Array | np.ndarray | Sequence[int] | None = None,
     *,
     num_clients: int,
     placement: Placement,
@@ -103,6 +104,7 @@ def enter(
     """
     _require_at_rest(state)
     if cohort is not None:
+        cohort = cohort if isinstance(cohort, Array) else np.asarray(cohort)
         _check_cohort(cohort, num_clients)
         cohort = jnp.asarray(cohort)
     own, shared = state.pool
@@ -125,7 +127,11 @@ def leave(state: CohortState, *, own: ClientState, placement: Placement) -> Trai
       state: The cohort at work.
       own: From `owned`.
       placement: As given to `enter`.
+
+    Raises:
+      TypeError: If no cohort has entered.
     """
+    require_at_work(state)
     each, equal = _divide(state.clients._replace(anchor=None), own)
     if state.pool is not None:
         each = placement.put_back(state.pool.own, each, state.cohort)
@@ -138,7 +144,11 @@ def synchronize(
     """FedAvg over the cohort, see `clients.synchronize`.
 
     Where clients keep online models of their own, those that are not in the cohort receive the mean too.
+
+    Raises:
+      TypeError: If no cohort has entered.
     """
+    require_at_work(state)
     weights = None if sync.weights is None else jnp.asarray(sync.weights)
     if weights is not None and state.cohort is not None:
         weights = weights[state.cohort]
@@ -193,7 +203,12 @@ def check(num_clients: int, sync: Sync) -> None:
 
 
 def check_views(state: CohortState, views: Views, num_clients: int) -> None:
-    """Raise ValueError unless `views` are two views [M, B, H, W, 3] for the cohort that has entered."""
+    """Raise ValueError unless `views` are two views [M, B, H, W, 3] for the cohort that has entered.
+
+    Raises:
+      TypeError: If no cohort has entered.
+    """
+    require_at_work(state)
     size = num_clients if state.cohort is None else len(state.cohort)
     if not isinstance(views, Views):
         raise ValueError(f"views: found {type(views).__name__}, allowed: Views")
@@ -203,6 +218,19 @@ def check_views(state: CohortState, views: Views, num_clients: int) -> None:
             f"views: found query {query} and key {key}, allowed: two of [M, B, H, W, 3] with M = {size}, "
             "the clients that have entered"
         )
+    for view in views:
+        _check_floats("views", view, "two_views")
+
+
+def check_images(images: Array) -> None:
+    """Raise UserError for images that cannot have been normalised, since they are integers."""
+    _check_floats("images", images, "normalise")
+
+
+def _check_floats(name: str, images: Array, source: str) -> None:
+    dtype = jnp.result_type(images)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"{name}: found {dtype}, allowed: floats, from `{source}`")
 
 
 def check_padding(views: Views, batch_sizes: Sequence[int]) -> None:
@@ -230,6 +258,12 @@ def _check_cohort(cohort: Array | np.ndarray, num_clients: int) -> None:
 def _require_at_rest(state: TrainState) -> None:
     if not isinstance(state, TrainState):
         raise TypeError(f"state: found {type(state).__name__}, allowed: TrainState, from `init` or `leave`")
+
+
+def require_at_work(state: CohortState) -> None:
+    """Raise TypeError for a state in which no cohort has entered."""
+    if not isinstance(state, CohortState):
+        raise TypeError(f"state: found {type(state).__name__}, allowed: CohortState, from `enter`")
 
 
 def _divide(state: ClientState, own: ClientState) -> tuple[ClientState, ClientState]:

@@ -61,8 +61,9 @@ def homes(state: ServerState | OpposedServerState) -> ServerState | OpposedServe
 def init(
     params: Any, key_params: Any, queue: MoCoQueue | None, optimizer: optax.GradientTransformation
 ) -> ServerState:
-    """The first state. The momentum model is a copy: donation forbids two leaves that share a buffer."""
-    return ServerState(params, jax.tree.map(jnp.copy, key_params), optimizer.init(params), queue)
+    """The first state, of copies: donation deletes arrays, and forbids two leaves that share a buffer."""
+    params, key_params = (jax.tree.map(jnp.copy, model) for model in (params, key_params))
+    return ServerState(params, key_params, optimizer.init(params), queue)
 
 
 def train(

@@ -232,6 +232,12 @@ def _check_values(config: Resolved) -> None:
     if sync.divergence_lambda is not None:
         _in_range("sync.divergence_lambda", sync.divergence_lambda, 0.0, open_low=True)
     _in_range("saving.loss_threshold", saving.loss_threshold, 0.0)
+    if saving.loss_threshold and sync.momentum_models and sync.divergence_lambda is not None:
+        # Momentum models would part in an epoch without gradients, and be averaged when a run stops in it.
+        raise UserError(
+            f"config.saving.loss_threshold: found {saving.loss_threshold} with sync.momentum_models and "
+            "sync.divergence_lambda, allowed: 0.0"
+        )
     _in_range("saving.warmup_epochs", saving.warmup_epochs, 0)
     _in_range("saving.replay_gib", saving.replay_gib, 0.0, open_low=True)
     own_steps = config.optim.client_schedule == "official_per_step" and config.clients_skip_steps

@@ -91,9 +91,11 @@ def two_views(
       Query and key views, each [M, B, size, size, 3] float32, normalised.
 
     Raises:
-      UserError: If the images are of another dtype, or floats far above 1; if the version is unknown, or
-        `min_crop_scale` is out of range.
+      UserError: If the images are of another shape or dtype, or floats far above 1; if `rng` is no typed key;
+        if the version is unknown, or `size` or `min_crop_scale` is out of range.
     """
+    if len(jnp.shape(images)) != 5 or jnp.shape(images)[-1] != 3:
+        raise UserError(f"images: found shape {jnp.shape(images)}, allowed: [M, B, H, W, 3], M clients")
     _check_images(images)
 
     def view(rng_view: Array, image: Array) -> Array:
@@ -154,6 +156,9 @@ def _number(pixel: Array) -> Array:
 
 
 def _views_of_each(view: Callable[[Array, Array], Array], rng: Array, images: Array) -> Views:
+    if not (isinstance(rng, Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
+        found = rng.dtype if hasattr(rng, "dtype") else type(rng).__name__
+        raise UserError(f"rng: found {found}, allowed: a typed key, of jax.random.key")
     over_batch = jax.vmap(view)
     over_clients = jax.vmap(over_batch)
     over_views = jax.vmap(over_clients, in_axes=(0, None))
@@ -177,8 +182,10 @@ def augment(
     picture that may have been squeezed to fit into `image`, and whose crop is drawn in its own pixels.
 
     Raises:
-      UserError: If the version is unknown or `min_crop_scale` is out of range.
+      UserError: If the version is unknown, or `size` or `min_crop_scale` is out of range.
     """
+    if size < 1:
+        raise UserError(f"size: found {size}, allowed: 1 or more")
     if version not in VERSIONS:
         raise UserError(f"version: found {version!r}, allowed: {', '.join(VERSIONS)}")
     if not 0 < min_crop_scale <= 1:

@@ -207,7 +207,8 @@ def prepare(
         height, width, channels = dataset.x_train.shape[1:]
         check_independence(run.model, (height, width, channels))
     if own.algorithm is not None:
-        _trace(run)
+        with renamed({"moco.queue_size": "config.moco.queue_size"}):
+            _trace(run)
     _check_saving(run)
     return run
 

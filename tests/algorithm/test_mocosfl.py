@@ -179,6 +179,11 @@ def test_incompatible_settings_are_refused(build: Build, toy_model: SplitModel) 
     small, state = build(toy_model, queue_size=N * B - 1)
     with pytest.raises(ValueError, match=r"moco\.queue_size: found a queue of 11 keys, allowed: 12 or more"):
         small.step(state, random_views(1, N, B))
+    small, state = build(toy_model, queue_size=N * B - 1, feature_sharing=False)
+    with pytest.raises(
+        ValueError, match=r"found 11, 2 for each of 4 clients, allowed: 12 or more, 3 for each"
+    ):
+        small.step(state, random_views(1, N, B))
     with pytest.raises(ValueError, match=r"moco\.queue_size: found 3, allowed: 4 or more"):
         build(toy_model, queue_size=3, feature_sharing=False)
 

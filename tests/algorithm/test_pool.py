@@ -1,5 +1,6 @@
 """Clients enter from the pool and leave for it: what each has of its own, and what all share."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from mocosfl_jax import Algorithm, CohortState, SplitModel, TrainState
+from mocosfl_jax import Algorithm, CohortState, MomentumContrast, SplitModel, TrainState, Views, mocosfl
 from mocosfl_jax.algorithm.clients import Sync
+from mocosfl_jax.algorithm.interface import Models
 from tests.support.algorithms import B, Build, N, assert_trees_close, client, diverse
-from tests.support.toy import random_views
+from tests.support.toy import IMAGE, random_views
 
 PARTS = ("params", "key_params", "opt_state")
 # How clients are synchronized, and what each then has of its own.
@@ -122,6 +124,47 @@ def test_only_a_state_at_rest_is_entered_and_encoded(build: Build, toy_model: Sp
         algorithm.enter(state)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="found CohortState, allowed: TrainState"):
         algorithm.encode(state, random_views(4, 1, 5).query[0])  # type: ignore[arg-type]
+
+
+def test_only_a_cohort_that_has_entered_works(build: Build, toy_model: SplitModel) -> None:
+    algorithm, state = build(toy_model)
+    at_rest: Any = algorithm.leave(state)
+    works: list[Callable[[], Any]] = [
+        lambda: algorithm.step(at_rest, random_views(1, N, B)),
+        lambda: algorithm.sync(at_rest),
+        lambda: algorithm.leave(at_rest),
+    ]
+    for work in works:
+        with pytest.raises(TypeError, match="state: found TrainState, allowed: CohortState, from `enter`"):
+            work()
+
+
+def test_images_that_were_not_normalised_are_refused(build: Build, toy_model: SplitModel) -> None:
+    algorithm, state = build(toy_model)
+    raw = jnp.ones((N, B, *IMAGE), jnp.uint8)
+    with pytest.raises(ValueError, match="views: found uint8, allowed: floats, from `two_views`"):
+        algorithm.step(state, Views(raw, raw))
+    with pytest.raises(ValueError, match="images: found uint8, allowed: floats, from `normalise`"):
+        algorithm.encode(algorithm.leave(state), raw[0])
+
+
+def test_the_arrays_of_given_models_stay_when_steps_donate_theirs(toy_model: SplitModel) -> None:
+    """Also if `init`, `enter` and `sync` run without a jit, in which they would share arrays."""
+    algorithm = mocosfl(
+        toy_model,
+        num_clients=N,
+        moco=MomentumContrast(queue_size=48),
+        client_loss=lambda params, anchor: jnp.sum((params["kernel"] - anchor["kernel"]) ** 2),
+    )
+    rng = jax.random.key(0)
+    given = toy_model.init(rng)
+    before = jax.tree.map(np.array, given)
+    step = jax.jit(algorithm.step, donate_argnums=0)
+    state = algorithm.enter(algorithm.init(rng, Models(given, given)))
+    for seed in (1, 2):
+        state, _ = step(state, random_views(seed, N, B))
+        state, _ = algorithm.sync(state)
+    jax.tree.map(np.testing.assert_array_equal, given, before)
 
 
 @pytest.mark.parametrize("buffers", ["keep", "reset", "average"])

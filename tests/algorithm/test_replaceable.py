@@ -283,6 +283,21 @@ def test_a_cohort_of_other_clients_is_refused(toy_model: SplitModel, cohort: lis
     with pytest.raises(ValueError) as error:
         algorithm.enter(state, np.array(cohort))
     assert message in str(error.value)
+    with pytest.raises(ValueError) as error:
+        algorithm.enter(state, cohort)
+    assert message in str(error.value)
+
+
+def test_a_cohort_may_be_a_list(toy_model: SplitModel) -> None:
+    algorithm = mocosfl(toy_model, num_clients=N, moco=MomentumContrast(queue_size=48))
+    state = algorithm.init(jax.random.key(0))
+    expected = algorithm.enter(state, jnp.array([2, 0]))
+    for cohort in ([2, 0], range(2, -1, -2)):
+        for found in (
+            algorithm.enter(state, cohort),
+            jax.jit(lambda s, c=cohort: algorithm.enter(s, c))(state),
+        ):
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_client_that_does_not_exist_is_seen_inside_a_jit(build: Build, toy_model: SplitModel) -> None:

@@ -268,6 +268,15 @@ def test_what_needs_concatenation_is_refused_without(path: str) -> None:
         resolve(config)
 
 
+def test_models_that_would_part_without_gradients_are_refused() -> None:
+    config = Config()
+    config.sync.divergence_lambda, config.sync.momentum_models = 0.1, True
+    resolve(config)
+    config.saving.loss_threshold = 0.5
+    with pytest.raises(UserError, match=r"config\.saving\.loss_threshold: found 0\.5 with sync\.momentum"):
+        resolve(config)
+
+
 @pytest.mark.parametrize(
     "path, value",
     [

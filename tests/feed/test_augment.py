@@ -467,6 +467,25 @@ def test_one_picture_in_any_type_is_the_same_or_refused(arrays: Arrays) -> None:
         aug.two_views(jax.random.key(0), picture * 1.0, size=32, mean=MEAN, std=STD)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "rng, shape, size, message",
+    [
+        (jax.random.key(0), (2, 8, 8, 3), 8, "images: found shape (2, 8, 8, 3), allowed: [M, B, H, W, 3]"),
+        (jax.random.key(0), (1, 2, 3, 8, 8), 8, "images: found shape (1, 2, 3, 8, 8), allowed"),
+        (jax.random.key(0), (1, 2, 8, 8, 1), 8, "images: found shape (1, 2, 8, 8, 1), allowed"),
+        (jax.random.key(0), (1, 2, 8, 8, 3), 0, "size: found 0, allowed: 1 or more"),
+        (jax.random.PRNGKey(0), (1, 2, 8, 8, 3), 8, "rng: found uint32, allowed: a typed key"),
+        (0, (1, 2, 8, 8, 3), 8, "rng: found int, allowed: a typed key"),
+    ],
+)
+def test_what_is_no_batch_of_clients_or_no_key_is_refused(
+    rng: Any, shape: tuple[int, ...], size: int, message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        two_views(rng, jnp.zeros(shape, jnp.uint8), size=size)
+    assert message in str(error.value)
+
+
 def test_images_of_any_shape() -> None:
     images = jnp.zeros((2, 1, 40, 56, 3), jnp.uint8)
     views = jax.eval_shape(partial(two_views, size=24), jax.random.key(0), images)
