@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
         failed |= results[name]["status"] != 0
         write(path, results)
     workdir = options.out / ("toy" if options.toy else "headline")
+    already = len(epochs(workdir))
     left = deadline - time.monotonic() - SAVING
     if left > 60 or options.toy:
         command = [sys.executable, "-m", "mocosfl_jax.train", f"--workdir={workdir}"]
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"training: {' '.join(command)}", flush=True)
         status = train(command, max(left, 1))
         failed |= status not in (0, 128 + signal.SIGTERM)
-    results["training"] = progress(workdir, options.estimates)
+    results["training"] = progress(workdir, options.estimates, already) | {"on": here}
     write(path, results)
     print(f"{path}: {', '.join(results)}")
     return int(failed)
@@ -105,9 +106,17 @@ def run(command: Sequence[str], seconds: float) -> dict[str, Any]:
         printed = late.stdout or b""  # bytes, whatever was asked for
         out = printed.decode("utf-8", "replace") if isinstance(printed, bytes) else printed
         status, err = 124, "stopped: no time left"
-    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    lines = [found for line in out.splitlines() if (found := parsed(line)) is not None]
     result = {"command": list(command), "status": status, "seconds": round(time.monotonic() - start, 1)}
     return result | {"results": lines or out.splitlines()[-1:]} | ({"error": err[-2000:]} if status else {})
+
+
+def parsed(line: str) -> Any:
+    """The object of a line of JSON; None for any other line, such as one that was cut off."""
+    try:
+        return json.loads(line) if line.startswith("{") else None
+    except json.JSONDecodeError:
+        return None
 
 
 def train(command: Sequence[str], seconds: float) -> int:
@@ -120,14 +129,23 @@ def train(command: Sequence[str], seconds: float) -> int:
             return process.wait()
 
 
-def progress(workdir: Path, estimates: Path | None) -> dict[str, Any]:
-    """The last numbers of the run, and its milliseconds of a step beside the estimate."""
+def epochs(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of the run's metrics.jsonl, if there are any."""
     path = workdir / "metrics.jsonl"
-    if not path.exists():
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def progress(workdir: Path, estimates: Path | None, already: int = 0) -> dict[str, Any]:
+    """The last numbers of the run, and its milliseconds of a step beside the estimate.
+
+    Speeds are those of the lines after the first `already`: earlier ones may be another device's.
+    """
+    lines = epochs(workdir)
+    if not lines:
         return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
     config = json.loads((workdir / "config.json").read_text())
-    result: dict[str, Any] = {"environment": config["environment"], "last": lines[-1]}
+    result: dict[str, Any] = {"environment_at_start": config["environment"], "last": lines[-1]}
+    lines = lines[already:]
     speeds = sorted(line["images_per_s"] for line in lines if "images_per_s" in line)
     if speeds:
         result["images_per_s"] = speeds[len(speeds) // 2]

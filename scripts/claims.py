@@ -8,7 +8,8 @@
 is one run of `python -m mocosfl_jax.train` in a process of its own, --jobs of them at a time, with one device
 each if there are several. All points are run with the first seed, then with the next. After --minutes, or
 when it is interrupted, the runs save and end. The same command goes on: finished runs are skipped,
-interrupted ones resumed, failed ones tried again. What follows -- is added to every run.
+interrupted ones resumed, failed ones tried again. What follows -- is added to every run of the workdir, and
+cannot be published by --page.
 
 In the workdir, runs.jsonl has a line for each run, with its command, date, commit, seconds and results.
 NAME.png and NAME.md are the curves and tables of each claim, from the runs that are finished. With --page,
@@ -41,7 +42,7 @@ from mocosfl_jax.errors import UserError
 from mocosfl_jax.paths import replacing
 from mocosfl_jax.pictures import figure
 from mocosfl_jax.training import workdir
-from scripts import subset
+from scripts import page, subset
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "claims.py"
 PER_CLASS = 1000  # training images of each class
@@ -120,7 +121,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         wanted = runs(options.claims, options.seeds)
         if options.page:
-            check_marks(options.page)
+            page.check(options.page, MEASURES)
+            if options.more:
+                raise UserError(
+                    f"--: found {shlex.join(options.more)} with --page, allowed: nothing, since "
+                    f"the page shows the points of {CONFIGS.name}"
+                )
         with workdir.locked(options.workdir):  # another process would write runs.jsonl without these runs
             return work(wanted, options)
     except UserError as error:
@@ -137,6 +143,7 @@ def work(wanted: Sequence[Run], options: argparse.Namespace) -> int:
     images = options.workdir / "cifar10.npz"
     table = options.workdir / "runs.jsonl"
     lines = read(table)
+    check_settings(lines, options.more, table)
     if options.page:
         published = read(options.page.with_suffix("") / "runs.jsonl")
         lines |= {
@@ -157,6 +164,17 @@ def work(wanted: Sequence[Run], options: argparse.Namespace) -> int:
     for name in failed:
         print(f"failed: {name}: {lines[name]['error']} ({options.workdir / f'{name}.log'})")
     return int(bool(failed))
+
+
+def check_settings(lines: Mapping[str, Line], more: Sequence[str], table: Path) -> None:
+    """Raise UserError if there are runs with other arguments behind --, which would count as these."""
+    now = shlex.join(more)
+    for line in lines.values():
+        if (before := line.get("more", "")) != now:
+            raise UserError(
+                f"--: found {now or 'nothing'}, allowed: {before or 'nothing'}, as in the runs of {table}; "
+                "give another --workdir"
+            )
 
 
 def one_or_more(text: str) -> int:
@@ -271,6 +289,7 @@ def record(started: Started, options: argparse.Namespace, lines: dict[str, Line]
     shown = command(run, options.workdir / "cifar10.npz", folder, options.more)
     line: Line = run._asdict() | {
         "command": shlex.join(["python", *shown[1:]]),
+        "more": shlex.join(options.more),
         "date": f"{datetime.date.today()}",
         **origin(folder),
         "seconds": round(lines.get(run.name, {}).get("seconds", 0) + time.monotonic() - started.since, 1),
@@ -470,34 +489,18 @@ def values(lines: Sequence[Line], name: str) -> list[Any]:
     return [line[name] for line in lines if line.get(name) is not None]
 
 
-def marks(claim: str) -> tuple[str, str]:
-    """Between which a claim's curves and tables stand on the page."""
-    return f"<!-- {claim} -->\n", f"<!-- end of {claim} -->"
-
-
-def check_marks(page: Path) -> None:
-    """Raise UserError if the page lacks marks."""
-    text = page.read_text()
-    for first, last in map(marks, MEASURES):
-        if last not in text.partition(first)[2]:
-            raise UserError(f"{page}: found no {first.strip()} with its {last}, allowed: both")
-
-
-def fill(page: Path, folder: Path) -> None:
+def fill(path: Path, folder: Path) -> None:
     """Put the tables of each claim between its marks on the page, curves and runs.jsonl into its folder."""
-    text, pictures = page.read_text(), page.with_suffix("")
+    text, pictures = path.read_text(), path.with_suffix("")
     pictures.mkdir(exist_ok=True)
     shutil.copy(folder / "runs.jsonl", pictures / "runs.jsonl")
     for claim in MEASURES:
         if (folder / f"{claim}.md").exists():
-            first, last = marks(claim)
-            before, _, rest = text.partition(first)
-            after = rest.partition(last)[2]
             shutil.copy(folder / f"{claim}.png", pictures / f"{claim}.png")
             tables = (folder / f"{claim}.md").read_text()
             alt = f"{NAMES['knn_backbone']}, over {XS[claim]}"
-            text = f"{before}{first}![{alt}]({pictures.name}/{claim}.png)\n\n{tables}{last}{after}"
-    page.write_text(text)
+            text = page.filled(text, claim, f"![{alt}]({pictures.name}/{claim}.png)\n\n{tables}")
+    path.write_text(text)
 
 
 if __name__ == "__main__":

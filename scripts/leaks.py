@@ -8,11 +8,11 @@ the strong attacker. Each of these is a process of its own, and --jobs points ar
 points with the first seed, then with the next. After --minutes, or when it is interrupted, runs save and
 end, and attacks end; the same command goes on.
 
-In the workdir, POINT-seedN are the runs with their privacy.json, leaks.jsonl has a line for each, and
-leaks.png and leaks.md are the picture and the table of all that are done. With --page they go between the
-marks `<!-- leaks -->` and `<!-- end of leaks -->` on that page, leaks.png and leaks.jsonl into the folder
-beside it. Lines that are there already stay, for points and seeds that this workdir does not have. So seeds
-can come from several machines.
+In the workdir, POINT-seedN are the runs, with the results of the attack in attack/, leaks.jsonl has a line
+for each, and leaks.png and leaks.md are the picture and the table of all that are done. With --page they go
+between the marks `<!-- leaks -->` and `<!-- end of leaks -->` on that page, leaks.png and leaks.jsonl into
+the folder beside it. Lines that are there already stay, for points and seeds that this workdir does not have.
+So seeds can come from several machines.
 """
 
 import argparse
@@ -37,13 +37,12 @@ from mocosfl_jax.config import Config
 from mocosfl_jax.errors import UserError
 from mocosfl_jax.pictures import figure
 from mocosfl_jax.training import workdir
-from scripts import subset
+from scripts import page, subset
 from scripts.claims import PER_CLASS, markdown, mean_and_error, one_or_more, origin, values
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "leaks.py"
 SOURCE, TARGET = range(5), range(5, 10)  # classes
 MARKERS = "osD^v<>ph*"  # of the points of one kind, in the picture
-MARKS = "<!-- leaks -->\n", "<!-- end of leaks -->"
 # Of the table, by the names in leaks.jsonl.
 MEASURES = {
     "knn_backbone": "kNN backbone",
@@ -52,6 +51,7 @@ MEASURES = {
     "ssim": "SSIM",
     "mse_5th_percentile": "MSE p5",
 }
+ATTACKED = "attack"  # folder of the results of an attack, apart from those that a user makes in the run's
 ATTACK = ["--attackers=trivial,ridge,strong", "--decoder=res_normN1C16", "--smashed=query"]
 
 Line = dict[str, Any]  # of leaks.jsonl
@@ -79,9 +79,8 @@ def main(argv: Sequence[str]) -> int:
         for name in options.points:
             if name not in points:
                 raise UserError(f"--points: found {name}, allowed: {', '.join(points)}")
-        text = options.page.read_text() if options.page and options.page.exists() else ""
-        if options.page and not all(mark in text for mark in MARKS):
-            raise UserError(f"{options.page}: found no {' ... '.join(MARKS)}, allowed: both")
+        if options.page:
+            page.check(options.page, ["leaks"])
         with workdir.locked(options.workdir):
             return work(configs, options)
     except UserError as error:
@@ -162,10 +161,11 @@ def steps(name: str, seed: int, configs: Mapping[str, Any], options: argparse.Na
         found.append(train(expert, from_folder, source))
         more = [f"--init_from={from_folder}"]
     found.append(train(name, folder, *more))
-    attack = ["mocosfl_jax.attack", f"--workdir={folder}", f"--seed={seed}", f"--epochs={options.epochs}"]
+    attack = ["mocosfl_jax.attack", f"--workdir={folder}", f"--out={folder / ATTACKED}"]
+    attack += [f"--seed={seed}", f"--epochs={options.epochs}"]
     basis = f"{found[-1].basis}{attack} {ATTACK}\n"
     log = Path(f"{folder}.log")
-    found.append(Step([*python, *attack, *ATTACK], folder / "attacked", basis, log))
+    found.append(Step([*python, *attack, *ATTACK], folder / ATTACKED / "done", basis, log))
     return found
 
 
@@ -218,18 +218,18 @@ def run(step: Step, jobs: int, stop: threading.Event) -> bool | None:
     return process.returncode == 0
 
 
-def read(points: Sequence[str], runs: Path, page: Path | None) -> list[Line]:
+def read(points: Sequence[str], runs: Path, published_on: Path | None) -> list[Line]:
     """What each attacked point has come to, with any seed: in the workdir, or else beside the page.
 
     The workdir's leaks.jsonl gets it too.
     """
     found: dict[tuple[str, int], Line] = {}
-    if page and (published := page.with_suffix("") / "leaks.jsonl").exists():
+    if published_on and (published := published_on.with_suffix("") / "leaks.jsonl").exists():
         earlier = [json.loads(line) for line in published.read_text().splitlines()]
         found = {(line["point"], line["seed"]): line for line in earlier}
     for name in points:
-        for marker in runs.glob(f"{name}-seed*/attacked"):
-            folder = marker.parent
+        for marker in runs.glob(f"{name}-seed*/{ATTACKED}/done"):
+            folder = marker.parents[1]
             seed = int(folder.name.rpartition("-seed")[2])
             date = datetime.date.fromtimestamp(marker.stat().st_mtime)
             about = {"point": name, "seed": seed, "date": f"{date}", **origin(folder)}
@@ -250,7 +250,7 @@ def results(folder: Path) -> Line:
             ("probe_raw_pixels", "linear_probe_raw_pixels"),
         ):
             found |= {ours: line[theirs]} if theirs in line else {}
-    record = json.loads((folder / "privacy.json").read_text())
+    record = json.loads((folder / ATTACKED / "privacy.json").read_text())
     rows = [row for row in record["rows"] if row["smashed"]]
     strongest = min(rows, key=lambda row: row["relative_mse"])
     names = ("attacker", "smashed", "relative_mse", "ssim", "mse_5th_percentile")
@@ -321,16 +321,14 @@ def plot(path: Path, points: Mapping[str, Sequence[Line]]) -> None:
     figure.save(path, (8, 5.5), draw)
 
 
-def fill(page: Path, folder: Path) -> None:
+def fill(path: Path, folder: Path) -> None:
     """Put the picture and the table between the marks on the page, and the lines beside the picture."""
-    before, _, rest = page.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    pictures = page.with_suffix("")
+    pictures = path.with_suffix("")
     pictures.mkdir(exist_ok=True)
     for name in ("leaks.png", "leaks.jsonl"):
         shutil.copy(folder / name, pictures / name)
     shown = f"![Accuracy against leak]({pictures.name}/leaks.png)\n\n{(folder / 'leaks.md').read_text()}"
-    page.write_text(f"{before}{MARKS[0]}{shown}{MARKS[1]}{after}")
+    path.write_text(page.filled(path.read_text(), "leaks", shown))
 
 
 def interrupt(*_: Any) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from mocosfl_jax.config import Config, resolve
 from mocosfl_jax.training import workdir
 from scripts import claims, leaks, subset
+from scripts.page import marks
 from tests.support import data_files
 
 # In place of a run's command: what it does depends on its seed.
@@ -186,7 +187,7 @@ def test_what_another_machine_has_finished_is_not_run_again(
     here, page = tmp_path / "here", tmp_path / "claims.md"
     argv = ["--claims=sync-cut1-f5", "--seeds=13"]
     assert claims.main([f"--workdir={here}", *argv]) == 1
-    page.write_text("".join("".join(claims.marks(claim)) for claim in claims.MEASURES))
+    page.write_text("".join("".join(marks(claim)) for claim in claims.MEASURES))
     (tmp_path / "claims").mkdir()
     name = "sync-cut1-f5-seed13"
     stand_in[name] = 0.5
@@ -276,6 +277,28 @@ def test_tables_have_means_and_standard_errors_and_stand_on_the_page(
 
     page.write_text("# No marks")
     assert claims.main(argv) == 2
+    page.unlink()
+    assert claims.main(argv) == 2
+
+
+def test_runs_with_other_settings_are_kept_apart(
+    tmp_path: pathlib.Path, stand_in: dict[str, float], capsys: pytest.CaptureFixture
+) -> None:
+    argv = [f"--workdir={tmp_path / 'runs'}", "--claims=sharing-iid-on-400"]
+    assert claims.main([*argv, "--seeds=1"]) == 0
+    before = (tmp_path / "runs" / "runs.jsonl").read_text()
+    assert claims.main([*argv, "--seeds=1,2", "--", "--config.epochs=30"]) == 2
+    assert "--: found --config.epochs=30, allowed: nothing, as in the runs of" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "runs.jsonl").read_text() == before
+    argv[0] = f"--workdir={tmp_path / 'longer'}"
+    assert claims.main([*argv, "--seeds=1", "--", "--config.epochs=30"]) == 0
+    assert claims.main([*argv, "--seeds=1,2"]) == 2
+    assert "--: found nothing, allowed: --config.epochs=30" in capsys.readouterr().err
+
+    page = tmp_path / "page.md"
+    page.write_text("".join("".join(marks(claim)) for claim in claims.MEASURES))
+    assert claims.main([*argv, f"--page={page}", "--", "--config.epochs=30"]) == 2
+    assert "--: found --config.epochs=30 with --page, allowed: nothing" in capsys.readouterr().err
 
 
 def test_a_run_is_trained_on_the_first_images_of_each_class(
