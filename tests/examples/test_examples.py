@@ -81,6 +81,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_images(tmp_path_factory.mktemp("data") / "images.npz", (8, 8, 3))
 
 
+@pytest.mark.usefixtures("short_resnet")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_trains_by_the_command(name: str, images: str, tmp_path: pathlib.Path) -> None:
     fields = [f"--config.{field}={value}" for field, value in (TOY | {"data.dir": images}).items()]
