@@ -171,13 +171,15 @@ def streamed(
         rows = indices(epoch)[plan[number].start : plan[number].stop]
         return [images[rows[part]] for part in _local_parts(rows.shape, place).values()]
 
+    of_step = indices(0).shape[1:] + images.shape[1:]  # [M, B, H, W, 3]
+
     def put(parts: list[np.ndarray], steps: int) -> Array:
-        shape = (steps, *indices(0).shape[1:], *images.shape[1:])
+        shape = (steps, *of_step)
         devices = _local_parts(shape[:3], place)
         pieces = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(shape, place, pieces)
 
-    size = math.prod(images.shape[1:]) * indices(0)[0].size * piece_steps
+    size = math.prod(of_step) * piece_steps
     ahead = max(2, min(2 * _THREADS, _AHEAD_BYTES // size))
     options = grain.ReadOptions(num_threads=min(ahead, _THREADS), prefetch_buffer_size=ahead)
     starts = {steps.start: number for number, steps in enumerate(plan)}

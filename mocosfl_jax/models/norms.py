@@ -172,8 +172,12 @@ cpu_image_batch_norm.defvjp(_batch_norm_fwd, _batch_norm_bwd)
 
 
 def _batch_mean(x: Array) -> Array:
-    """The mean over images and pixels, [n, H, W, C] -> [C]."""
-    return jax.lax.optimization_barrier(_mean(x.reshape(1, -1, x.shape[-1]))[0])
+    """The mean over images and pixels, [n, H, W, C] -> [C].
+
+    First over the pixels of each image, since the images may be sharded over devices.
+    """
+    of_images = jax.lax.optimization_barrier(_mean(x.reshape(x.shape[0], -1, x.shape[-1])))
+    return jnp.mean(of_images, axis=0)
 
 
 def _channels(x: Array) -> Array:
