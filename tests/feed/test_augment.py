@@ -475,7 +475,7 @@ def test_one_picture_in_any_type_is_the_same_or_refused(arrays: Arrays) -> None:
         (jax.random.key(0), (1, 2, 8, 8, 1), 8, "images: found shape (1, 2, 8, 8, 1), allowed"),
         (jax.random.key(0), (1, 2, 8, 8, 3), 0, "size: found 0, allowed: 1 or more"),
         (jax.random.PRNGKey(0), (1, 2, 8, 8, 3), 8, "rng: found uint32, allowed: a typed key"),
-        (0, (1, 2, 8, 8, 3), 8, "rng: found int, allowed: a typed key"),
+        (0, (1, 2, 8, 8, 3), 8, "rng: found int32, allowed: a typed key"),  # the function is jitted
     ],
 )
 def test_what_is_no_batch_of_clients_or_no_key_is_refused(
