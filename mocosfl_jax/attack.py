@@ -233,7 +233,6 @@ def _of_run(values: flags.FlagValues) -> Material:
 
     from mocosfl_jax.algorithm.clients import Pool
     from mocosfl_jax.parallel.mesh import one_device
-    from mocosfl_jax.privacy import protocol
     from mocosfl_jax.training import checkpoint, experiment
     from mocosfl_jax.training.build import noise_of, online_models
 
@@ -256,7 +255,7 @@ def _of_run(values: flags.FlagValues) -> Material:
     return Material(
         {"client 0": {name: partial(run.model.client, params) for name, params in views.items()}},
         run.dataset.x_train,
-        run.dataset.x_test[protocol.victim_rows(run.dataset.y_test, values.victims)],
+        _victims(run.dataset, values.victims),
         run.dataset.mean,
         run.dataset.std,
         _victims_std(config.data.name),
@@ -275,7 +274,6 @@ def _momentum_model(state: Any) -> Any:
 def _of_encoder(values: flags.FlagValues) -> Material:
     """The client side of an exported encoder."""
     from mocosfl_jax.models.forms import forms
-    from mocosfl_jax.privacy import protocol
     from mocosfl_jax.weights.encoder_file import load_encoder
 
     path = user_path("--encoder", values.encoder)
@@ -289,7 +287,7 @@ def _of_encoder(values: flags.FlagValues) -> Material:
     return Material(
         {path.name: {"query": partial(encoder.model.client, encoder.params[0])}},
         dataset.x_train,
-        dataset.x_test[protocol.victim_rows(dataset.y_test, values.victims)],
+        _victims(dataset, values.victims),
         mean,
         std,
         _victims_std(data_name),
@@ -326,7 +324,6 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
 
     from mocosfl_jax.models import split_model
     from mocosfl_jax.models.forms import forms
-    from mocosfl_jax.privacy import protocol
     from mocosfl_jax.weights.official import client_from_official
 
     size = 32 if victims is None else victims.shape[1]
@@ -346,10 +343,7 @@ def _of_official_clients(values: flags.FlagValues) -> Material:
         model = split_model(**network, forms=forms(jax.devices()[0].platform))
         clients[name] = {"query": partial(model.client, params)}
     dataset, data_name = _load(values, size)
-    if victims is None:
-        shown = dataset.x_test[protocol.victim_rows(dataset.y_test, values.victims)]
-    else:
-        shown = victims[: values.victims]
+    shown = _victims(dataset, values.victims) if victims is None else victims[: values.victims]
     std = _victims_std(data_name)
     return Material(
         clients,
@@ -380,6 +374,13 @@ def _load(values: flags.FlagValues, image_size: int) -> tuple[data.Dataset, str]
     """The data set that the flags name, and its name."""
     given = commandline.given_data(values)
     return commandline.load_data(given, image_size), Data(**given).name
+
+
+def _victims(dataset: data.Dataset, count: int) -> np.ndarray:
+    """The test images that are attacked: [m, H, W, 3] uint8."""
+    from mocosfl_jax.privacy import protocol
+
+    return dataset.x_test[protocol.victim_rows(dataset.y_test, count)]
 
 
 def _victims_std(data_name: str) -> Sequence[float] | None:

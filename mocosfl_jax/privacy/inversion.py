@@ -25,10 +25,24 @@ from mocosfl_jax.models.forms import ACCELERATOR, Forms
 from mocosfl_jax.privacy import similarity
 
 FEWEST_IMAGES = 20  # of an attacker, of which it validates on 2
-LOSSES = ("mse", "ssim")
 
 Rows = Array | np.ndarray  # [n, ...] of one attacker, or stacked [A, n, ...]
 Loss = Callable[[Array, Array], Array]  # reconstructions in [0, 1] and uint8 images [n, H, W, 3] -> []
+
+
+def _mse(found: Array, images: Array) -> Array:
+    return jnp.mean(jnp.square(found - _unit(images)))
+
+
+def _dissimilarity(found: Array, images: Array) -> Array:
+    return 1 - jnp.mean(similarity.ssim(found, _unit(images)))
+
+
+def _unit(images: Array) -> Array:
+    return images.astype(jnp.float32) / 255
+
+
+LOSSES: dict[str, Loss] = {"mse": _mse, "ssim": _dissimilarity}
 
 
 class Training(NamedTuple):
@@ -113,7 +127,7 @@ def train_decoder(
     """
     if training.loss not in LOSSES:
         raise ValueError(f"loss: found {training.loss!r}, allowed: {', '.join(LOSSES)}")
-    loss_of = _mse if training.loss == "mse" else _dissimilarity
+    loss_of = LOSSES[training.loss]
     store: Callable[[ArrayLike], Rows] = jnp.asarray if forms.scan_rounds else np.asarray
     smashed, images = store(smashed), store(images)
     count = images.shape[1]
@@ -288,15 +302,3 @@ def _over_attackers(
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
     return one_after_another
-
-
-def _mse(found: Array, images: Array) -> Array:
-    return jnp.mean(jnp.square(found - _unit(images)))
-
-
-def _dissimilarity(found: Array, images: Array) -> Array:
-    return 1 - jnp.mean(similarity.ssim(found, _unit(images)))
-
-
-def _unit(images: Array) -> Array:
-    return images.astype(jnp.float32) / 255
