@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         failed |= results[name]["status"] != 0
         write(path, results)
     workdir = options.out / ("toy" if options.toy else "headline")
-    already = len(epochs(workdir))
+    already = len(metrics(workdir))
     left = deadline - time.monotonic() - SAVING
     if left > 60 or options.toy:
         command = [sys.executable, "-m", "mocosfl_jax.train", f"--workdir={workdir}"]
@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"training: {' '.join(command)}", flush=True)
         status = train(command, max(left, 1))
         failed |= status not in (0, 128 + signal.SIGTERM)
-    results["training"] = progress(workdir, options.estimates, already) | {"on": here}
+    if "training" not in results or len(metrics(workdir)) > already:
+        results["training"] = progress(workdir, options.estimates, already) | {"on": here}
     write(path, results)
     print(f"{path}: {', '.join(results)}")
     return int(failed)
@@ -129,7 +130,7 @@ def train(command: Sequence[str], seconds: float) -> int:
             return process.wait()
 
 
-def epochs(workdir: Path) -> list[dict[str, Any]]:
+def metrics(workdir: Path) -> list[dict[str, Any]]:
     """The lines of the run's metrics.jsonl, if there are any."""
     path = workdir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -140,7 +141,7 @@ def progress(workdir: Path, estimates: Path | None, already: int = 0) -> dict[st
 
     Speeds are those of the lines after the first `already`: earlier ones may be another device's.
     """
-    lines = epochs(workdir)
+    lines = metrics(workdir)
     if not lines:
         return {}
     config = json.loads((workdir / "config.json").read_text())

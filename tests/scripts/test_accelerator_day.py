@@ -30,8 +30,12 @@ def test_the_next_call_goes_on(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     assert results["good"]["results"] == [{"value": 1}] and results["good"]["on"] == [{"device": "toy"}]
     assert results["bad"]["status"] == 1 and "not there" in results["bad"]["error"]
 
+    results["training"] = {"images_per_s": 5.0}
+    (tmp_path / "day" / "results.json").write_text(json.dumps(results))
     (tmp_path / "there").touch()
     assert accelerator_day.main(argv) == 0
+    kept = json.loads((tmp_path / "day" / "results.json").read_text())["training"]
+    assert kept == {"images_per_s": 5.0}  # nothing was trained since
     assert mark.read_text() == "x"  # not measured again
     assert json.loads((tmp_path / "day" / "results.json").read_text())["bad"]["status"] == 0
     assert len(trained) == 2 and "--workdir" in " ".join(trained[0])
